@@ -1,0 +1,197 @@
+"""The command line: ``nsvd run | compress | evaluate | info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 with one line on standard error for bad input, 1 for a notebook that failed."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return chosen.command(chosen) or 0
+    except (ValueError, OSError, ArithmeticError) as error:
+        print(f"nsvd {chosen.name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Execute notebooks."""
+    import yaml
+
+    from nsvd.lab import workbook
+
+    parameters = {name: yaml.safe_load(value) for name, value in chosen.parameter}
+    outcomes = workbook.run(
+        chosen.notebooks or ["all"], parameters, preset=chosen.preset, out=chosen.out, jobs=chosen.jobs,
+        shard=chosen.shard, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    for outcome in outcomes:
+        print(f"failed  {outcome.file}\n        {outcome.error}" if outcome.error else f"done    {outcome.file}")
+    return int(any(outcome.error for outcome in outcomes))
+
+
+def compress(chosen: argparse.Namespace) -> None:
+    """Compress a model into a folder."""
+    import nsvd
+
+    method = nsvd.METHODS.get(chosen.method, None)
+    if method is None:
+        raise ValueError(f"unknown method {chosen.method!r}; the methods are {', '.join(nsvd.METHODS)}")
+    options = {name: getattr(chosen, name) for name in ("k1", "alpha", "mu") if getattr(chosen, name) is not None}
+    method.resolve(options)
+    if not 0 <= chosen.ratio < 1:
+        raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
+    _writable(chosen.out)
+    bar = sys.stderr.isatty()
+    model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    stats = None
+    if method.needs_moments:
+        windows = nsvd.windows(
+            chosen.calibration,
+            tokenizer,
+            split="calibration",
+            length=chosen.length,
+            count=chosen.count,
+            seed=chosen.seed,
+        )
+        stats = nsvd.calibrate(model, windows, progress=bar)
+    report = nsvd.compress_(model, stats, method=chosen.method, ratio=chosen.ratio, progress=bar, **options)
+    calibration = {"corpus": chosen.calibration, "seed": chosen.seed} | stats.origin if stats else None
+    about = report.as_dict() | {"model": chosen.model, "calibration": calibration}
+    nsvd.save(
+        model, tokenizer, chosen.out, report=about | {"layers": json.loads(report.table.to_json(orient="records"))}
+    )
+    dense = int(report.table.dense.sum())
+    print(
+        f"{chosen.out}: {method.label}, {report.ratio_reached:.1%} of {report.params_before:,} parameters removed"
+        f" ({report.params_after:,} left), {len(report.table) - dense} layers factored, {dense} dense"
+    )
+
+
+def evaluate(chosen: argparse.Namespace) -> None:
+    """Perplexity and bits per byte of models on corpora."""
+    import pandas as pd
+
+    import nsvd
+    from nsvd.lab.records import origin
+
+    if chosen.json:
+        _writable(chosen.json)
+    rows = []
+    for source in chosen.models:
+        model, tokenizer = nsvd.load(source, dtype=chosen.dtype, device=chosen.device)
+        for corpus in chosen.data or nsvd.EMBEDDED:
+            windows = nsvd.windows(corpus, tokenizer, length=chosen.length, count=chosen.count, seed=chosen.seed)
+            result = nsvd.evaluate(model, windows, tokenizer, progress=sys.stderr.isatty())
+            rows.append(
+                {
+                    "model": source,
+                    "corpus": corpus,
+                    "perplexity": result.perplexity,
+                    "standard_error": result.perplexity * result.standard_error,
+                    "bits_per_byte": result.bits_per_byte,
+                    "windows": len(windows),
+                    "length": windows.shape[1],
+                }
+            )
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    if chosen.json:
+        with nsvd.replacing(chosen.json) as part:
+            part.write_text(json.dumps({"results": rows, "origin": origin()}, indent=1) + "\n", encoding="utf-8")
+
+
+def info(chosen: argparse.Namespace) -> None:
+    """What a model folder holds."""
+    import nsvd
+    from nsvd.model.layers import LowRankLinear
+
+    model, _ = nsvd.load(chosen.model, device="cpu")
+    total, size = model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
+    print(f"{chosen.model}: {type(model).__name__}, {total:,} parameters, {size / 2**20:.1f} MiB, {model.dtype}")
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        print("dense")
+        return
+    about = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    reached = about.get("ratio_reached")
+    removed = f", {reached:.1%} of the target layers' parameters removed" if reached is not None else ""
+    print(f"compressed by {about.get('method')} {about.get('options') or ''}{removed}")
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            print(f"  {name}: {module.out_features} × {module.in_features}, rank {module.rank}")
+
+
+def _writable(target: str) -> None:
+    """Raise before any work is done if a file or folder cannot be put there."""
+    parent = Path(target).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OSError(f"cannot write {target}: {parent} is not a writable folder")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    return int(i), int(n)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("nsvd", description="Low-rank compression of language models.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def command(function) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(command=function)
+        return sub
+
+    def common(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--count", type=int, help="number of windows (default: 256 to calibrate, all to evaluate)")
+        sub.add_argument(
+            "--length", type=int, help="tokens a window (default: what the tokenizer allows, 2048 at most)"
+        )
+        sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: 0)")
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
+        sub.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, … (default: auto)")
+
+    sub = command(run)
+    sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="path, name or number, or all (default: all)")
+    sub.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    sub.add_argument("--preset", metavar="FILE", help="YAML file of parameters")
+    sub.add_argument("--out", metavar="DIR", help="where executed notebooks go (default: notebooks/executed)")
+    sub.add_argument("--jobs", type=int, default=1, help="notebooks run at a time (default: 1)")
+    sub.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/n", help="run only the i-th of n parts")
+
+    sub = command(compress)
+    sub.add_argument("model", metavar="MODEL", help="embedded name, folder or hub id")
+    sub.add_argument("out", metavar="OUT", help="folder to write")
+    sub.add_argument("--method", required=True, help="svd, asvd-0, asvd-1, …, nsvd-1, …")
+    sub.add_argument("--ratio", type=float, required=True, help="fraction of the parameters to remove, in [0, 1)")
+    sub.add_argument("--k1", type=float, help="fraction of the rank for the outer step (nsvd-*, nid-*)")
+    sub.add_argument("--alpha", type=float, help="exponent of the channel scales (asvd)")
+    sub.add_argument("--mu", type=float, help="ridge, as a multiple of mean(diag G) (ridge)")
+    sub.add_argument("--calibration", default="mini/encyclopedia", metavar="CORPUS")
+    sub.add_argument("--allocation", choices=["uniform"], default="uniform", help="how ranks are shared out")
+    common(sub)
+
+    sub = command(evaluate)
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="embedded name, folder or hub id")
+    sub.add_argument("--data", nargs="+", metavar="CORPUS", help="corpora (default: the eight embedded ones)")
+    sub.add_argument("--json", metavar="FILE", help="also write the table there")
+    common(sub)
+
+    sub = command(info)
+    sub.add_argument("model", metavar="MODEL", help="embedded name, folder or hub id")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Text by name, and windows of token ids cut from it.
+
+A name is an embedded corpus (``mini/encyclopedia``), one of the paper's eight from the hub (``wikitext2``, …), a ``.txt`` or
+``.jsonl`` file, or ``DIR:name`` for ``DIR/name/<split>.jsonl``. In jsonl every line is ``{"text": …}``, one document.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nsvd.lab.paths import data
+
+ROLES = ("encyclopedia", "newswire", "web", "commands", "instructions", "stories", "reading_zh", "instructions_ja")
+EMBEDDED = tuple(f"mini/{role}" for role in ROLES)
+MAX_LENGTH, MAX_CALIBRATION = 2048, 256  # window length and count where none is asked for
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """How one of the paper's data sets is read from the hub: arguments of ``load_dataset``, and a row's text."""
+
+    arguments: dict
+    text: Callable[[dict], str]
+    splits: dict[str, str] = field(default_factory=lambda: {"calibration": "train", "test": "test"})
+    limit: int | None = None  # documents read from a split
+
+
+def _instruction(row: dict) -> str:
+    return f"{row['instruction']}\n{row['output']}"
+
+
+def _mctest(row: dict) -> str:
+    options = row["answer_options"]
+    return f"{row['story']}\n{row['question']}\n" + "\n".join(f"{letter}) {options[letter]}" for letter in "ABCD")
+
+
+def _cmrc(row: dict) -> str:
+    return f"{row['context']}\n{row['question']}\n{row['answers']['text'][0]}"
+
+
+HUB: dict[str, HubCorpus] = {
+    "wikitext2": HubCorpus({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}, lambda row: row["text"]),
+    "ptb": HubCorpus({"path": "FALcon6/ptb_text_only", "name": "penn_treebank"}, lambda row: row["sentence"]),
+    "c4": HubCorpus(
+        {
+            "path": "allenai/c4",
+            "data_files": {
+                "train": "en/c4-train.00000-of-01024.json.gz",
+                "validation": "en/c4-validation.00000-of-00008.json.gz",
+            },
+        },
+        lambda row: row["text"],
+        {"calibration": "train", "test": "validation"},
+        limit=2000,
+    ),
+    "snips": HubCorpus({"path": "benayas/snips"}, lambda row: row["text"]),
+    "alpaca_eval": HubCorpus(
+        {"path": "json", "data_files": "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"},
+        _instruction,
+        {"test": "train"},
+    ),
+    "mctest": HubCorpus({"path": "sagnikrayc/mctest", "name": "mc500"}, _mctest),
+    "cmrc2018": HubCorpus({"path": "hfl/cmrc2018"}, _cmrc),
+    "alpaca_eval_ja": HubCorpus({"path": "junsashihara/alpaca_eval_ja"}, _instruction, {"test": "train"}),
+}
+
+
+def documents(name: str, split: str = "test") -> list[str]:
+    """The documents of a corpus.
+
+    Raises:
+        ValueError: unknown name or split, a line that is not ``{"text": …}``, or no text at all.
+        FileNotFoundError: a file or folder that is not there, or a hub that cannot be reached.
+    """
+    if split not in ("calibration", "test"):
+        raise ValueError(f"unknown split {split!r}; the splits are calibration and test")
+    if name.startswith("mini/"):
+        texts = _file(data() / "corpora" / name.removeprefix("mini/") / f"{split}.jsonl", name)
+    elif name in HUB:
+        texts = _hub(name, split)
+    elif ":" in name:
+        folder, _, corpus = name.rpartition(":")
+        texts = _file(Path(folder) / corpus / f"{split}.jsonl", name)
+    elif name.endswith((".txt", ".jsonl")):
+        texts = _file(Path(name), name)
+    else:
+        known = ", ".join((*EMBEDDED, *HUB))
+        raise ValueError(f"unknown corpus {name!r}; use {known}, a .txt or .jsonl file, or DIR:name")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"corpus {name} ({split}) is empty")
+    return texts
+
+
+def windows(
+    name: str, tokenizer, *, split: str = "test", length: int | None = None, count: int | None = None, seed: int = 0
+) -> Tensor:
+    """Token ids of a corpus cut into windows that do not overlap: a LongTensor (count, length).
+
+    The documents are joined by empty lines. ``test`` gives all windows in order (``count`` of them, evenly random, if
+    given); ``calibration`` gives ``count`` random ones (at most 256 where none is asked for) of the text cut at a random
+    offset. ``length`` is by default what the tokenizer allows, 2048 at most.
+
+    Raises:
+        ValueError: if the corpus has fewer windows than asked for, or not even one.
+    """
+    length = min(tokenizer.model_max_length, MAX_LENGTH) if length is None else length
+    if length < 2:
+        raise ValueError(f"a window needs 2 tokens at least, not {length}")
+    texts = documents(name, split)
+    ids = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
+    generator = torch.Generator().manual_seed(seed)
+    if split == "calibration":
+        ids = ids[torch.randint(len(ids) % length + 1, (1,), generator=generator) :]
+    cut = ids[: len(ids) // length * length].view(-1, length)
+    if len(cut) < (count or 1):
+        asked = f"{count} windows" if count else "one window"
+        raise ValueError(
+            f"corpus {name} ({split}) is too short: {len(ids)} tokens give {len(cut)} of {asked} of {length}"
+        )
+    if split == "test" and count is None:
+        return cut
+    keep = torch.randperm(len(cut), generator=generator)[: count or MAX_CALIBRATION]
+    return cut[keep.sort().values if split == "test" else keep]
+
+
+def _file(file: Path, name: str) -> list[str]:
+    if not file.is_file():
+        raise FileNotFoundError(f"corpus {name}: no file {file}")
+    if file.suffix == ".txt":
+        return [file.read_text(encoding="utf-8")]
+    texts = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                texts.append(json.loads(line)["text"])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(f'{file}, line {number}: expected {{"text": …}}') from None
+    return texts
+
+
+def _hub(name: str, split: str) -> list[str]:
+    from datasets import load_dataset
+
+    corpus = HUB[name]
+    if split not in corpus.splits:
+        raise ValueError(f"corpus {name} has no {split} split")
+    try:
+        rows = load_dataset(**corpus.arguments, split=corpus.splits[split])
+    except (OSError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"corpus {name} could not be had from the hub; use an embedded one ({', '.join(EMBEDDED)}) or a file"
+        ) from error
+    return [corpus.text(row) for row in islice(rows, corpus.limit)]

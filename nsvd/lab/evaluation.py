@@ -1,0 +1,109 @@
+"""Perplexity and bits per byte, with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean negative log-likelihood of each window, in nats per predicted token.
+
+    All windows predict equally many tokens (``per_window``), so the plain mean is the token-weighted one.
+    """
+
+    losses: Tensor  # (count,), float64
+    per_window: int
+    bytes_per_token: float | None = None
+
+    @property
+    def nll(self) -> float:
+        """Nats per token."""
+        return self.losses.mean().item()
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+    @property
+    def standard_error(self) -> float:
+        """Of ``nll``, windows taken as independent; so it is the relative standard error of the perplexity."""
+        return (self.losses.std() / len(self.losses) ** 0.5).item() if len(self.losses) > 1 else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nll in bits, over the mean number of UTF-8 bytes of a token."""
+        if self.bytes_per_token is None:
+            raise ValueError("bits per byte need the tokenizer: evaluate(model, windows, tokenizer)")
+        return self.nll / math.log(2) / self.bytes_per_token
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, windows: Tensor, tokenizer=None, *, batch: int | None = None, progress: bool = False
+) -> Evaluation:
+    """Every token but the first of each window predicted from those before it in the window.
+
+    Raises:
+        ValueError: if there is no window, or windows of fewer than two tokens.
+        FloatingPointError: if a loss is NaN or Inf.
+    """
+    if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
+        raise ValueError(f"windows must be a (count, length ≥ 2) tensor of token ids, not {tuple(windows.shape)}")
+    device = next(model.parameters()).device
+    batch = batch or max(1, 4096 // windows.shape[1])
+    losses = []
+    for ids in tqdm(windows.split(batch), "evaluate", disable=not progress, leave=False):
+        ids = ids.to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        token_losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses.append(token_losses.view(len(ids), -1).double().mean(1).cpu())
+    losses = torch.cat(losses)
+    if not losses.isfinite().all():
+        raise FloatingPointError(f"the loss of window {int((~losses.isfinite()).nonzero()[0])} is NaN or Inf")
+    size = None
+    if tokenizer is not None:
+        size = len(tokenizer.decode(windows.flatten(), skip_special_tokens=True).encode()) / windows.numel()
+    return Evaluation(losses, windows.shape[1] - 1, size)
+
+
+def perplexity(model: nn.Module, windows: Tensor, **options) -> float:
+    """Token-weighted perplexity over ``windows`` (count, length); see ``evaluate``."""
+    return evaluate(model, windows, **options).perplexity
+
+
+def average_improvement(perplexities: Sequence[float], reference: Sequence[float]) -> float:
+    """Mean relative reduction of perplexity against a reference, the NSVD paper's "Avg. impro.": mean of 1 − p / p_ref."""
+    return sum(1 - p / r for p, r in zip(perplexities, reference, strict=True)) / len(reference)
+
+
+def excess_closed(perplexities: Sequence[float], reference: Sequence[float], dense: Sequence[float]) -> float:
+    """Mean share of the reference's excess log-perplexity over the dense model that is closed: 1 − ln(p/d) / ln(p_ref/d)."""
+    rows = zip(perplexities, reference, dense, strict=True)
+    return sum(1 - math.log(p / d) / math.log(r / d) for p, r, d in rows) / len(dense)
+
+
+def paired_interval(
+    losses: Sequence[Tensor], reference: Sequence[Tensor], *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval of ``average_improvement`` over corpora, from losses per window.
+
+    Windows are drawn with replacement within each corpus, the same ones for both models: what is left is the
+    uncertainty of the difference on this kind of text, not that of the perplexities.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    improvements = torch.zeros(draws, dtype=torch.float64)
+    for ours, theirs in zip(losses, reference, strict=True):
+        index = torch.randint(len(ours), (draws, len(ours)), generator=generator)
+        improvements += 1 - ((ours[index] - theirs[index]).mean(1)).exp()
+    edge = (1 - level) / 2
+    low, high = torch.quantile(improvements / len(losses), torch.tensor([edge, 1 - edge], dtype=torch.float64))
+    return low.item(), high.item()

@@ -1,0 +1,51 @@
+"""One look for every figure, and one way to save it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.figure import Figure
+
+PALETTE = {
+    "svd": "#8c8c8c",
+    "asvd-0": "#c9a227",
+    "asvd": "#c9a227",
+    "asvd-1": "#2a6f97",
+    "asvd-2": "#61a5c2",
+    "asvd-3": "#bfbfbf",
+    "nsvd-1": "#c1121f",
+    "nsvd-2": "#e5736b",
+    "nid-1": "#6a4c93",
+    "nid-2": "#a28bbf",
+    "ridge": "#2d6a4f",
+    "dense": "#000000",
+}
+
+
+def style() -> None:
+    """Set the look of all figures; call it once, after the imports."""
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.85)
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 90,
+            "savefig.dpi": 150,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "legend.frameon": False,
+            "svg.hashsalt": "nsvd",
+        }
+    )
+
+
+def save(figure: Figure, name: str, out: str | Path) -> None:
+    """Write ``out/name.png`` and ``out/name.pdf``, without dates, so that the same figure is the same file."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})

@@ -1,0 +1,39 @@
+"""Models by name: embedded, local folder, hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nsvd.lab.paths import data
+from nsvd.model.checkpoint import load_folder
+
+
+def embedded_models() -> dict[str, Path]:
+    """The reference models that ship with the project, by name."""
+    return {config.parent.name: config.parent for config in sorted((data() / "models").glob("*/config.json"))}
+
+
+def load(source: str | Path, *, dtype="auto", device: str = "auto"):
+    """(model, tokenizer) of an embedded model, a folder (dense or compressed) or a hub id, in evaluation mode.
+
+    ``dtype="auto"`` keeps the stored one; ``device="auto"`` takes the GPU where there is one.
+
+    Raises:
+        FileNotFoundError: if the name is none of these, or a hub id that cannot be reached.
+        CheckpointError: if a tensor is missing, misshaped or unreadable.
+    """
+    name, embedded = str(source), embedded_models()
+    if name in embedded:
+        return load_folder(embedded[name], dtype=dtype, device=device)
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise FileNotFoundError(f"{source} is a folder without config.json, so not a model")
+        return load_folder(source, dtype=dtype, device=device)
+    advice = f"pass a local folder, or use an embedded model ({', '.join(embedded)})"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+        raise FileNotFoundError(f"no model {name!r}: {advice}")
+    try:
+        return load_folder(name, dtype=dtype, device=device)
+    except OSError as error:
+        raise FileNotFoundError(f"{name!r} is no local folder and could not be had from the hub: {advice}") from error

@@ -1,0 +1,75 @@
+"""Results as JSON lines: parameters, numbers, and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from nsvd.model.compress import versions
+from nsvd.model.files import replacing
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@cache
+def origin() -> dict[str, str]:
+    """Versions, the commit, and a hash of the code that computes (``nsvd/linalg``, ``nsvd/model``, the evaluation)."""
+    files = sorted([*_PACKAGE.glob("linalg/*.py"), *_PACKAGE.glob("model/*.py"), _PACKAGE / "lab/evaluation.py"])
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    git = ["git", "-C", str(_PACKAGE), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return versions() | {"commit": commit, "code": code}
+
+
+class Records:
+    """A file of results, one JSON line each, found again by their parameters.
+
+    A record made by other code than today's does not count as found, and is replaced when it is measured again.
+    """
+
+    def __init__(self, file: str | Path):
+        self.file, self._rows = Path(file), {}
+        if self.file.exists():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self._rows[_key(row["parameters"])] = row
+
+    def find(self, **parameters) -> dict | None:
+        """The numbers recorded for exactly these parameters by today's code, or None."""
+        row = self._rows.get(_key(parameters))
+        return row["numbers"] if row and row["origin"].get("code") == origin()["code"] else None
+
+    def add(self, parameters: dict, numbers: dict) -> dict:
+        """Write a record, in place of an older one of the same parameters; returns the numbers."""
+        row = {"parameters": parameters, "numbers": numbers, "origin": origin()}
+        known = _key(parameters) in self._rows
+        self._rows[_key(parameters)] = row
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if known:
+            with replacing(self.file) as part:
+                part.write_text("".join(map(_line, self._rows.values())), encoding="utf-8")
+        else:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(_line(row))
+        return row["numbers"]
+
+    def frame(self) -> pd.DataFrame:
+        """All records of today's code, a column for every parameter and number."""
+        current = [row for row in self._rows.values() if row["origin"].get("code") == origin()["code"]]
+        return pd.DataFrame([row["parameters"] | row["numbers"] for row in current])
+
+
+def _key(parameters: dict) -> str:
+    return json.dumps(parameters, sort_keys=True, ensure_ascii=False)
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,0 +1,88 @@
+"""Methods × options × ratios × corpora, each layer decomposed once per metric, finished cells skipped."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Iterable, Mapping
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.lab.evaluation import evaluate
+from nsvd.lab.records import Records
+from nsvd.linalg import by_name
+from nsvd.model.compress import compress_, prepare
+from nsvd.model.moments import Statistics
+
+DENSE = "dense"
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Twelve hexadecimal digits that change with any of the tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def sweep(
+    model: nn.Module,
+    stats: Statistics,
+    corpora: Mapping[str, Tensor],
+    cells: Iterable[tuple[str, float, dict]],
+    records: Records,
+    *,
+    name: str,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Evaluate the dense model and every (method, ratio, options) cell on every corpus; a row a measurement.
+
+    Rows hold ``model, method, ratio, k1, …, corpus, nll, standard_error, perplexity`` and ``losses``, the nll of every
+    window, for paired comparisons. What ``records`` already holds, for the same weights, statistics, windows and code,
+    is not measured again, so an interrupted sweep goes on where it stopped. ``frame.attrs["seconds"]`` tells the time
+    by stage.
+    """
+    weights, moments = fingerprint(model.parameters()), fingerprint(m.G for m in stats.moments.values())
+    texts = {corpus: fingerprint([windows]) for corpus, windows in corpora.items()}
+    prepared, seconds, rows = {}, {"prepare": 0.0, "compress": 0.0, "evaluate": 0.0}, []
+    todo = [(DENSE, 0.0, {})] + [(method, ratio, by_name(method).resolve(options)) for method, ratio, options in cells]
+    todo.sort(key=lambda cell: _outer(cell) or "")  # one metric after the other, so that one is kept at a time
+    for method, ratio, options in tqdm(todo, "sweep", disable=not progress, leave=False):
+        about = {"model": name, "weights": weights, "method": method, "ratio": ratio, **options}
+        about |= {} if method == DENSE else {"statistics": moments}
+        parameters = {corpus: about | {"corpus": corpus, "windows": texts[corpus]} for corpus in corpora}
+        if missing := [corpus for corpus in corpora if records.find(**parameters[corpus]) is None]:
+            changed = model
+            if method != DENSE:
+                clock, outer = time.perf_counter(), _outer((method, ratio, options))
+                if outer not in prepared:
+                    prepared.clear()
+                    prepared[outer] = prepare(model, stats, method, **options)
+                seconds["prepare"] += time.perf_counter() - clock
+                clock, changed = time.perf_counter(), copy.deepcopy(model)
+                compress_(changed, stats, method=method, ratio=ratio, prepared=prepared[outer], **options)
+                seconds["compress"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            for corpus in missing:
+                result = evaluate(changed, corpora[corpus])
+                numbers = {"nll": result.nll, "standard_error": result.standard_error, "perplexity": result.perplexity}
+                numbers["losses"] = [round(loss, 5) for loss in result.losses.tolist()]
+                records.add(parameters[corpus], numbers)
+            seconds["evaluate"] += time.perf_counter() - clock
+        rows += [parameters[corpus] | records.find(**parameters[corpus]) for corpus in corpora]
+    frame = pd.DataFrame(rows)
+    frame.attrs["seconds"] = seconds
+    return frame
+
+
+def _outer(cell: tuple[str, float, dict]) -> str | None:
+    """What one preparation serves: the outer step and its options."""
+    method, _, options = cell
+    if method == DENSE:
+        return None
+    rest = {name: value for name, value in options.items() if name != "k1"}
+    return f"{by_name(method).outer.__name__} {sorted(rest.items())}"

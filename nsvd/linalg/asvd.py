@@ -1,0 +1,85 @@
+r"""The ASVD family: Ŵ = [W S]_k S⁻¹, of which only M = S Sᵀ differs (NSVD paper, arXiv 2503.17101, section 3).
+
+Each function returns the ``Decomposition`` of all ranks; ``.truncate(k)`` is the paper's Ŵ.
+
+| name | M | minimises over rank k |
+|---|---|---|
+| svd | I | ‖W − Ŵ‖_F |
+| asvd_0 | diag(mean abs)² | ‖(W − Ŵ) S‖_F, channels weighted by their size |
+| asvd_1, asvd_2 | G | ‖(W − Ŵ) X‖_F |
+| asvd_3 | γ² I | the same as svd, by Theorem 4's choice of S |
+| asvd | diag((mean abs)^α + ε)² | as asvd_0 with damped weights (ASVD paper, arXiv 2312.05821) |
+| ridge | G + μ mean(diag G) I | ‖(W − Ŵ) X‖² / n + μ mean(diag G) ‖W − Ŵ‖² |
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nsvd.linalg.decomposition import Decomposition, from_metric, from_whitener
+from nsvd.linalg.moments import Moments
+from nsvd.linalg.whiteners import cholesky as cholesky_factor
+from nsvd.linalg.whiteners import scaled_rotation, spectral
+
+Weight = Float[Tensor, "d_out d_in"]
+
+
+def svd(W: Weight, moments: Moments | None = None) -> Decomposition:
+    """Plain truncated SVD: ‖W − Ŵ‖_F = √(Σ_{i>k} σ_i(W)²) (Theorem 1, Eckart–Young–Mirsky). Ignores the moments."""
+    return from_metric(W)
+
+
+def asvd_0(W: Weight, moments: Moments) -> Decomposition:
+    """S = diag(mean absolute value of each input channel); a channel that was always zero has no weight."""
+    return from_metric(W, moments.scale() ** 2)
+
+
+def asvd_1(W: Weight, moments: Moments) -> Decomposition:
+    """The minimiser of ‖(W − Ŵ) X‖_F: error √(Σ_{i>k} σ_i(W S)²), S Sᵀ = G up to the factor √n (Theorem 2).
+
+    The paper takes S from Cholesky's factorisation; the projection form used here gives the same matrix without it,
+    and an answer for singular G too. ``asvd_1_cholesky`` is the literal route.
+    """
+    return from_metric(W, moments.G)
+
+
+def asvd_1_cholesky(W: Weight, moments: Moments, *, jitter: float = 0.0) -> Decomposition:
+    """ASVD-I as printed, S = cholesky(G + jitter · mean(diag G) · I); raises ``LinAlgError`` for a singular G."""
+    return from_whitener(W, cholesky_factor(moments.G, jitter=jitter))
+
+
+def asvd_2(W: Weight, moments: Moments) -> Decomposition:
+    """S = P Λ^{1/2}, G = P Λ Pᵀ, undone by the pseudo-inverse (Theorem 3).
+
+    Loss and, for nonsingular G, matrix are those of ``asvd_1``. Directions that G has not seen are set to zero here
+    and kept there.
+    """
+    return from_whitener(W, spectral(moments.G))
+
+
+def asvd_3(W: Weight, moments: Moments) -> Decomposition:
+    """S = γ P, γ = max Λ^{1/2} (Theorem 4). S is a multiple of a rotation, so Ŵ is the plain truncated SVD of W."""
+    return from_whitener(W, scaled_rotation(moments.G))
+
+
+def asvd(W: Weight, moments: Moments, *, alpha: float = 0.5, eps: float = 1e-6) -> Decomposition:
+    """S = diag((mean abs)^α + ε) of the ASVD paper (arXiv 2312.05821, equation 8).
+
+    α = 0 is the plain SVD, α = 1 is ASVD-0 but for ε. The published code splits √s between the factors; the product is
+    the same.
+    """
+    return from_metric(W, (moments.scale() ** alpha + eps) ** 2)
+
+
+def ridge(W: Weight, moments: Moments, *, mu: float = 0.1) -> Decomposition:
+    """The minimiser of ‖(W − Ŵ) X‖² / n + μ mean(diag G) ‖W − Ŵ‖² over rank k.
+
+    As the exact minimiser of a weighted sum it is Pareto-optimal in calibration loss and weight error, the two errors
+    that the nested methods trade. μ = 0 is ASVD-I, μ → ∞ the plain SVD.
+    """
+    if mu < 0:
+        raise ValueError(f"mu is {mu}, but a ridge is not negative")
+    G = moments.G
+    return from_metric(W, G + mu * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device))

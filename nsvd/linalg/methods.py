@@ -1,0 +1,120 @@
+"""Every method by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from nsvd.linalg import asvd as family
+from nsvd.linalg.decomposition import Decomposition
+from nsvd.linalg.factors import LowRank
+from nsvd.linalg.moments import Moments
+from nsvd.linalg.nested import nid, nsvd
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rank-k approximation in two steps: ``prepare`` once for all ranks, ``cut`` for each rank.
+
+    Calling it does both. ``options`` are the method's own parameters with their defaults; k1 belongs to ``cut``, the
+    others to ``prepare``. Methods with the same ``outer`` and options share one preparation.
+    """
+
+    label: str  # the papers' spelling
+    outer: Callable[..., Decomposition]
+    nest: Callable[..., LowRank] | None = None
+    options: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the outer step looks at the inputs at all."""
+        return self.outer is not family.svd
+
+    def resolve(self, options: dict) -> dict:
+        """The method's options, the given ones in place of the defaults; raises ``ValueError`` for one it has not."""
+        unknown = set(options) - set(self.options)
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"{self.label} has no option {', '.join(sorted(unknown))} (its options: {known})")
+        return self.options | options
+
+    def prepare(self, W: Float[Tensor, "d_out d_in"], moments: Moments | None, **options) -> Decomposition:
+        """All ranks of the outer step."""
+        chosen = self.resolve(options)
+        return self.outer(W, moments, **{name: value for name, value in chosen.items() if name != "k1"})
+
+    def cut(self, prepared: Decomposition, k: int, **options) -> LowRank:
+        """The rank-k answer."""
+        if self.nest is None:
+            self.resolve(options)
+            return prepared.truncate(k)
+        return self.nest(prepared, k, k1=self.resolve(options)["k1"])
+
+    def __call__(self, W: Float[Tensor, "d_out d_in"], moments: Moments | None, k: int, **options) -> LowRank:
+        return self.cut(self.prepare(W, moments, **options), k, **options)
+
+
+METHODS: dict[str, Method] = {
+    "svd": Method("SVD", family.svd),
+    "asvd-0": Method("ASVD-0", family.asvd_0),
+    "asvd-1": Method("ASVD-I", family.asvd_1),
+    "asvd-2": Method("ASVD-II", family.asvd_2),
+    "asvd-3": Method("ASVD-III", family.asvd_3),
+    "nsvd-1": Method("NSVD-I", family.asvd_1, nsvd, {"k1": 0.95}),
+    "nsvd-2": Method("NSVD-II", family.asvd_2, nsvd, {"k1": 0.95}),
+    "nid-1": Method("NID-I", family.asvd_1, nid, {"k1": 0.95}),
+    "nid-2": Method("NID-II", family.asvd_2, nid, {"k1": 0.95}),
+    "asvd": Method("ASVD", family.asvd, None, {"alpha": 0.5}),
+    "ridge": Method("Ridge", family.ridge, None, {"mu": 0.1}),
+}
+
+
+def by_name(name: str) -> Method:
+    """The method of that name; raises ``ValueError`` with the known names."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def decompose(
+    W: Float[Tensor, "d_out d_in"],
+    G: Float[Tensor, "d_in d_in"] | None = None,
+    *,
+    method: str = "nsvd-1",
+    k: int,
+    mean_abs: Float[Tensor, " d_in"] | None = None,
+    **options: float,
+) -> LowRank:
+    """Rank-k factors of W by a named method, computed in float64 and returned in W's dtype.
+
+    Args:
+        W: the weight, (d_out, d_in).
+        G: second moment of the inputs, (d_in, d_in); only ``svd`` works without.
+        method: a name of ``METHODS``.
+        k: rank of the result.
+        mean_abs: mean absolute value of each input channel, (d_in,), for ``asvd-0`` and ``asvd``.
+        options: the method's own (``k1``, ``alpha``, ``mu``).
+
+    Raises:
+        ValueError: unknown method or option, wrong shape, rank out of range, NaN or Inf in W or G.
+    """
+    chosen = by_name(method)
+    check_finite("W", W)
+    if G is None and chosen.needs_moments:
+        raise ValueError(f"{chosen.label} needs the second moment G of the inputs")
+    moments = None
+    if G is not None:
+        if G.shape != (W.shape[1], W.shape[1]):
+            raise ValueError(f"G is {tuple(G.shape)}, but W has {W.shape[1]} input channels")
+        check_finite("G", G)
+        moments = Moments(G.double(), None if mean_abs is None else mean_abs.double())
+    return chosen(W.double(), moments, k, **options).to(W.dtype)
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise ``ValueError`` naming what holds NaN or Inf."""
+    if not values.isfinite().all():
+        raise ValueError(f"{name} holds NaN or Inf")

@@ -1,0 +1,33 @@
+"""What the decompositions know of a layer's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moment G = X Xᵀ / n and mean absolute value of every input channel, over n tokens."""
+
+    G: Float[Tensor, "d_in d_in"]
+    mean_abs: Float[Tensor, " d_in"] | None = None
+    n: int | None = None
+
+    def to(self, *args, **kwargs) -> Moments:
+        """Moved or cast as ``Tensor.to`` does."""
+        return Moments(
+            self.G.to(*args, **kwargs), None if self.mean_abs is None else self.mean_abs.to(*args, **kwargs), self.n
+        )
+
+    def scale(self) -> Float[Tensor, " d_in"]:
+        """The mean absolute values, for the methods that scale channels by them.
+
+        Raises:
+            ValueError: if they were not recorded.
+        """
+        if self.mean_abs is None:
+            raise ValueError("this method scales channels by their mean absolute value: pass mean_abs beside G")
+        return self.mean_abs

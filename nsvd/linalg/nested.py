@@ -1,0 +1,53 @@
+r"""Nested decompositions of the NSVD paper (arXiv 2503.17101, section 4).
+
+Rank k = k1 + k2: the outer, activation-aware step takes k1; the inner step spends k2 on the residual W − Ŵ₁, by its SVD
+(NSVD) or by an interpolative decomposition (NID). The factors stack into one pair of rank k.
+
+After ASVD-I the residual lies in the trailing eigenvectors of W G Wᵀ, so the inner step is a decomposition of the last
+m − k1 coordinates only, and a sweep over k1 repeats nothing large.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.linalg import qr, solve_triangular
+from torch import Tensor
+
+from nsvd.linalg.decomposition import Decomposition, leading
+from nsvd.linalg.factors import LowRank, split_rank
+
+
+def nsvd(outer: Decomposition, k: int, *, k1: float = 0.95) -> LowRank:
+    """Outer step to rank k1 · k, then the best rank-k2 approximation of what is left, in the plain Frobenius norm.
+
+    NSVD-I with ``outer = asvd_1(…)``, NSVD-II with ``asvd_2``. k1 = 1 is the outer method, k1 = 0 the plain SVD. At equal k the
+    weight error is at most, the calibration loss at least, that of the outer method (for ``asvd_1``).
+    """
+    first, second = split_rank(k, k1)
+    return outer.truncate(first) + leading(outer.residual(first), second)
+
+
+def nid(outer: Decomposition, k: int, *, k1: float = 0.95) -> LowRank:
+    """As ``nsvd`` with k2 columns of the residual times an interpolation matrix (NID-I, NID-II)."""
+    first, second = split_rank(k, k1)
+    residual = outer.residual(first)
+    if second == 0:
+        return outer.truncate(first)
+    columns, Z = interpolative_decomposition(residual.right, second)
+    return outer.truncate(first) + LowRank(residual.left @ residual.right[:, columns], Z)
+
+
+def interpolative_decomposition(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(columns, Z): A ≈ A[:, columns] Z with k columns of A, by QR with column pivoting; Z is the identity on them.
+
+    Columns beyond the numerical rank of A stand for themselves only.
+    """
+    _, R, order = qr(A.detach().cpu().double().numpy(), mode="economic", pivoting=True)
+    diagonal = np.abs(R.diagonal())
+    r = min(k, int((diagonal > max(A.shape) * np.finfo(float).eps * diagonal[0]).sum()))
+    Z = np.zeros((k, A.shape[1]))
+    Z[np.arange(k), order[:k]] = 1
+    Z[:r, order[k:]] = solve_triangular(R[:r, :r], R[:r, k:])
+    columns = torch.from_numpy(order[:k].astype(np.int64))
+    return columns.to(A.device), torch.from_numpy(Z).to(A)

@@ -1,0 +1,172 @@
+"""Low-rank checkpoints: safetensors and a config.json, read by transformers itself once ``nsvd`` is imported.
+
+transformers' quantizer extension point is used: ``quantization_config`` in config.json names the compressed layers and
+their ranks, ``from_pretrained`` builds them before any weight is read. No pickle and no remote code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from nsvd.model.files import replacing
+from nsvd.model.layers import LowRankLinear
+
+FORMAT = 1
+METHOD = "nsvd"
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be read as what it says it is."""
+
+
+class LowRankConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed model: ``modules`` maps layer names to {"rank": k}."""
+
+    def __init__(self, modules: dict | None = None, format_version: int = FORMAT, **details):
+        details.pop("quant_method", None)
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.modules = dict(modules or {})
+        for name, value in details.items():  # method, ratio, options, …: kept, also when a later version adds some
+            setattr(self, name, value)
+
+
+class LowRankQuantizer(HfQuantizer):
+    """Builds the low-rank layers before the weights are read, and takes them out again on ``dequantize``."""
+
+    requires_calibration = True  # from_pretrained(dense, quantization_config=LowRankConfig()) is refused
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
+        modules = self.quantization_config.modules
+        if self.quantization_config.format_version > FORMAT:
+            raise CheckpointError(
+                f"checkpoint format {self.quantization_config.format_version} is newer than this nsvd reads ({FORMAT})"
+            )
+        for name, spec in modules.items():
+            try:
+                layer = model.get_submodule(name)
+            except AttributeError:
+                raise CheckpointError(f"config.json names a compressed layer {name}, which the model has not") from None
+            model.set_submodule(name, LowRankLinear.like(layer, spec["rank"]))
+        if checkpoint_files:
+            _check_shapes(model, modules, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model, **_):
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        for name in self.quantization_config.modules:
+            model.set_submodule(name, model.get_submodule(name).to_linear(dtype))
+        return model
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return True
+
+    @property
+    def is_qat_trainable(self):
+        return True
+
+    @property
+    def is_compileable(self):
+        return True
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module would register twice
+    register_quantization_config(METHOD)(LowRankConfig)
+    register_quantizer(METHOD)(LowRankQuantizer)
+
+
+def _check_shapes(model: nn.Module, modules: dict, files: list[str]) -> None:
+    """Without this an absent factor would be initialised at random, with a warning."""
+    stored = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors}
+    for name in modules:
+        for key, parameter in model.get_submodule(name).named_parameters(prefix=name):
+            if stored.get(key) != tuple(parameter.shape):
+                found = f"has shape {stored[key]}" if key in stored else "is missing"
+                raise CheckpointError(f"checkpoint: factor {key} {found}, expected {tuple(parameter.shape)}")
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether the model holds low-rank layers of ours."""
+    return any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+def mark_compressed(model: nn.Module, modules: dict[str, dict], **details) -> None:
+    """Let transformers know, so that ``save_pretrained`` writes and ``dequantize`` finds the low-rank layers."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    quantizer = LowRankQuantizer(LowRankConfig(modules, **details), pre_quantized=True)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    model.is_quantized, model.quantization_method = True, METHOD
+
+
+def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict | None = None) -> None:
+    """Write model and tokenizer as a folder that ``load`` and, after ``import nsvd``, ``from_pretrained`` read.
+
+    The folder appears when everything is written; an existing one is replaced whole. ``report`` is put beside the weights as
+    ``nsvd_report.json``.
+    """
+    if Path(folder).is_file():
+        raise FileExistsError(f"{folder} is a file; a checkpoint is a folder")
+    with replacing(folder) as part, _quiet():
+        model.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        if report is not None:
+            (part / "nsvd_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto"):
+    """(model, tokenizer) from a local folder or hub name, in evaluation mode.
+
+    ``dtype="auto"`` keeps the stored one; ``device="auto"`` takes the GPU where there is one.
+
+    Raises:
+        CheckpointError: if a tensor is missing, misshaped or unreadable.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: a weight file is damaged ({error})") from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors missing or misshaped, first {missing[0]}")
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+class _quiet:
+    """transformers' loading report and progress bar off; what matters is raised."""
+
+    def __enter__(self):
+        from transformers.utils import logging as hf
+
+        self.level, self.bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
+        hf.set_verbosity(logging.ERROR)
+        hf.disable_progress_bar()
+
+    def __exit__(self, *_):
+        from transformers.utils import logging as hf
+
+        hf.set_verbosity(self.level)
+        if self.bar:
+            hf.enable_progress_bar()

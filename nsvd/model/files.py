@@ -1,0 +1,40 @@
+"""Write under a temporary name, move into place when whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(target: str | Path) -> Iterator[Path]:
+    """Give a fresh path beside ``target`` to write a file or a folder to; rename it to ``target`` on success.
+
+    When the block raises, what was written is removed and ``target`` stays as it was. An existing target folder is
+    exchanged, not merged.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    _remove(part)
+    try:
+        yield part
+        if target.is_dir():
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(old)
+            part.rename(target)
+            shutil.rmtree(old)
+        else:
+            part.replace(target)
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,25 @@
+"""Look at the inputs of named layers while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def watch_inputs(model: nn.Module, names: Iterable[str], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``observe(name, x)`` with the input x (…, d_in) of each named layer, while in the context.
+
+    Every hook is removed on exit, also when the forward pass raises.
+    """
+
+    def hook_for(name: str) -> Callable:
+        return lambda _module, args: observe(name, args[0].detach())
+
+    with ExitStack() as stack:
+        for name in names:
+            handle = model.get_submodule(name).register_forward_pre_hook(hook_for(name))
+            stack.callback(handle.remove)
+        yield

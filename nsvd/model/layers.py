@@ -1,0 +1,91 @@
+"""Which layers are compressed, and what stands in their place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nsvd.linalg import LowRank
+
+
+class LowRankLinear(nn.Module):
+    """y = left (right x) + bias, as two ``nn.Linear`` children: ``down`` holds right (k, d_in), ``up`` left (d_out, k).
+
+    Children rather than bare parameters, so that adapters, device maps and anything else that looks for ``nn.Linear``
+    finds them. In a state dict: ``<name>.down.weight``, ``<name>.up.weight``, ``<name>.up.bias``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, *, device=None, dtype=None):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def like(cls, layer: nn.Linear, rank: int) -> LowRankLinear:
+        """An empty low-rank layer of the same sizes, bias, device and dtype."""
+        weight = layer.weight
+        return cls(
+            layer.in_features,
+            layer.out_features,
+            rank,
+            layer.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def from_factors(cls, layer: nn.Linear, factors: LowRank) -> LowRankLinear:
+        """The layer with its weight replaced by the factors, its bias kept."""
+        new = cls.like(layer, factors.rank).requires_grad_(layer.weight.requires_grad)
+        new.down.weight.copy_(factors.right)
+        new.up.weight.copy_(factors.left)
+        if layer.bias is not None:
+            new.up.bias.copy_(layer.bias)
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+    @torch.no_grad()
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The dense layer that computes the same."""
+        left, right = self.up.weight, self.down.weight
+        weight = (left.float() @ right.float()).to(dtype or left.dtype)
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.up.bias is not None, device=left.device, dtype=weight.dtype
+        )
+        dense.weight.copy_(weight)
+        if self.up.bias is not None:
+            dense.bias.copy_(self.up.bias)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.rank} -> {self.out_features}"
+
+
+def targets(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that are compressed, by dotted name: every ``nn.Linear`` but the output embedding.
+
+    Raises:
+        ValueError: if there is none; the message names what the model has instead.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inside = {id(part) for m in model.modules() if isinstance(m, LowRankLinear) for part in m.children()}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and id(module) not in inside
+    }
+    if not found:
+        kinds = {type(m).__name__ for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor)}
+        if "Conv1D" in kinds:
+            raise ValueError(
+                f"{type(model).__name__} keeps its weights in Conv1D layers (as GPT-2 does), which are not supported; "
+                "only nn.Linear layers are compressed"
+            )
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear layer left to compress (it has {', '.join(sorted(kinds))})"
+        )
+    return found

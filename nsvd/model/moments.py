@@ -1,0 +1,161 @@
+"""Second moments and mean absolute values of every layer's inputs, in one pass over the calibration text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.linalg import Moments
+from nsvd.model.files import replacing
+from nsvd.model.hooks import watch_inputs
+from nsvd.model.layers import targets
+
+
+class RunningMoments:
+    """Sums of x xᵀ and |x| over tokens, in float64 on the device where the inputs are."""
+
+    def __init__(self) -> None:
+        self.n, self.outer, self.absolute = 0, None, None
+
+    def add(self, x: Tensor) -> None:
+        """Take in inputs x (…, d_in)."""
+        x = x.reshape(-1, x.shape[-1]).double()
+        if self.outer is None:
+            self.outer, self.absolute = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])
+        self.outer.addmm_(x.mT, x)
+        self.absolute += x.abs().sum(0)
+        self.n += len(x)
+
+    def result(self) -> Moments:
+        """Averages per token, on the CPU."""
+        return Moments((self.outer / self.n).cpu(), (self.absolute / self.n).cpu(), self.n)
+
+
+@dataclass(frozen=True)
+class Statistics(Mapping[str, Moments]):
+    """The moments of every layer's inputs: a mapping from layer name, in forward order.
+
+    Layers that read one and the same input (queries, keys and values, say) share one entry of ``moments``;
+    ``inputs`` says which, by the name of the first layer that reads it. ``origin`` tells what was measured.
+    """
+
+    moments: dict[str, Moments]
+    inputs: dict[str, str]
+    origin: dict = field(default_factory=dict)
+
+    def __getitem__(self, layer: str) -> Moments:
+        if layer not in self.inputs:
+            raise KeyError(
+                f"the statistics hold no layer {layer!r}; they were taken from {self.origin.get('model', '?')}"
+            )
+        return self.moments[self.inputs[layer]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to one safetensors file."""
+        tensors = {f"{name}.G": m.G.contiguous() for name, m in self.moments.items()}
+        tensors |= {f"{name}.mean_abs": m.mean_abs.contiguous() for name, m in self.moments.items()}
+        about = {"inputs": self.inputs, "n": {name: m.n for name, m in self.moments.items()}, "origin": self.origin}
+        with replacing(file) as part:
+            save_file(tensors, part, metadata={"nsvd_statistics": json.dumps(about)})
+
+    @classmethod
+    def load(cls, file: str | Path) -> Statistics:
+        """Read what ``save`` wrote; raises ``ValueError`` for anything else."""
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no statistics file {file}")
+        try:
+            with safe_open(file, "pt") as stored:
+                about = json.loads(stored.metadata()["nsvd_statistics"])
+                moments = {
+                    name: Moments(stored.get_tensor(f"{name}.G"), stored.get_tensor(f"{name}.mean_abs"), n)
+                    for name, n in about["n"].items()
+                }
+        except (SafetensorError, TypeError, KeyError) as error:
+            raise ValueError(f"{file} is not a statistics file: {error}") from error
+        return cls(moments, about["inputs"], about["origin"])
+
+
+@torch.no_grad()
+def shared_inputs(model: nn.Module, names: Iterable[str], ids: Tensor) -> dict[str, str]:
+    """For each layer the first layer, in forward order, that reads the same input tensor.
+
+    Found by watching which tensor arrives during one short pass; no architecture is known by name.
+    """
+    seen: list[tuple[str, Tensor, int]] = []
+    first: dict[str, str] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        for leader, other, version in seen:
+            if x.data_ptr() == other.data_ptr() and x.shape == other.shape and x._version == version == other._version:
+                first.setdefault(name, leader)
+                return
+        seen.append((name, x, x._version))  # held until the pass is over, so that no address is used twice
+        first.setdefault(name, name)
+
+    with watch_inputs(model, names, observe):
+        _forward(model, ids)
+    return first
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, windows: Tensor, *, layers: Iterable[str] | None = None, batch: int = 8, progress: bool = False
+) -> Statistics:
+    """Moments of the inputs of every target layer over the token ids ``windows`` (count, length).
+
+    One pass without the output head, float64 sums, one matrix for each distinct input.
+
+    Raises:
+        ValueError: if ``windows`` is empty, or a layer never runs.
+        FloatingPointError: if an input holds NaN or Inf; the first such layer is named.
+    """
+    if windows.ndim != 2 or windows.numel() == 0:
+        raise ValueError(
+            f"calibration windows must be a (count, length) tensor of token ids, not {tuple(windows.shape)}"
+        )
+    names = list(targets(model) if layers is None else layers)
+    inputs = shared_inputs(model, names, windows[:1, :8])
+    silent = [name for name in names if name not in inputs]
+    if silent:
+        raise ValueError(
+            f"{len(silent)} of {len(names)} layers saw no input, first {silent[0]}; leave them out of `layers`"
+        )
+    running = {name: RunningMoments() for name in dict.fromkeys(inputs.values())}
+    with watch_inputs(model, running, lambda name, x: running[name].add(x)):
+        for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
+            _forward(model, ids)
+    for name, sums in running.items():
+        if not sums.outer.isfinite().all():
+            raise FloatingPointError(f"the input of layer {name} holds NaN or Inf on the calibration text")
+    origin = {
+        "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+        "windows": list(windows.shape),
+        "sha256": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()[:16],
+    }
+    return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin)
+
+
+def _forward(model: nn.Module, ids: Tensor) -> None:
+    """Run the model's body, without the output head."""
+    body = getattr(model, "base_model", model)
+    training = model.training
+    model.eval()
+    try:
+        body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        model.train(training)
