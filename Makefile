@@ -15,7 +15,7 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	touch $@
 
 workbook: $(VENV)/ready ## run every notebook on the embedded model and corpora
-	HF_HUB_OFFLINE=1 $(BIN)/nsvd run all --jobs $(JOBS)
+	HF_HUB_OFFLINE=1 $(BIN)/nsvd run all --jobs $(JOBS) -p fresh true
 	@echo "executed notebooks: notebooks/executed   figures: figures   numbers: data/results"
 
 test: $(VENV)/ready ## lint and test

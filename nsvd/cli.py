@@ -28,7 +28,10 @@ def run(chosen: argparse.Namespace) -> int:
 
     from nsvd.lab import workbook
 
-    parameters = {name: yaml.safe_load(value) for name, value in chosen.parameter}
+    try:
+        parameters = {name: yaml.safe_load(value) for name, value in chosen.parameter}
+    except yaml.YAMLError as error:
+        raise ValueError(f"-p: a value is not YAML: {error}") from error
     outcomes = workbook.run(
         chosen.notebooks or ["all"], parameters, preset=chosen.preset, out=chosen.out, jobs=chosen.jobs,
         shard=chosen.shard, progress=sys.stderr.isatty(),
@@ -49,7 +52,7 @@ def compress(chosen: argparse.Namespace) -> None:
     method.resolve(options)
     if not 0 <= chosen.ratio < 1:
         raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
-    _writable(chosen.out)
+    _writable(chosen.out, folder=True)
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
     stats = None
@@ -105,6 +108,9 @@ def evaluate(chosen: argparse.Namespace) -> None:
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     if chosen.json:
+        rows = [
+            {key: None if value != value else value for key, value in row.items()} for row in rows
+        ]  # JSON has no NaN
         with nsvd.replacing(chosen.json) as part:
             part.write_text(json.dumps({"results": rows, "origin": origin()}, indent=1) + "\n", encoding="utf-8")
 
@@ -130,8 +136,10 @@ def info(chosen: argparse.Namespace) -> None:
             print(f"  {name}: {module.out_features} × {module.in_features}, rank {module.rank}")
 
 
-def _writable(target: str) -> None:
-    """Raise before any work is done if a file or folder cannot be put there."""
+def _writable(target: str, *, folder: bool = False) -> None:
+    """Raise before any work is done if a file (or folder) cannot be put there."""
+    if Path(target).exists() and Path(target).is_dir() != folder:
+        raise OSError(f"cannot write {target}: there is a {'file' if folder else 'folder'} of that name")
     parent = Path(target).absolute().parent
     while not parent.exists():
         parent = parent.parent

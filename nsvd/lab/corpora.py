@@ -7,9 +7,9 @@ A name is an embedded corpus (``mini/encyclopedia``), one of the paper's eight f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -22,32 +22,52 @@ EMBEDDED = tuple(f"mini/{role}" for role in ROLES)
 MAX_LENGTH, MAX_CALIBRATION = 2048, 256  # window length and count where none is asked for
 
 
+Rows = Iterable[dict]
+
+
 @dataclass(frozen=True)
 class HubCorpus:
-    """How one of the paper's data sets is read from the hub: arguments of ``load_dataset``, and a row's text."""
+    """How one of the paper's data sets is read from the hub: arguments of ``load_dataset``, and rows made documents.
+
+    The paper does not say which fields it joins; ``read`` is our reading of it. Sets that come with a loading script are taken
+    from the hub's own conversion to parquet, so that no remote code runs.
+    """
 
     arguments: dict
-    text: Callable[[dict], str]
+    read: Callable[[Rows], Iterable[str]]
     splits: dict[str, str] = field(default_factory=lambda: {"calibration": "train", "test": "test"})
-    limit: int | None = None  # documents read from a split
+    limit: int | None = None  # rows read from a split
 
 
-def _instruction(row: dict) -> str:
-    return f"{row['instruction']}\n{row['output']}"
+def _field(name: str) -> Callable[[Rows], Iterable[str]]:
+    return lambda rows: (row[name] for row in rows)
 
 
-def _mctest(row: dict) -> str:
-    options = row["answer_options"]
-    return f"{row['story']}\n{row['question']}\n" + "\n".join(f"{letter}) {options[letter]}" for letter in "ABCD")
+def _instructions(rows: Rows) -> Iterable[str]:
+    return (f"{row['instruction']}\n{row['output']}" for row in rows)
 
 
-def _cmrc(row: dict) -> str:
-    return f"{row['context']}\n{row['question']}\n{row['answers']['text'][0]}"
+def _mctest(rows: Rows) -> Iterable[str]:
+    """A story once, then its questions, each with the four answers to choose from."""
+    for story, group in groupby(rows, lambda row: row["story"]):
+        lines = [story]
+        for row in group:
+            lines += [row["question"], *(f"{letter}) {row['answer_options'][letter]}" for letter in "ABCD")]
+        yield "\n".join(lines)
+
+
+def _cmrc(rows: Rows) -> Iterable[str]:
+    """A passage once, then its questions, each with its first answer."""
+    for context, group in groupby(rows, lambda row: row["context"]):
+        yield "\n".join([context, *(line for row in group for line in (row["question"], row["answers"]["text"][0]))])
 
 
 HUB: dict[str, HubCorpus] = {
-    "wikitext2": HubCorpus({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}, lambda row: row["text"]),
-    "ptb": HubCorpus({"path": "FALcon6/ptb_text_only", "name": "penn_treebank"}, lambda row: row["sentence"]),
+    "wikitext2": HubCorpus({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}, _field("text")),
+    "ptb": HubCorpus(
+        {"path": "ptb-text-only/ptb_text_only", "name": "penn_treebank", "revision": "refs/convert/parquet"},
+        _field("sentence"),
+    ),
     "c4": HubCorpus(
         {
             "path": "allenai/c4",
@@ -56,19 +76,19 @@ HUB: dict[str, HubCorpus] = {
                 "validation": "en/c4-validation.00000-of-00008.json.gz",
             },
         },
-        lambda row: row["text"],
+        _field("text"),
         {"calibration": "train", "test": "validation"},
         limit=2000,
     ),
-    "snips": HubCorpus({"path": "benayas/snips"}, lambda row: row["text"]),
+    "snips": HubCorpus({"path": "benayas/snips"}, _field("text")),
     "alpaca_eval": HubCorpus(
         {"path": "json", "data_files": "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"},
-        _instruction,
+        _instructions,
         {"test": "train"},
     ),
-    "mctest": HubCorpus({"path": "sagnikrayc/mctest", "name": "mc500"}, _mctest),
+    "mctest": HubCorpus({"path": "sagnikrayc/mctest", "name": "mc500", "revision": "refs/convert/parquet"}, _mctest),
     "cmrc2018": HubCorpus({"path": "hfl/cmrc2018"}, _cmrc),
-    "alpaca_eval_ja": HubCorpus({"path": "junsashihara/alpaca_eval_ja"}, _instruction, {"test": "train"}),
+    "alpaca_eval_ja": HubCorpus({"path": "junsashihara/alpaca_eval_ja"}, _instructions, {"test": "train"}),
 }
 
 
@@ -114,16 +134,18 @@ def windows(
     length = min(tokenizer.model_max_length, MAX_LENGTH) if length is None else length
     if length < 2:
         raise ValueError(f"a window needs 2 tokens at least, not {length}")
+    if count is not None and count < 1:
+        raise ValueError(f"{count} windows asked for; 1 is the least")
     texts = documents(name, split)
     ids = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
-    generator = torch.Generator().manual_seed(seed)
+    generator, tokens = torch.Generator().manual_seed(seed), len(ids)
     if split == "calibration":
         ids = ids[torch.randint(len(ids) % length + 1, (1,), generator=generator) :]
     cut = ids[: len(ids) // length * length].view(-1, length)
     if len(cut) < (count or 1):
         asked = f"{count} windows" if count else "one window"
         raise ValueError(
-            f"corpus {name} ({split}) is too short: {len(ids)} tokens give {len(cut)} of {asked} of {length}"
+            f"corpus {name} ({split}) is too short: {tokens} tokens give {len(cut)} of {asked} of {length}"
         )
     if split == "test" and count is None:
         return cut
@@ -140,9 +162,12 @@ def _file(file: Path, name: str) -> list[str]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                texts.append(json.loads(line)["text"])
+                text = json.loads(line)["text"]
             except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f'{file}, line {number}: expected {{"text": …}}') from None
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{file}, line {number}: expected {{"text": …}}')
+            texts.append(text)
     return texts
 
 
@@ -158,4 +183,4 @@ def _hub(name: str, split: str) -> list[str]:
         raise FileNotFoundError(
             f"corpus {name} could not be had from the hub; use an embedded one ({', '.join(EMBEDDED)}) or a file"
         ) from error
-    return [corpus.text(row) for row in islice(rows, corpus.limit)]
+    return list(corpus.read(islice(rows, corpus.limit)))

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 PALETTE = {
     "svd": "#8c8c8c",
@@ -41,6 +43,16 @@ def style() -> None:
             "svg.hashsalt": "nsvd",
         }
     )
+
+
+def log_scale(axes: Axes, *which: str, subs: tuple[float, ...] = (1, 2, 5)) -> None:
+    """Logarithmic ``x`` and ``y`` axes labelled with plain numbers at ``subs`` times the powers of ten."""
+    for name in which:
+        axes.set(**{f"{name}scale": "log"})
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, name: str, out: str | Path) -> None:

@@ -32,26 +32,32 @@ def origin() -> dict[str, str]:
 class Records:
     """A file of results, one JSON line each, found again by their parameters.
 
-    A record made by other code than today's does not count as found, and is replaced when it is measured again.
+    A record made by other code than today's does not count as found, nor, with ``fresh``, one made before; it is
+    replaced when it is measured again.
     """
 
-    def __init__(self, file: str | Path):
-        self.file, self._rows = Path(file), {}
+    def __init__(self, file: str | Path, *, fresh: bool = False):
+        self.file, self._rows, self._stale = Path(file), {}, set()
         if self.file.exists():
             for line in self.file.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                self._rows[_key(row["parameters"])] = row
+                key = _key(row["parameters"])
+                self._rows[key] = row
+                if fresh or row["origin"].get("code") != origin()["code"]:
+                    self._stale.add(key)
 
     def find(self, **parameters) -> dict | None:
         """The numbers recorded for exactly these parameters by today's code, or None."""
-        row = self._rows.get(_key(parameters))
-        return row["numbers"] if row and row["origin"].get("code") == origin()["code"] else None
+        key = _key(parameters)
+        return None if key in self._stale or key not in self._rows else self._rows[key]["numbers"]
 
     def add(self, parameters: dict, numbers: dict) -> dict:
         """Write a record, in place of an older one of the same parameters; returns the numbers."""
         row = {"parameters": parameters, "numbers": numbers, "origin": origin()}
-        known = _key(parameters) in self._rows
-        self._rows[_key(parameters)] = row
+        key = _key(parameters)
+        known = key in self._rows
+        self._rows[key] = row
+        self._stale.discard(key)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if known:
             with replacing(self.file) as part:
@@ -62,9 +68,9 @@ class Records:
         return row["numbers"]
 
     def frame(self) -> pd.DataFrame:
-        """All records of today's code, a column for every parameter and number."""
-        current = [row for row in self._rows.values() if row["origin"].get("code") == origin()["code"]]
-        return pd.DataFrame([row["parameters"] | row["numbers"] for row in current])
+        """All records that count as found, a column for every parameter and number."""
+        rows = (row for key, row in self._rows.items() if key not in self._stale)
+        return pd.DataFrame([row["parameters"] | row["numbers"] for row in rows])
 
 
 def _key(parameters: dict) -> str:

@@ -168,12 +168,13 @@ def save_checkpoint(file: Path, model, opts, step: int, seconds: float) -> None:
 
 def load_checkpoint(file: Path, model, opts) -> tuple[int, float]:
     with safe_open(file, "pt") as stored:
+        keys = stored.keys()  # safe_open itself cannot be iterated
         with torch.no_grad():
             for n, p in model.named_parameters():
                 p.copy_(stored.get_tensor(f"model.{n}"))
         for i, opt in enumerate(opts):
             state: dict = {}
-            for key in stored:
+            for key in keys:
                 if key.startswith(f"opt.{i}."):
                     _, _, j, name = key.split(".")
                     state.setdefault(int(j), {})[name] = stored.get_tensor(key)

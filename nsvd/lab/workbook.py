@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from tqdm.auto import tqdm
 
 from nsvd.lab.paths import checkout
@@ -74,6 +75,8 @@ def run(
     i, n = shard
     if not 1 <= i <= n:
         raise ValueError(f"shard {i}/{n}: expected i/n with i from 1 to n")
+    if jobs < 1:
+        raise ValueError(f"{jobs} jobs: 1 is the least")
     folder = Path(out) if out is not None else checkout() / "notebooks" / "executed"
     folder.mkdir(parents=True, exist_ok=True)
     if jobs > 1:
@@ -94,11 +97,13 @@ def _execute(source: Path, parameters: dict, folder: Path) -> Outcome:
         ran = Path(scratch) / source.name
         try:
             papermill.execute_notebook(
-                str(source), str(ran), parameters, cwd=str(checkout()), progress_bar=False, log_output=False,
-                kernel_name="python3", request_save_on_cell_execute=False,
+                str(source), str(ran), parameters, progress_bar=False, log_output=False, kernel_name="python3",
+                resources={"metadata": {"path": str(checkout())}},  # papermill's own cwd= moves all threads
             )  # fmt: skip
         except papermill.PapermillExecutionError as problem:
             error = f"{source.name}, cell {problem.exec_count}: {problem.ename}: {problem.evalue}"
+        except DeadKernelError as problem:  # killed for memory, say
+            error = f"{source.name}: {problem}"
         notebook = _clean(nbformat.read(ran, as_version=4), parameters)
     failed.unlink(missing_ok=True)
     with replacing(failed if error else target) as part:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsvd.linalg.factors import LowRank
-from nsvd.linalg.whiteners import Whitener
+from nsvd.linalg.whiteners import Whitener, check_semidefinite
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Decomposition:
 
     def truncate(self, k: int) -> LowRank:
         """The rank-k approximation U_k · right_k; k from 0 (the zero matrix) to min(d_out, d_in)."""
-        if not 0 <= k <= len(self.s):
-            shape = (self.U.shape[0], self.right.shape[1])
-            raise ValueError(f"rank {k} of a {shape[0]} × {shape[1]} matrix: expected 0 to {len(self.s)}")
+        self.check_rank(k)
         return LowRank(self.U[:, :k], self.right[:k])
 
     def residual(self, k: int) -> LowRank:
@@ -45,6 +43,12 @@ class Decomposition:
         if self.right is self.coords:
             return LowRank(self.U[:, k:], self.coords[k:])
         return LowRank(self.U, torch.cat([self.coords[:k] - self.right[:k], self.coords[k:]]))
+
+    def check_rank(self, k: int) -> None:
+        """Raise ``ValueError`` unless k is the rank of some approximation of W, 0 to min(d_out, d_in)."""
+        if not 0 <= k <= len(self.s):
+            shape = (self.U.shape[0], self.right.shape[1])
+            raise ValueError(f"rank {k} of a {shape[0]} × {shape[1]} matrix: expected 0 to {len(self.s)}")
 
     def to(self, *args, **kwargs) -> Decomposition:
         """All tensors moved or cast as ``Tensor.to`` does."""
@@ -64,12 +68,12 @@ def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None) -> Deco
     Q, core = _smaller_side(W)
     weighted = core if M is None else core * M if M.ndim == 1 else core @ M
     eigenvalues, V = torch.linalg.eigh(_symmetric(weighted @ core.mT))
+    check_semidefinite("W M Wᵀ", eigenvalues)
     eigenvalues, V = eigenvalues.flip(0), V.flip(1)
-    tolerance = 1e3 * len(eigenvalues) * torch.finfo(W.dtype).eps * eigenvalues[0].abs()
-    if eigenvalues[-1] < -tolerance:
-        raise torch.linalg.LinAlgError(
-            f"the metric is not positive semidefinite: W M Wᵀ has eigenvalues from {eigenvalues[-1]:.3g} to {eigenvalues[0]:.3g}"
-        )
+    seen = int((eigenvalues > max(W.shape) * torch.finfo(W.dtype).eps * eigenvalues[0]).sum())
+    if seen < len(eigenvalues):  # where M is blind, W Wᵀ gives the order, as a vanishing ridge would
+        blind = V[:, seen:]
+        V = torch.cat([V[:, :seen], leading(LowRank(blind, blind.mT @ core), len(eigenvalues) - seen).left], dim=1)
     coords = V.mT @ core
     return Decomposition(_times(Q, V), eigenvalues.clamp(min=0).sqrt(), coords, coords)
 

@@ -99,7 +99,8 @@ def decompose(
         options: the method's own (``k1``, ``alpha``, ``mu``).
 
     Raises:
-        ValueError: unknown method or option, wrong shape, rank out of range, NaN or Inf in W or G.
+        ValueError: unknown method or option, wrong shape, rank out of range, NaN or Inf in W, G or mean_abs.
+        torch.linalg.LinAlgError: G is clearly not positive semidefinite.
     """
     chosen = by_name(method)
     check_finite("W", W)
@@ -110,6 +111,10 @@ def decompose(
         if G.shape != (W.shape[1], W.shape[1]):
             raise ValueError(f"G is {tuple(G.shape)}, but W has {W.shape[1]} input channels")
         check_finite("G", G)
+        if mean_abs is not None:
+            if mean_abs.shape != (W.shape[1],):
+                raise ValueError(f"mean_abs is {tuple(mean_abs.shape)}, but W has {W.shape[1]} input channels")
+            check_finite("mean_abs", mean_abs)
         moments = Moments(G.double(), None if mean_abs is None else mean_abs.double())
     return chosen(W.double(), moments, k, **options).to(W.dtype)
 

@@ -24,18 +24,23 @@ def nsvd(outer: Decomposition, k: int, *, k1: float = 0.95) -> LowRank:
     NSVD-I with ``outer = asvd_1(…)``, NSVD-II with ``asvd_2``. k1 = 1 is the outer method, k1 = 0 the plain SVD. At equal k the
     weight error is at most, the calibration loss at least, that of the outer method (for ``asvd_1``).
     """
-    first, second = split_rank(k, k1)
+    first, second = _steps(outer, k, k1)
     return outer.truncate(first) + leading(outer.residual(first), second)
 
 
 def nid(outer: Decomposition, k: int, *, k1: float = 0.95) -> LowRank:
     """As ``nsvd`` with k2 columns of the residual times an interpolation matrix (NID-I, NID-II)."""
-    first, second = split_rank(k, k1)
+    first, second = _steps(outer, k, k1)
     residual = outer.residual(first)
     if second == 0:
         return outer.truncate(first)
     columns, Z = interpolative_decomposition(residual.right, second)
     return outer.truncate(first) + LowRank(residual.left @ residual.right[:, columns], Z)
+
+
+def _steps(outer: Decomposition, k: int, k1: float) -> tuple[int, int]:
+    outer.check_rank(k)  # with a small k1, k may exceed what W has although k1 · k does not
+    return split_rank(k, k1)
 
 
 def interpolative_decomposition(A: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,11 @@ def cholesky(G: Float[Tensor, "d d"], *, jitter: float = 0.0) -> Cholesky:
 
 
 def spectral(G: Float[Tensor, "d d"]) -> Spectral:
-    """S = P Λ^{1/2} for G = P Λ Pᵀ; eigenvalues up to d · eps · λ_max count as zero, so G may be singular."""
+    """S = P Λ^{1/2} for G = P Λ Pᵀ; eigenvalues up to d · eps · λ_max count as zero, so G may be singular.
+
+    Raises:
+        torch.linalg.LinAlgError: if G has a clearly negative eigenvalue.
+    """
     P, eigenvalues = _eigenbasis(G)
     seen = eigenvalues > len(G) * torch.finfo(G.dtype).eps * eigenvalues.max()
     return Spectral(P, torch.where(seen, eigenvalues, torch.zeros_like(eigenvalues)).sqrt())
@@ -94,6 +98,15 @@ def scaled_rotation(G: Float[Tensor, "d d"]) -> Spectral:
     return Spectral(P, eigenvalues.max().sqrt().expand(len(G)))
 
 
+def check_semidefinite(name: str, eigenvalues: Float[Tensor, " d"]) -> None:
+    """Raise ``LinAlgError`` if a symmetric matrix with these eigenvalues, ascending, has a clearly negative one."""
+    tolerance = 1e3 * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues.abs().max()
+    if eigenvalues[0] < -tolerance:
+        spectrum = f"from {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}"
+        raise torch.linalg.LinAlgError(f"{name} is not positive semidefinite: its eigenvalues go {spectrum}")
+
+
 def _eigenbasis(G: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues, P = torch.linalg.eigh(G)
+    check_semidefinite("G", eigenvalues)
     return P, eigenvalues

@@ -52,21 +52,23 @@ class LowRankQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"checkpoint format {self.quantization_config.format_version} is newer than this nsvd reads ({FORMAT})"
             )
+        layers = dict(model.named_modules())
         for name, spec in modules.items():
-            try:
-                layer = model.get_submodule(name)
-            except AttributeError:
-                raise CheckpointError(f"config.json names a compressed layer {name}, which the model has not") from None
-            model.set_submodule(name, LowRankLinear.like(layer, spec["rank"]))
+            layer, rank = layers.get(name), spec.get("rank")
+            if not isinstance(layer, nn.Linear):
+                raise CheckpointError(f"config.json names a compressed layer {name}, which the model has not")
+            if not isinstance(rank, int) or rank < 1:
+                raise CheckpointError(f"config.json gives layer {name} the rank {rank}")
+            model.set_submodule(name, LowRankLinear.like(layer, rank))
         if checkpoint_files:
             _check_shapes(model, modules, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model, **_):
         return model
 
-    def _dequantize(self, model, dtype=None):
+    def _dequantize(self, model, dtype=None):  # the factors keep their dtype, as all other parameters do
         for name in self.quantization_config.modules:
-            model.set_submodule(name, model.get_submodule(name).to_linear(dtype))
+            model.set_submodule(name, model.get_submodule(name).to_linear())
         return model
 
     def is_serializable(self):
@@ -95,7 +97,8 @@ def _check_shapes(model: nn.Module, modules: dict, files: list[str]) -> None:
     stored = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors}
+            keys = tensors.keys()  # safe_open itself cannot be iterated
+            stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
     for name in modules:
         for key, parameter in model.get_submodule(name).named_parameters(prefix=name):
             if stored.get(key) != tuple(parameter.shape):
@@ -141,14 +144,23 @@ def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto"):
 
     Raises:
         CheckpointError: if a tensor is missing, misshaped or unreadable.
+        ValueError: if there is no such dtype or device.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16, …")
+    try:
+        with _quiet():  # a misshaped tensor is reported in ``info``, and raised below
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: a weight file is damaged ({error})") from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors missing or misshaped, first {missing[0]}")
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)

@@ -55,7 +55,8 @@ def prepare(
     step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. Computed in float64 on the layer's device, kept in memory.
     """
     chosen, layers = by_name(method), targets(model)
-    _check(layers, stats, chosen)
+    _check_weights(layers)
+    _check_statistics(layers, stats, chosen)
     bars = tqdm(layers.items(), "decompose", disable=not progress, leave=False)
     return {name: _prepare_layer(layer, name, stats, chosen, options) for name, layer in bars}
 
@@ -99,10 +100,11 @@ def compress_(
         raise ValueError("this model is compressed already; dequantize() it first")
     layers, clock = targets(model), _Clock()
     wanted = _uniform(layers, ratio) if ranks is None else _given(layers, ranks)
+    _check_weights(layers)
     if stats is None and windows is not None and chosen.needs_moments:
         stats = calibrate(model, windows, progress=progress)
         clock.lap("calibrate")
-    _check(layers, stats, chosen)
+    _check_statistics({name: layers[name] for name in wanted}, stats, chosen)
 
     rows, factors = [], {}
     for name, layer in tqdm(layers.items(), "compress", disable=not progress, leave=False):
@@ -147,15 +149,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check(layers: dict[str, nn.Linear], stats: Statistics | None, method: Method) -> None:
+def _check_weights(layers: dict[str, nn.Linear]) -> None:
     for name, layer in layers.items():
         check_finite(f"the weight of layer {name}", layer.weight)
-        if not method.needs_moments:
-            continue
-        if stats is None:
-            raise ValueError(
-                f"{method.label} needs statistics: pass stats= from calibrate(), or windows= to calibrate on"
-            )
+
+
+def _check_statistics(layers: dict[str, nn.Linear], stats: Statistics | None, method: Method) -> None:
+    if not method.needs_moments:
+        return
+    if stats is None:
+        raise ValueError(f"{method.label} needs statistics: pass stats= from calibrate(), or windows= to calibrate on")
+    for name, layer in layers.items():
         if name not in stats:
             raise ValueError(f"the statistics hold no layer {name}; were they taken from another model?")
         if len(stats[name].G) != layer.in_features:

@@ -22,6 +22,8 @@ def replacing(target: str | Path) -> Iterator[Path]:
     _remove(part)
     try:
         yield part
+        if target.is_dir() and not part.is_dir():
+            raise IsADirectoryError(f"{target} is a folder; a file was to be written there")
         if target.is_dir():
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             target.rename(old)

@@ -49,16 +49,14 @@ class LowRankLinear(nn.Module):
         return self.up(self.down(x))
 
     @torch.no_grad()
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """The dense layer that computes the same."""
-        left, right = self.up.weight, self.down.weight
-        weight = (left.float() @ right.float()).to(dtype or left.dtype)
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.up.bias is not None, device=left.device, dtype=weight.dtype
-        )
-        dense.weight.copy_(weight)
-        if self.up.bias is not None:
-            dense.bias.copy_(self.up.bias)
+    def to_linear(self) -> nn.Linear:
+        """The dense layer that computes the same, multiplied out in float32 at least and stored in the factors' dtype."""
+        left, right, bias = self.up.weight, self.down.weight, self.up.bias
+        exact = torch.promote_types(left.dtype, torch.float32)
+        dense = nn.Linear(self.in_features, self.out_features, bias is not None, device=left.device, dtype=left.dtype)
+        dense.weight.copy_(left.to(exact) @ right.to(exact))
+        if bias is not None:
+            dense.bias.copy_(bias)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:

@@ -141,11 +141,13 @@ def calibrate(
             _forward(model, ids)
     for name, sums in running.items():
         if not sums.outer.isfinite().all():
-            raise FloatingPointError(f"the input of layer {name} holds NaN or Inf on the calibration text")
+            broken = [key for key, value in model.named_parameters() if not value.isfinite().all()]
+            cause = f"; so does the parameter {broken[0]}" if broken else ""
+            raise FloatingPointError(f"the input of layer {name} holds NaN or Inf on the calibration text{cause}")
     origin = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "windows": list(windows.shape),
-        "sha256": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()[:16],
+        "sha256": hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()[:16],
     }
     return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin)
 

@@ -1,0 +1,95 @@
+"""How activations of different texts differ, and what that does to a compressed layer; tables a row a layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from nsvd.linalg import Decomposition, from_metric, rank_for_ratio
+from nsvd.linalg.errors import calibration_loss, condition_number, effective_rank, principal_cosines
+from nsvd.model.layers import targets
+from nsvd.model.moments import Statistics
+
+
+def place(layer: str) -> dict[str, str | int]:
+    """Where a layer is: its name, block number (the first number in the name, −1 without) and kind (the last part)."""
+    number = re.search(r"\.(\d+)\.", layer)
+    return {"layer": layer, "block": int(number[1]) if number else -1, "kind": layer.rsplit(".", 1)[-1]}
+
+
+def input_shape(stats: Statistics) -> pd.DataFrame:
+    """For every distinct input: channel outliers and the spectrum of its second moment.
+
+    ``outlier`` is the largest channel's root mean square over the median channel's; ``effective_rank`` the exponential of the
+    entropy of √λ, ``condition`` λ_max / λ_min, ``top`` the share of tr G that lies in the largest eigenvalue.
+    """
+    rows = []
+    for name, moments in stats.moments.items():
+        rms = moments.G.diagonal().sqrt()
+        eigenvalues = torch.linalg.eigvalsh(moments.G).clamp(min=0)
+        rows.append(
+            place(name)
+            | {
+                "channels": len(rms),
+                "outlier": (rms.max() / rms.median()).item(),
+                "effective_rank": effective_rank(eigenvalues.sqrt()),
+                "condition": condition_number(moments.G),
+                "top": (eigenvalues[-1] / eigenvalues.sum()).item(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def similarity(calibration: Statistics, other: Statistics, *, k: float = 0.25) -> pd.DataFrame:
+    """How alike the inputs of every layer are on two texts.
+
+    ``mean_abs`` is the cosine between the vectors of mean absolute channel values (all that ASVD-0 sees), ``moment`` the cosine
+    between the second moments as vectors, tr(G G') / (‖G‖‖G'‖) (all that ASVD-I sees), and ``subspace`` the mean squared cosine
+    of the principal angles between the leading eigenspaces of k · d_in dimensions (k for two random ones).
+    """
+    rows = []
+    for name, ours in calibration.moments.items():
+        theirs = other[name]
+        size = max(1, round(k * len(ours.G)))
+        spaces = [torch.linalg.eigh(m.G).eigenvectors[:, -size:] for m in (ours, theirs)]
+        rows.append(
+            place(name)
+            | {
+                "mean_abs": torch.cosine_similarity(ours.mean_abs, theirs.mean_abs, dim=0).item(),
+                "moment": torch.cosine_similarity(ours.G.flatten(), theirs.G.flatten(), dim=0).item(),
+                "subspace": principal_cosines(*spaces).square().mean().item(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def transfer(
+    model: nn.Module, prepared: Mapping[str, Decomposition], texts: Mapping[str, Statistics], ratio: float
+) -> pd.DataFrame:
+    """What a compression learnt on one text costs on others: a row a layer and text.
+
+    ``error`` is ‖(W − Ŵ) X‖ / ‖W X‖ with Ŵ from ``prepared`` and X of the text, ``optimum`` the same for the best Ŵ of that rank
+    on the text itself.
+    """
+    rows = []
+    for name, layer in targets(model).items():
+        W = layer.weight.double().cpu()
+        k = rank_for_ratio(*W.shape, ratio)
+        chosen = prepared[name].truncate(k).dense().cpu()
+        for text, stats in texts.items():
+            G = stats[name].G
+            whole = calibration_loss(W, torch.zeros_like(W), G)
+            optimum = from_metric(W, G).s[k:].square().sum().item()
+            error = (calibration_loss(W, chosen, G) / whole) ** 0.5
+            rows.append(place(name) | {"text": text, "error": error, "optimum": (optimum / whole) ** 0.5})
+    return pd.DataFrame(rows)
+
+
+def singular_values(model: nn.Module) -> dict[str, Tensor]:
+    """σ(W) of every target layer, in float64."""
+    return {name: torch.linalg.svdvals(layer.weight.detach().double()) for name, layer in targets(model).items()}

@@ -1,0 +1,60 @@
+"""Tables of a sweep, laid out as in the NSVD paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from nsvd.lab.evaluation import average_improvement, paired_interval
+from nsvd.linalg import METHODS
+
+CELL = ["ratio", "method", "k1"]
+
+
+def label(method: str) -> str:
+    """The papers' spelling of a method name."""
+    return METHODS[method].label if method in METHODS else method
+
+
+def perplexities(frame: pd.DataFrame, corpora: Sequence[str]) -> pd.DataFrame:
+    """Perplexity, a row a (ratio, method, k1), a column a corpus in the order given."""
+    frame = frame if "k1" in frame else frame.assign(k1=float("nan"))
+    order = {method: i for i, method in enumerate(["dense", *METHODS])}
+    table = frame.pivot_table(index=CELL, columns="corpus", values="perplexity", dropna=False).dropna(how="all")
+    table = table[list(corpora)].reset_index()
+    table = table.sort_values(CELL, key=lambda column: column.map(order) if column.name == "method" else column)
+    return table.set_index(CELL)
+
+
+def improvements(
+    frame: pd.DataFrame, corpora: Sequence[str], *, reference: str = "asvd-1", level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """Average improvement over a reference method at the same ratio, with its paired bootstrap interval.
+
+    ``corpora`` are those averaged over (the paper leaves the calibration domain out); ``better`` counts the corpora on which
+    the perplexity is lower.
+    """
+    frame = frame if "k1" in frame else frame.assign(k1=float("nan"))
+    rows = []
+    for cell, group in frame[~frame.method.isin(["dense", reference])].groupby(CELL, dropna=False, sort=False):
+        ours = group.set_index("corpus").loc[list(corpora)]
+        theirs = frame[(frame.method == reference) & (frame.ratio == cell[0])].set_index("corpus").loc[list(corpora)]
+        losses = [[torch.tensor(row, dtype=torch.float64) for row in side.losses] for side in (ours, theirs)]
+        low, high = paired_interval(*losses, level=level, seed=seed)
+        rows.append(
+            dict(zip(CELL, cell, strict=True))
+            | {
+                "improvement": average_improvement(ours.perplexity, theirs.perplexity),
+                "low": low,
+                "high": high,
+                "better": int((ours.perplexity.to_numpy() < theirs.perplexity.to_numpy()).sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def bold_best(column: pd.Series) -> list[str]:
+    """For ``Styler.apply``: bold where a column has its smallest value among the rows of one ratio."""
+    return ["font-weight: bold" if best else "" for best in column == column.groupby("ratio").transform("min")]

@@ -1,0 +1,29 @@
+"""Mathematics is tested in float64, on one thread, from a fixed seed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Default dtype float64 and seed 0 for the length of a test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked ``shared`` need texts that lie beside the project, not in it."""
+    if not SHARED.is_dir():
+        absent = pytest.mark.skip(reason="needs the evaluation texts in ../shared, which are not here")
+        for item in items:
+            if item.get_closest_marker("shared"):
+                item.add_marker(absent)

@@ -1,0 +1,188 @@
+"""Notebooks are executed with parameters they declare, and an old result survives a failure."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from nsvd.lab import workbook
+
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+PARAMETERS = "size: int = 3  # how many\nlabel: str = 'small'  # how called"
+
+
+def write(file, *code: str, parameters: str = PARAMETERS):
+    """A source notebook: a title, a cell of parameters, and code."""
+    cells = [v4.new_markdown_cell("# Title"), v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=cells + [v4.new_code_cell(c) for c in code], metadata=KERNEL), file)
+    return file
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A checkout with three notebooks of its own."""
+    monkeypatch.setattr(workbook, "checkout", lambda: tmp_path)
+    write(tmp_path / "notebooks" / "01_first.ipynb", "print(size * 2, label)")
+    write(tmp_path / "notebooks" / "02_second.ipynb", "print(depth)", parameters="depth: int = 1  # of it")
+    write(tmp_path / "notebooks" / "10_third.ipynb", "raise RuntimeError('broken')")
+    write(tmp_path / "notebooks" / "draft.ipynb", "1 / 0")
+    return tmp_path
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Instead of running anything, note which notebook would be run with what."""
+    asked = []
+
+    def note(source, parameters, folder):
+        asked.append((source.stem, parameters))
+        return workbook.Outcome(source.stem, folder / source.name)
+
+    monkeypatch.setattr(workbook, "_execute", note)
+    return asked
+
+
+def printed(file) -> str:
+    cells = nbformat.read(file, as_version=4).cells
+    return "".join(out.text for cell in cells for out in cell.get("outputs", []) if out.output_type == "stream")
+
+
+def contents(folder) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_notebook_runs_with_parameters_and_carries_no_times(project):
+    """The output is that of the given values; only tags, kernel, language and the parameters are left as metadata."""
+    [outcome] = workbook.run(["01"], {"size": 21}, out=project / "out")
+    assert (outcome.notebook, outcome.file, outcome.error) == ("01_first", project / "out" / "01_first.ipynb", None)
+    assert printed(outcome.file) == "42 small\n"
+    notebook = nbformat.read(outcome.file, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.nsvd.parameters == {"size": 21}
+    assert set(notebook.metadata) == {"kernelspec", "language_info", "nsvd"}
+    assert [dict(cell.metadata) for cell in notebook.cells] == [
+        {}, {"tags": ["parameters"]}, {"tags": ["injected-parameters"]}, {},
+    ]  # fmt: skip
+    assert "papermill" not in outcome.file.read_text(encoding="utf-8").lower()
+    assert contents(project / "out") == ["01_first.ipynb"]
+
+
+def test_a_failure_is_kept_apart_from_the_last_good_run(project):
+    """``NAME.failed.ipynb`` shows the error, the executed notebook stays, the next success removes the failed one."""
+    source, out = write(project / "own.ipynb", "print(size)\nassert size < 5, 'too large'"), project / "out"
+    good, *_ = workbook.run([str(source)], out=out)
+    before = good.file.read_bytes()
+    [bad] = workbook.run([str(source)], {"size": 7}, out=out)
+    assert bad.error == "own.ipynb, cell 3: AssertionError: too large"
+    assert bad.file == out / "own.failed.ipynb"
+    assert "7\n" in printed(bad.file)
+    assert good.file.read_bytes() == before
+    assert contents(out) == ["own.failed.ipynb", "own.ipynb"]
+    workbook.run([str(source)], {"size": 4}, out=out)
+    assert contents(out) == ["own.ipynb"]
+
+
+def test_a_kernel_that_dies_is_a_failed_notebook(project):
+    """Killed for memory, say: an outcome like any other, and the notebooks beside it are not lost."""
+    dies = write(project / "dies.ipynb", "print('before', flush=True)", "import os\nos._exit(1)")
+    good = write(project / "good.ipynb", "print(label)")
+    outcomes = workbook.run([str(dies), str(good)], out=project / "out", jobs=2)
+    assert [outcome.notebook for outcome in outcomes] == ["dies", "good"]
+    assert "Kernel died" in outcomes[0].error
+    assert printed(outcomes[0].file) == "before\n"
+    assert outcomes[1].error is None
+    assert contents(project / "out") == ["dies.failed.ipynb", "good.ipynb"]
+
+
+def test_notebooks_run_at_the_top_of_the_checkout_and_leave_the_caller_where_he_is(project, monkeypatch):
+    """Two at a time, the first to start the last to end; ``out`` is relative to the caller's folder."""
+    where = ("import os, time", "time.sleep(2 - size)", "print(os.getcwd())")
+    files = [
+        write(project / f"{name}.ipynb", *where, parameters=f"size: int = {size}  # of it")
+        for name, size in (("slow", 0), ("fast", 2))
+    ]
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    outcomes = workbook.run([str(file) for file in files], out="out", jobs=2)
+    assert [printed(outcome.file) for outcome in outcomes] == [f"{project}\n"] * 2
+    assert contents(project / "elsewhere" / "out") == ["fast.ipynb", "slow.ipynb"]
+    assert Path.cwd() == project / "elsewhere"
+
+
+def test_notebooks_are_chosen_by_number_name_or_path(project):
+    """``all`` are the numbered ones, in order; nothing is chosen twice."""
+    folder = project / "notebooks"
+    every = [folder / name for name in ("01_first.ipynb", "02_second.ipynb", "10_third.ipynb")]
+    assert workbook.notebooks() == every
+    assert workbook.notebooks(["02", "01_first", "10_third.ipynb", "02"]) == [every[1], every[0], every[2]]
+    assert workbook.notebooks([str(folder / "draft.ipynb"), "all"]) == [folder / "draft.ipynb", *every]
+    with pytest.raises(FileNotFoundError, match="no notebook '03'; there are 01_first, 02_second, 10_third"):
+        workbook.notebooks(["01", "03"])
+
+
+def test_a_notebook_is_given_only_what_it_declares(project, executed):
+    """A parameter of one is no parameter of the other."""
+    workbook.run(parameters={"size": 5, "depth": 2}, out=project / "out")
+    assert executed == [("01_first", {"size": 5}), ("02_second", {"depth": 2}), ("10_third", {"size": 5})]
+
+
+def test_a_misspelt_parameter_is_named_before_anything_runs(project, executed):
+    """With those that exist; a parameter of a notebook that was not chosen is none either."""
+    with pytest.raises(ValueError, match="sise: no parameter of 01_first; declared are label, size"):
+        workbook.run(["01"], {"sise": 4, "label": "x"}, out=project / "out")
+    with pytest.raises(ValueError, match="depth"):
+        workbook.run(["01"], {"depth": 4}, out=project / "out")
+    assert executed == []
+    assert not (project / "out").exists()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_shards_share_the_notebooks_out(n, project, executed):
+    """Each is run by exactly one of n."""
+    for i in range(1, n + 1):
+        workbook.run(shard=(i, n), out=project / "out")
+    assert sorted(name for name, _ in executed) == ["01_first", "02_second", "10_third"]
+    assert executed[0][0] == "01_first"
+
+
+@pytest.mark.parametrize("shard", [(0, 2), (3, 2), (-1, 2), (1, 0)])
+def test_a_shard_that_cannot_be_is_refused(shard, project, executed):
+    """i runs from 1 to n."""
+    with pytest.raises(ValueError, match="expected i/n"):
+        workbook.run(shard=shard, out=project / "out")
+    assert executed == []
+
+
+def test_a_preset_gives_values_under_those_of_the_call(project, executed):
+    """It may speak of notebooks that are not chosen now; an empty one says nothing."""
+    preset = project / "large.yaml"
+    preset.write_text("size: 100\nlabel: large\ndepth: 9\n", encoding="utf-8")
+    workbook.run(["01"], {"size": 50}, preset=preset, out=project / "out")
+    preset.write_text("# nothing yet\n", encoding="utf-8")
+    workbook.run(["02"], preset=preset, out=project / "out")
+    assert executed == [("01_first", {"size": 50, "label": "large"}), ("02_second", {})]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, r"no preset file .*preset\.yaml"),
+        ("size: [1", ValueError, r"preset\.yaml is not YAML"),
+        ("- size\n- label\n", ValueError, r"preset\.yaml: expected `name: value` lines"),
+        (
+            "size: 3\nsise: 4\n",
+            ValueError,
+            r"sise: no parameter \(in .*preset\.yaml\) of any notebook; declared are depth",
+        ),
+    ],
+)
+def test_a_preset_that_cannot_be_used_is_named(content, error, message, project, executed):
+    """Missing, no YAML, no mapping, or with a name no notebook declares."""
+    preset = project / "preset.yaml"
+    if content is not None:
+        preset.write_text(content, encoding="utf-8")
+    with pytest.raises(error, match=message):
+        workbook.run(["01"], preset=preset, out=project / "out")
+    assert executed == []

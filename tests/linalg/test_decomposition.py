@@ -1,0 +1,173 @@
+"""Square roots of G, and the one decomposition that holds the answers of all ranks."""
+
+import pytest
+import torch
+from hypothesis import assume, given
+
+from nsvd.linalg import METHODS, NumericalWarning, cholesky, from_metric, from_whitener, scaled_rotation, spectral
+from nsvd.linalg.whiteners import Diagonal
+from tests.linalg.reference import is_close, law, layer, layers, naive, spectrum
+
+OUTER = [name for name, method in METHODS.items() if method.nest is None]
+
+
+@pytest.mark.parametrize("whiten", [cholesky, spectral, lambda G: Diagonal(G.diagonal())])
+@law
+@given(x=layers())
+def test_a_whitener_applies_and_undoes(whiten, x):
+    """W S S⁻¹ = W S⁻¹ S = W."""
+    S = whiten(x.G)
+    assert is_close(S.undo(S.apply(x.W)), x.W)
+    assert is_close(S.apply(S.undo(x.W)), x.W)
+
+
+@pytest.mark.parametrize("whiten", [cholesky, spectral])
+@law
+@given(x=layers(condition=1e12))
+def test_a_whitener_is_a_square_root_of_the_second_moment(whiten, x):
+    """S Sᵀ = G, so ‖W S‖ = ‖W X‖ / √n; the scaled rotation has S Sᵀ = γ² I instead, γ² the largest eigenvalue."""
+    eye = torch.eye(len(x.G))
+    S = whiten(x.G).apply(eye)
+    assert is_close(S @ S.mT, x.G, 1e-12)
+    R = scaled_rotation(x.G).apply(eye)
+    assert is_close(R @ R.mT, torch.linalg.matrix_norm(x.G, 2) * eye, 1e-12)
+
+
+def test_the_scaled_rotation_is_no_square_root_of_the_second_moment():
+    """ASVD-III's S forgets all eigenvalues but the largest."""
+    x = layer(5, 6, 3)
+    R = scaled_rotation(x.G).apply(torch.eye(6))
+    assert not is_close(R @ R.mT, x.G, 0.1)
+
+
+@law
+@given(x=layers(condition=1e4, few_tokens=True))
+def test_a_singular_square_root_is_undone_on_the_seen_directions_only(x):
+    """S Sᵀ = G, and W S S⁺ = W Π, Π the projection on the columns of X."""
+    S = spectral(x.G)
+    Pi = x.X @ torch.linalg.pinv(x.X)
+    root = S.apply(torch.eye(len(x.G)))
+    assert is_close(root @ root.mT, x.G, 1e-12)
+    assert is_close(S.undo(S.apply(x.W)), x.W @ Pi)
+    assert not is_close(Pi, torch.eye(len(Pi)), 1e-3)
+
+
+def test_cholesky_raises_where_the_second_moment_is_singular():
+    """Five tokens, nine channels: no Cholesky factor, unless jitter is asked for, which warns and is exactly what it says."""
+    G = layer(7, 9, 4, n=5).G
+    with pytest.raises(torch.linalg.LinAlgError):
+        cholesky(G - 1e-15 * torch.eye(9))  # whatever sign rounding gave the zero eigenvalues
+    with pytest.warns(NumericalWarning, match="to the diagonal of G"):
+        L = cholesky(G, jitter=1e-3).L
+    assert is_close(L @ L.mT, G + 1e-3 * G.diagonal().mean() * torch.eye(9))
+
+
+def test_cholesky_without_jitter_is_silent_and_exact():
+    """The tests' configuration turns a warning into an error; none comes here."""
+    G = layer(7, 9, 4).G
+    L = cholesky(G).L
+    assert is_close(L @ L.mT, G, 1e-14)
+    assert torch.equal(L, L.tril())
+
+
+@pytest.mark.parametrize("factor", [cholesky, spectral, scaled_rotation, lambda G: from_metric(torch.eye(len(G)), G)])
+def test_a_metric_that_is_not_semidefinite_raises(factor):
+    """An eigenvalue of −1e-3 is no rounding of zero."""
+    P = torch.linalg.qr(torch.randn(6, 6))[0]
+    with pytest.raises(torch.linalg.LinAlgError):
+        factor((P * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -1e-3])) @ P.mT)
+
+
+@law
+@given(x=layers(condition=1e12))
+def test_the_answer_is_a_projection_of_the_outputs(x):
+    """Ŵ = U_k U_kᵀ W with orthonormal U, whatever the metric; s are the singular values of W S."""
+    for M in (None, x.moments.mean_abs, x.G):
+        d = from_metric(x.W, M)
+        U = d.U[:, : x.k]
+        assert is_close(d.U.mT @ d.U, torch.eye(x.m), 1e-12)
+        assert is_close(d.truncate(x.k).dense(), U @ U.mT @ x.W, 1e-12)
+    # squared, since that is what the eigenvalues of W G Wᵀ are known to eps of
+    assert (d.s**2 - x.s**2).abs().max() <= x.slack
+    assert (d.s.diff() <= 0).all()
+
+
+@law
+@given(x=layers())
+def test_a_vector_is_a_diagonal_metric(x):
+    """``from_metric(W, v)`` = ``from_metric(W, diag(v))``, and no metric is the identity."""
+    v = x.moments.mean_abs
+    assert torch.allclose(from_metric(x.W, v).s, from_metric(x.W, torch.diag(v)).s, atol=1e-7 * x.W.norm())
+    assert torch.equal(from_metric(x.W).s, from_metric(x.W, torch.ones_like(v)).s)
+    assert torch.allclose(from_metric(x.W).s, spectrum(x.W, x.m))
+
+
+@pytest.mark.parametrize("method", OUTER)
+def test_one_decomposition_holds_all_ranks(method):
+    """truncate(k) is the naive answer at every k, from the zero matrix to W."""
+    for shape in ((6, 8), (8, 6)):
+        x = layer(*shape, 0)
+        d = METHODS[method].prepare(x.W, x.moments)
+        assert torch.equal(d.truncate(0).dense(), torch.zeros(shape))
+        assert is_close(d.truncate(6).dense(), x.W)
+        assert all(is_close(d.truncate(k).dense(), naive(method, x, k)) for k in range(1, 7))
+
+
+@pytest.mark.parametrize("method", OUTER)
+@pytest.mark.parametrize("few_tokens", [False, True])
+@law
+@given(data=layers().flatmap(lambda x: layers(few_tokens=True).map(lambda y: (x, y))))
+def test_the_residual_is_what_truncation_left(method, few_tokens, data):
+    """residual(k) = W − truncate(k) on orthonormal columns, also where the pseudo-inverse removed directions."""
+    x = data[few_tokens]
+    d = METHODS[method].prepare(x.W, x.moments)
+    for k in range(x.m + 1):
+        residual = d.residual(k)
+        assert (residual.dense() - (x.W - d.truncate(k).dense())).norm() <= 1e-10 * x.W.norm()
+        assert torch.allclose(residual.left.mT @ residual.left, torch.eye(residual.rank), atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [-1, 7])
+def test_a_rank_out_of_range_is_refused(k):
+    """0 … min(d_out, d_in); the message says so."""
+    with pytest.raises(ValueError, match=f"rank {k} of a 8 × 6 matrix: expected 0 to 6"):
+        from_metric(torch.ones(8, 6)).truncate(k)
+
+
+@law
+@given(x=layers())
+def test_the_route_through_a_whitener_is_the_route_through_the_metric(x):
+    """[W S]_k S⁻¹ = U_k U_kᵀ W: equal losses, and equal coordinates of W at full rank."""
+    for S in (cholesky(x.G), spectral(x.G)):
+        d = from_whitener(x.W, S)
+        assert abs(x.loss(d.truncate(x.k).dense()) - x.loss(from_metric(x.W, x.G).truncate(x.k).dense())) <= x.slack
+        assert is_close(d.truncate(x.m).dense(), x.W)
+        assert is_close(d.U @ d.coords, x.W, 1e-12)
+
+
+@law
+@given(x=layers(condition=1e2, few_tokens=True))
+def test_a_singular_metric_is_answered_as_by_a_vanishing_ridge(x):
+    """Also beyond the rank of W M Wᵀ, where the metric itself leaves the order of the directions open."""
+    size = x.W.square().sum()
+    eigenvalues = torch.cat([x.s[: x.X.shape[1]] ** 2, torch.zeros(1)])
+    assume(eigenvalues.diff().abs().min() > 1e-4 * size)  # far above what the ridge adds, 1e-9, so that it is small
+    ridge, plain = from_metric(x.W, x.G + 1e-9 * torch.eye(len(x.G))), from_metric(x.W, x.G)
+    for k in range(x.m + 1):
+        assert abs(x.weight_error(ridge.truncate(k).dense()) - x.weight_error(plain.truncate(k).dense())) <= 1e-4 * size
+
+
+def test_a_metric_that_sees_nothing_is_answered_by_the_plain_svd():
+    """M = 0 is the far end of that limit."""
+    x = layer(6, 8, 3)
+    assert is_close(from_metric(x.W, torch.zeros(8, 8)).truncate(3).dense(), naive("svd", x, 3))
+
+
+def test_a_cast_keeps_what_is_shared():
+    """``coords`` and ``right`` are one tensor for a metric, two for a whitener, also after ``to``."""
+    x = layer(6, 8, 3)
+    metric, whitener = from_metric(x.W, x.G), from_whitener(x.W, spectral(x.G))
+    for d, shared in ((metric, True), (whitener, False)):
+        cast = d.to(torch.float32)
+        assert (cast.right is cast.coords) == (d.right is d.coords) == shared
+        assert cast.truncate(3).dense().dtype == cast.s.dtype == torch.float32

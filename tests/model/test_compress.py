@@ -1,0 +1,338 @@
+"""``compress_`` puts the factors of ``decompose`` where the layers were, reports what is there, or changes nothing."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import nsvd
+from nsvd.linalg import LowRank, rank_for_ratio
+from tests.tiny import DOWN, K1, K, Q, assert_same, compressed, logits, poison, state, tiny_model, token_ids
+
+OPTIONS = {"nsvd-1": {"k1": K1}, "nsvd-2": {"k1": K1}, "nid-1": {"k1": K1}, "nid-2": {"k1": K1}}
+IDS = token_ids()
+
+
+@pytest.fixture(scope="module")
+def stats():
+    """Moments of the tiny LLaMA, which every test builds anew."""
+    return nsvd.calibrate(tiny_model(dtype=torch.float32), IDS)
+
+
+def held(model: nn.Module) -> dict[str, nn.Module]:
+    """What stands now where the targets were."""
+    return {name: model.get_submodule(name) for name in nsvd.targets(tiny_model())}
+
+
+def factors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of the low-rank layers."""
+    return {name: t for name, t in model.state_dict().items() if ".down." in name or ".up." in name}
+
+
+def assert_equal_tensors(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    assert first
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def relative(error: torch.Tensor, whole: torch.Tensor) -> float:
+    return (error.square().sum() / whole.square().sum()).sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", nsvd.METHODS)
+def test_every_layer_holds_what_decompose_gives(method, dtype):
+    """From the same W and moments, in float64, cast once to the model's dtype; biases are kept."""
+    model = tiny_model(dtype=dtype)
+    stats, options = nsvd.calibrate(model, IDS), OPTIONS.get(method, {})
+    dense = copy.deepcopy(model)
+    nsvd.compress_(model, stats, method=method, ratio=0.3, **options)
+    for name, layer in nsvd.targets(dense).items():
+        W, k = layer.weight.detach(), rank_for_ratio(*layer.weight.shape, 0.3)
+        expected = nsvd.decompose(W, stats[name].G, mean_abs=stats[name].mean_abs, method=method, k=k, **options)
+        new = model.get_submodule(name)
+        assert new.rank == k
+        assert torch.equal(new.up.weight, expected.left)
+        assert torch.equal(new.down.weight, expected.right)
+        assert torch.equal(new.up.bias, layer.bias)
+        assert new.up.weight.dtype == dtype
+        product = expected.left.float() @ expected.right.float()
+        assert torch.equal(new.to_linear().weight, product.to(dtype))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_report_says_what_is_really_held(ratio, dtype, stats):
+    """Parameters, bytes, ranks and the ratio are those of the tensors in the model; no less is removed than was asked."""
+    model = tiny_model(dtype=dtype)
+    before = sum(layer.weight.numel() for layer in nsvd.targets(model).values())
+    report = nsvd.compress_(model, stats, method="asvd-1", ratio=ratio)
+    weights = [p for layer in held(model).values() for name, p in layer.named_parameters() if "bias" not in name]
+    assert report.params_before == before
+    assert report.params_after == sum(p.numel() for p in weights) == report.table.params.sum()
+    assert report.bytes_before == before * dtype.itemsize
+    assert report.bytes_after == sum(p.numel() * p.element_size() for p in weights)
+    assert report.ratio == ratio
+    assert report.ratio_reached == 1 - report.params_after / before >= ratio
+    rows = report.table.set_index("layer")
+    assert list(rows.index) == list(held(model))
+    for name, layer in held(model).items():
+        row = rows.loc[name]
+        assert (row["rank"], row.d_out, row.d_in) == (layer.rank, layer.out_features, layer.in_features)
+        assert row.params == layer.rank * (layer.out_features + layer.in_features)
+        assert not row.dense
+
+
+def test_the_reported_errors_are_those_of_the_factors(stats):
+    """‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖, the latter here from the inputs themselves."""
+    model, dense = tiny_model(), tiny_model()
+    report = nsvd.compress_(model, stats, ratio=0.3, k1=K1)
+    inputs: dict[str, list] = {Q: [], DOWN: []}
+    for name, seen in inputs.items():
+        dense.get_submodule(name).register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+    with torch.no_grad():
+        dense(input_ids=IDS)
+    rows = report.table.set_index("layer")
+    for name, seen in inputs.items():
+        W = dense.get_submodule(name).weight.detach().double()
+        error, X = W - held(model)[name].to_linear().weight.double(), seen[0].flatten(0, 1).mT.double()
+        assert rows.loc[name].weight_error == pytest.approx(relative(error, W), rel=1e-4)
+        assert rows.loc[name].calibration_error == pytest.approx(relative(error @ X, W @ X), rel=1e-4)
+
+
+def test_the_report_carries_what_made_it(stats):
+    """Method, options with their defaults, versions, seconds by stage, peak memory; all but the table is JSON."""
+    report = nsvd.compress_(tiny_model(), stats, method="ridge", ratio=0.3)
+    assert (report.method, report.options) == ("ridge", {"mu": 0.1})
+    assert {"nsvd", "torch", "transformers", "python"} <= report.versions.keys()
+    assert {"decompose", "cut", "errors", "exchange"} <= report.seconds.keys()
+    assert report.peak_memory > 0
+    about = json.loads(json.dumps(report.as_dict()))
+    assert about["ratio_reached"] == report.ratio_reached
+    assert "table" not in about
+
+
+def test_ratio_zero_leaves_every_layer_dense(stats):
+    """Nothing to remove, nothing done: the model is what it was and can still be compressed."""
+    model = tiny_model()
+    before = state(model)
+    report = nsvd.compress_(model, stats, ratio=0)
+    assert_same(before, model)
+    assert report.table.dense.all()
+    assert report.table["rank"].isna().all()
+    assert (report.ratio_reached, report.params_after) == (0, report.params_before)
+    assert nsvd.compress_(model, stats, ratio=0.3, k1=K1).ratio_reached >= 0.3
+
+
+def test_a_rank_above_break_even_stays_dense_and_is_reported_so(stats):
+    """16 · (32 + 32) is no less than 32 · 32; one rank below is."""
+    model, weight = tiny_model(), tiny_model().get_parameter(f"{Q}.weight")
+    report = nsvd.compress_(model, stats, method="asvd-1", ranks={Q: 16, DOWN: 19})
+    rows = report.table.set_index("layer")
+    assert rows.dense.drop(DOWN).all()
+    assert rows.loc[Q, "rank"] == 16
+    assert not rows.dense[DOWN]
+    assert torch.equal(model.get_submodule(Q).weight, weight)
+    assert report.params_before - report.params_after == 32 * 48 - 19 * (32 + 48)
+    assert report.ratio is None
+
+
+def test_layers_that_are_not_named_stay_dense_and_need_no_statistics():
+    """With ``ranks`` the moments of the named layers are enough."""
+    model = tiny_model()
+    stats = nsvd.calibrate(model, IDS, layers=[DOWN])
+    nsvd.compress_(model, stats, method="asvd-1", ranks={DOWN: 5})
+    assert [name for name, layer in held(model).items() if isinstance(layer, nsvd.LowRankLinear)] == [DOWN]
+    with pytest.raises(ValueError, match=f"hold no layer {Q}"):
+        nsvd.compress_(tiny_model(), stats, method="asvd-1", ratio=0.3)
+
+
+def test_windows_stand_in_for_statistics(stats):
+    """``windows=`` calibrates on the way; the seconds of that are told apart."""
+    with_stats, with_windows = tiny_model(), tiny_model()
+    nsvd.compress_(with_stats, stats, ratio=0.3, k1=K1)
+    report = nsvd.compress_(with_windows, windows=IDS, ratio=0.3, k1=K1)
+    assert_equal_tensors(factors(with_stats), factors(with_windows))
+    assert report.seconds["calibrate"] > 0
+
+
+def test_the_plain_svd_needs_neither_statistics_nor_text():
+    """SVD does not look at the inputs; ASVD-III does, though its answer is the same."""
+    model = tiny_model()
+    report = nsvd.compress_(model, method="svd", ratio=0.3)
+    assert "calibration_error" not in report.table
+    with pytest.raises(ValueError, match="ASVD-III needs statistics"):
+        nsvd.compress_(tiny_model(), method="asvd-3", ratio=0.3)
+
+
+@pytest.mark.parametrize(
+    ("outer", "method", "options"),
+    [
+        ("asvd-1", "asvd-1", {}),
+        ("asvd-1", "nsvd-1", {"k1": 0.6}),
+        ("asvd-1", "nsvd-1", {"k1": 0.8}),
+        ("nsvd-1", "nid-1", {"k1": 0.8}),
+        ("asvd-2", "nsvd-2", {"k1": 1.0}),
+        ("svd", "svd", {}),
+    ],
+)
+def test_one_preparation_serves_every_ratio_every_k1_and_every_inner_step(outer, method, options, stats):
+    """What ``prepare`` returned gives the same bits as a decomposition from scratch."""
+    prepared = nsvd.prepare(tiny_model(), stats, outer)
+    for ratio in (0.2, 0.5):
+        ours, theirs = tiny_model(), tiny_model()
+        nsvd.compress_(ours, stats, method=method, ratio=ratio, prepared=prepared, **options)
+        nsvd.compress_(theirs, stats, method=method, ratio=ratio, **options)
+        assert_equal_tensors(factors(ours), factors(theirs))
+
+
+def test_prepare_takes_the_options_of_the_outer_step(stats):
+    """α belongs to it, and a preparation with another α is another one."""
+    prepared = nsvd.prepare(tiny_model(), stats, "asvd", alpha=1.0)
+    ours, theirs, other = tiny_model(), tiny_model(), tiny_model()
+    nsvd.compress_(ours, stats, method="asvd", ratio=0.3, alpha=1.0, prepared=prepared)
+    nsvd.compress_(theirs, stats, method="asvd", ratio=0.3, alpha=1.0)
+    nsvd.compress_(other, stats, method="asvd", ratio=0.3, alpha=0.5)
+    assert_equal_tensors(factors(ours), factors(theirs))
+    assert not torch.equal(factors(ours)[f"{Q}.up.weight"], factors(other)[f"{Q}.up.weight"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "nsvd-9", "ratio": 0.3}, r"unknown method 'nsvd-9'; the methods are svd, .*nsvd-1"),
+        ({"method": "asvd-1", "ratio": 0.3, "k1": 0.9}, r"ASVD-I has no option k1"),
+        ({"ratio": 0.3, "alpha": 0.5}, r"NSVD-I has no option alpha \(its options: k1\)"),
+        ({"ratio": 1.0}, r"ratio is 1\.0.*\[0, 1\)"),
+        ({"ratio": -0.1}, r"ratio is -0\.1"),
+        ({"ratio": float("nan")}, r"ratio is nan"),
+        ({"ratio": 0.3, "k1": 1.5}, r"k1 is 1\.5"),
+        ({"ratio": 0.3, "k1": -0.5}, r"k1 is -0\.5"),
+        ({"ratio": 0.3, "k1": 0.01}, rf"layer {Q}: k1 = 0\.01 of rank 11 rounds k1 to 0"),
+        ({"ratio": 0.3, "k1": 0.95}, rf"layer {K}: k1 = 0\.95 of rank 7 rounds k2 to 0"),  # q_proj had been done
+        ({"ratio": 0.97}, rf"layer {Q}: ratio 0\.97 leaves rank 0"),
+        ({"method": "ridge", "ratio": 0.3, "mu": -1.0}, rf"layer {Q}: mu is -1"),
+        ({}, r"either ratio or ranks"),
+        ({"ratio": 0.3, "ranks": {Q: 3}}, r"either ratio or ranks"),
+        ({"ranks": {"model.nothing": 3}}, r"no layer 'model\.nothing'.*the model has model\.layers\.0"),
+        ({"ranks": {Q: 0}}, rf"layer {Q}: rank 0 is not in 1 … 32"),
+        ({"ranks": {Q: 33}}, rf"layer {Q}: rank 33"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_nothing_is_changed(arguments, message, stats):
+    """One ``ValueError`` that names the layer where there is one; tensors, layers, marks and hooks stay."""
+    model = tiny_model()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        nsvd.compress_(model, stats, **arguments)
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: tiny_model("opt"), r"hold no layer model\.layers\.0\.self_attn\.q_proj.*another model"),
+        (lambda: tiny_model(num_hidden_layers=1), r"hold no layer model\.layers\.1"),
+        (
+            lambda: tiny_model(hidden_size=64),
+            r"layer model\.layers\.0\.self_attn\.q_proj has 32 inputs, the statistics 64",
+        ),
+    ],
+)
+def test_statistics_of_another_model_are_refused(other, message):
+    """By name or by size, whatever differs first."""
+    model, stats = tiny_model(), nsvd.calibrate(other(), IDS)
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        nsvd.compress_(model, stats, ratio=0.3, k1=K1)
+    with pytest.raises(ValueError, match=message):
+        nsvd.prepare(model, stats, "asvd-1")
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["svd", "nsvd-1"])
+def test_nan_in_a_weight_names_the_layer_and_changes_nothing(method, value, stats):
+    """Also when the statistics are sound, and before any text is run through the model."""
+    model = tiny_model()
+    poison(model, f"{DOWN}.weight", value=value)
+    before = state(model)
+    for source in ({"stats": stats}, {"windows": IDS}):
+        with pytest.raises(ValueError, match=f"weight of layer {DOWN} holds NaN or Inf"):
+            nsvd.compress_(model, method=method, ratio=0.3, **source)
+    with pytest.raises(ValueError, match=DOWN):
+        nsvd.prepare(model, stats, method)
+    assert_same(before, model)
+
+
+def test_nan_in_an_activation_changes_nothing():
+    """``windows=`` with a norm that is broken: the error of ``calibrate``, the model as it was."""
+    model = tiny_model()
+    poison(model, "model.layers.1.input_layernorm.weight")
+    before = state(model)
+    with pytest.raises(FloatingPointError, match=r"layer model\.layers\.1\.self_attn\.q_proj"):
+        nsvd.compress_(model, windows=IDS, ratio=0.3, k1=K1)
+    assert_same(before, model)
+
+
+def test_a_failure_in_the_last_layer_leaves_the_first_one_alone(stats, monkeypatch):
+    """All layers are decomposed before one is exchanged: whatever is raised, even an interrupt."""
+    model, casts = tiny_model(), []
+
+    def interrupted(self, *args):
+        casts.append(self)
+        if len(casts) == 14:
+            raise KeyboardInterrupt
+        return LowRank(self.left.to(*args), self.right.to(*args))
+
+    monkeypatch.setattr(LowRank, "to", interrupted)
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        nsvd.compress_(model, stats, ratio=0.3, k1=K1)
+    assert_same(before, model)
+
+
+def test_compressing_twice_is_refused(stats):
+    """A compressed model says so, read again or not; dequantised it is a dense model like any other."""
+    model = compressed(tiny_model())
+    before = state(model)
+    with pytest.raises(ValueError, match=r"compressed already; dequantize\(\)"):
+        nsvd.compress_(model, stats, ratio=0.5, k1=K1)
+    assert_same(before, model)
+    report = nsvd.compress_(model.dequantize(), stats, ratio=0.5, k1=K1)
+    assert report.ratio_reached >= 0.5
+
+
+def test_full_rank_compression_leaves_the_outputs_unchanged(stats):
+    """Factors of rank min(d_out, d_in) are W itself, for every method; the layer's mode and gradients are kept."""
+    model = tiny_model()
+    said = logits(model)
+    for method in nsvd.METHODS:
+        full = copy.deepcopy(model)
+        full.get_submodule(Q).weight.requires_grad_(False)
+        full.get_submodule(DOWN).train()
+        for name, layer in nsvd.targets(full).items():
+            k, moments = min(layer.weight.shape), stats[name]
+            options = {"k1": 0.5} if name.endswith("q_proj") and method in OPTIONS else {}
+            value = nsvd.decompose(
+                layer.weight.detach(), moments.G, mean_abs=moments.mean_abs, method=method, k=k, **options
+            )
+            full.set_submodule(name, nsvd.LowRankLinear.from_factors(layer, value))
+        torch.testing.assert_close(logits(full), said, rtol=0, atol=1e-5)
+        assert not full.get_submodule(Q).up.weight.requires_grad
+        assert full.get_submodule(K).up.weight.requires_grad
+        assert full.get_submodule(DOWN).training
+
+
+def test_a_lower_rank_does_change_the_outputs(stats):
+    """… so that the test above can fail."""
+    assert not torch.allclose(logits(compressed(tiny_model(), ratio=0.3)), logits(tiny_model()), atol=1e-2)
+
+
+def test_a_float64_model_is_dequantised_in_float64():
+    """Nothing is rounded to float32 on the way."""
+    model = compressed(tiny_model(dtype=torch.float64))
+    said = logits(model)
+    torch.testing.assert_close(logits(model.dequantize()), said, rtol=0, atol=1e-12)

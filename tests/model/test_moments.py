@@ -1,0 +1,242 @@
+"""Streaming second moments: right, shared, and taken without a trace left on the model."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nsvd
+from nsvd.model.hooks import watch_inputs
+from nsvd.model.moments import shared_inputs
+from tests.tiny import DOWN, K, Q, assert_same, poison, state, tiny_model, token_ids
+
+IDS = token_ids(7, 16)
+
+
+class Toy(nn.Module):
+    """Layers whose names tell nothing; ``between`` is what happens to the input before the second layer reads it."""
+
+    def __init__(self, between=lambda x: x):
+        super().__init__()
+        self.words, self.between = nn.Embedding(300, 8), between
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 2)
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.words(input_ids)
+        y = self.a(x)
+        return self.b(self.between(x)), self.c(y)
+
+
+def captured(model: nn.Module, layer: str, ids: torch.Tensor) -> torch.Tensor:
+    """All inputs of a layer, (n, d_in), in float64, by a hook of our own."""
+    seen = []
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    return torch.cat([x.flatten(0, -2) for x in seen]).double()
+
+
+def groups(inputs: dict[str, str], block: str) -> list[set[str]]:
+    """The sets of layers of a block that share an input, by their last names."""
+    shared: dict[str, set[str]] = {}
+    for name, leader in inputs.items():
+        if name.startswith(block):
+            shared.setdefault(leader, set()).add(name.removeprefix(block))
+    return list(shared.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+def test_queries_keys_and_values_share_a_moment_and_gate_and_up_another(family):
+    """Four inputs for seven layers, found by watching the tensors."""
+    stats = nsvd.calibrate(tiny_model(family), IDS)
+    assert len(stats) == 14
+    assert len(stats.moments) == 8
+    assert groups(stats.inputs, "model.layers.1.") == [
+        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+        {"self_attn.o_proj"},
+        {"mlp.gate_proj", "mlp.up_proj"},
+        {"mlp.down_proj"},
+    ]
+    assert stats[Q].G is stats[K].G
+
+
+def test_families_with_parallel_attention_share_more():
+    """In Phi attention and MLP read one input; in GPT-NeoX each has its own norm, and one layer for all of q, k and v."""
+    phi = nsvd.calibrate(tiny_model("phi"), IDS)
+    assert groups(phi.inputs, "model.layers.0.") == [
+        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"},
+        {"self_attn.dense"},
+        {"mlp.fc2"},
+    ]
+    neox = nsvd.calibrate(tiny_model("gpt_neox"), IDS)
+    assert len(neox.moments) == len(neox) == 8
+
+
+@pytest.mark.parametrize(
+    ("between", "shared"),
+    [
+        (lambda x: x, True),
+        (lambda x: x.clone(), False),  # equal numbers, another tensor
+        (lambda x: x.mul_(2), False),  # the same memory, other numbers
+        (lambda x: x[:, :4], False),  # the same address, a part of it
+    ],
+)
+def test_an_input_is_shared_when_it_is_the_same_tensor_unchanged(between, shared):
+    """Names play no part, nor do equal values, nor a common address."""
+    model = Toy(between)
+    inputs = shared_inputs(model, ["a", "b", "c"], IDS[:1])
+    assert inputs == {"a": "a", "b": "a" if shared else "b", "c": "c"}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_streaming_equals_one_shot(family, batch):
+    """G = X Xᵀ / n and the mean of |X|, for every layer, whatever the batches."""
+    model = tiny_model(family)
+    stats = nsvd.calibrate(model, IDS, batch=batch)
+    for name in nsvd.targets(model):
+        X = captured(model, name, IDS).mT
+        torch.testing.assert_close(stats[name].G, (X @ X.mT) / X.shape[1], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(stats[name].mean_abs, X.abs().mean(1), rtol=1e-5, atol=1e-9)
+        assert stats[name].n == IDS.numel() == X.shape[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_exact_in_float64_whatever_the_model_computes_in(dtype):
+    """With the same batch, the moments agree with float64 sums over the captured inputs to float64 rounding."""
+    model = tiny_model(dtype=dtype)
+    stats = nsvd.calibrate(model, IDS, batch=len(IDS))
+    for name in (Q, DOWN):
+        X = captured(model, name, IDS).mT
+        torch.testing.assert_close(stats[name].G, (X @ X.mT) / X.shape[1], rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(stats[name].mean_abs, X.abs().mean(1), rtol=1e-13, atol=0)
+
+
+def test_statistics_come_back_from_a_file_bit_by_bit(tmp_path):
+    """Moments, counts, shared inputs, their order and where they came from."""
+    stats = nsvd.calibrate(tiny_model(), IDS)
+    stats.save(tmp_path / "new" / "stats.safetensors")
+    again = nsvd.Statistics.load(tmp_path / "new" / "stats.safetensors")
+    assert list(again) == list(stats)
+    assert again.inputs == stats.inputs
+    assert again.origin == stats.origin
+    for name, ours in stats.items():
+        assert torch.equal(again[name].G, ours.G)
+        assert torch.equal(again[name].mean_abs, ours.mean_abs)
+        assert again[name].n == ours.n
+    assert again[Q].G is again[K].G  # stored once
+
+
+def test_a_file_of_something_else_is_no_statistics(tmp_path):
+    """Text, a cut-off file and a model's weights are refused with the file's name; a missing one is not found."""
+    stats, text, cut = tmp_path / "stats", tmp_path / "text", tmp_path / "cut"
+    nsvd.calibrate(tiny_model(), IDS).save(stats)
+    text.write_text("not a tensor", encoding="utf-8")
+    cut.write_bytes(stats.read_bytes()[:-100])
+    tiny_model().save_pretrained(tmp_path / "model")
+    for file in (text, cut, tmp_path / "model" / "model.safetensors"):
+        with pytest.raises(ValueError, match=f"{file.name} is not a statistics file"):
+            nsvd.Statistics.load(file)
+    with pytest.raises(FileNotFoundError, match="no statistics file"):
+        nsvd.Statistics.load(tmp_path / "nothing")
+
+
+def test_statistics_tell_what_they_were_taken_from():
+    """The origin changes with the text; a layer that is not there is named with the model."""
+    model = tiny_model()
+    first, second = nsvd.calibrate(model, IDS), nsvd.calibrate(model, token_ids(7, 16, seed=5))
+    assert first.origin["model"] == "LlamaForCausalLM"
+    assert first.origin["windows"] == [7, 16]
+    assert first.origin["sha256"] != second.origin["sha256"]
+    with pytest.raises(KeyError, match=r"no layer 'lm_head'.*LlamaForCausalLM"):
+        first["lm_head"]
+
+
+def test_hooks_are_gone_and_the_mode_is_kept():
+    """Calibration leaves tensors, hooks and training mode as they were, in either mode; a user's own hook stays."""
+    for training in (False, True):
+        model = tiny_model().train(training)
+        model.get_submodule(Q).register_forward_pre_hook(lambda *_: None)
+        before = state(model)
+        nsvd.calibrate(model, IDS)
+        assert_same(before, model)
+
+
+def test_hooks_are_gone_even_after_an_error():
+    """When the forward pass raises, its own error comes through and nothing is left on the model."""
+    model = tiny_model().train()
+
+    def broken(*_):
+        raise KeyError("in the middle of the pass")
+
+    model.get_submodule(DOWN).register_forward_pre_hook(broken)
+    before = state(model)
+    with pytest.raises(KeyError, match="in the middle"):
+        nsvd.calibrate(model, IDS)
+    assert_same(before, model)
+
+
+def test_a_half_finished_registration_is_undone():
+    """A name that does not exist leaves no hook on the layers before it."""
+    model = tiny_model()
+    before = state(model)
+    with pytest.raises(AttributeError), watch_inputs(model, [Q, "model.nothing"], lambda *_: None):
+        pass
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "first"),
+    [
+        ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj"),
+        ("model.layers.0.self_attn.v_proj.weight", "model.layers.0.self_attn.o_proj"),
+        ("model.layers.0.mlp.up_proj.bias", "model.layers.0.mlp.down_proj"),
+        ("model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_an_activation_names_the_first_layer_that_reads_it(parameter, first, value):
+    """… and the parameter it came from; the model is as it was."""
+    model = tiny_model()
+    poison(model, parameter, ..., value)
+    before = state(model)
+    with pytest.raises(FloatingPointError, match=rf"layer {first} holds NaN or Inf.*parameter {parameter}"):
+        nsvd.calibrate(model, IDS)
+    assert_same(before, model)
+
+
+def test_nan_that_only_some_text_meets_is_found_where_it_is_met():
+    """A broken word is no matter until the calibration text holds it."""
+    model, ids = tiny_model(), IDS.clone()
+    ids[ids == 77] = 78
+    poison(model, "model.embed_tokens.weight", row=77)
+    assert len(nsvd.calibrate(model, ids)) == 14
+    ids[-1, -1] = 77
+    with pytest.raises(FloatingPointError, match="q_proj"):
+        nsvd.calibrate(model, ids)
+
+
+def test_layers_that_never_run_raise_and_can_be_left_out():
+    """A layer the forward pass does not reach has no moments; the others can be measured alone."""
+    model = tiny_model()
+    model.model.spare = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"1 of 15 layers saw no input, first model\.spare"):
+        nsvd.calibrate(model, IDS)
+    rest = [name for name in nsvd.targets(model) if name != "model.spare"]
+    assert list(nsvd.calibrate(model, IDS, layers=rest)) == rest
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0), (8,), (1, 2, 3)])
+def test_windows_are_a_table_of_token_ids(shape):
+    """No window, no token, or another number of axes is refused with the shape."""
+    with pytest.raises(ValueError, match=r"\(count, length\)"):
+        nsvd.calibrate(tiny_model(), torch.zeros(shape, dtype=torch.long))
+
+
+def test_calibration_is_repeatable():
+    """The same model and text give the same bits; a copy of the model is the same model."""
+    model = tiny_model()
+    first, second = nsvd.calibrate(model, IDS), nsvd.calibrate(copy.deepcopy(model), IDS)
+    assert all(torch.equal(first[name].G, second[name].G) for name in first)

@@ -1,0 +1,328 @@
+"""The command line: what it writes, and one line for everything that cannot be done."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbformat import v4
+from safetensors.torch import load_file, save_file
+
+import nsvd
+from nsvd.cli import main
+from tests.tiny import K1, Q, compressed, float32, poison, tiny_model, tiny_tokenizer  # noqa: F401
+
+MINI, SHORT = "mini-llama", ["--device", "cpu", "--count", "3", "--length", "32"]
+NSVD = ["--method", "nsvd-1", "--ratio", "0.3"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Tiny models, sound and broken, by name."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def put(name, model):
+        nsvd.save(model, tiny_tokenizer(), folder / name)
+        return folder / name
+
+    single = {"dtype": torch.float32}
+    put("dense", tiny_model(**single))
+    low = put("low", compressed(tiny_model(**single)))
+    bad = tiny_model(**single)
+    poison(bad, f"{Q}.weight")
+    put("nan", bad)
+    bad = tiny_model(**single)
+    poison(bad, "model.norm.weight")
+    put("nan-norm", bad)
+    missing, cut, empty = (shutil.copytree(low, folder / name) for name in ("missing", "cut", "no-config"))
+    tensors = load_file(missing / "model.safetensors")
+    del tensors[f"{Q}.up.weight"]
+    save_file(tensors, missing / "model.safetensors", metadata={"format": "pt"})
+    (cut / "model.safetensors").write_bytes((low / "model.safetensors").read_bytes()[:5000])
+    (empty / "config.json").unlink()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, hidden or not."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def said(capsys, *arguments) -> str:
+    """What a command that succeeds prints; nothing on standard error."""
+    assert main([str(a) for a in arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def refused(capsys, here, *arguments) -> str:
+    """The one line a command leaves that cannot be done: exit code 2, nothing printed, nothing written."""
+    before, command = contents(here), str(arguments[0])
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"nsvd {command}: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert contents(here) == before
+    return err
+
+
+def test_compress_info_evaluate(here, capsys):
+    """The embedded model is compressed into a folder, described, and evaluated beside the dense one."""
+    line = said(capsys, "compress", MINI, "low", *NSVD, *SHORT)
+    assert line.startswith("low: NSVD-I, 3")
+    assert line.count("\n") == 1
+    report = json.loads((here / "low" / "nsvd_report.json").read_text(encoding="utf-8"))
+    assert report["ratio_reached"] >= 0.3
+    assert report["options"] == {"k1": 0.95}
+    assert (
+        report["calibration"] | {"corpus": "mini/encyclopedia", "seed": 0, "windows": [3, 32]} == report["calibration"]
+    )
+    assert {layer["layer"] for layer in report["layers"]} == set(nsvd.targets(nsvd.load(MINI, device="cpu")[0]))
+    assert contents(here).keys() == {"low", *(f"low/{file.name}" for file in (here / "low").iterdir())}
+
+    described = said(capsys, "info", "low").splitlines()
+    assert "LlamaForCausalLM" in described[0]
+    assert described[1].startswith("compressed by nsvd-1 {'k1': 0.95}, 3")
+    assert len(described) == 2 + len(report["layers"])
+    assert "rank" in described[2]
+
+    corpora = ["mini/newswire", "mini/web"]
+    printed = said(capsys, "evaluate", MINI, "low", "--data", *corpora, *SHORT, "--json", "out/numbers.json")
+    results = json.loads((here / "out" / "numbers.json").read_text(encoding="utf-8"))
+    assert [(row["model"], row["corpus"]) for row in results["results"]] == [
+        (m, c) for m in (MINI, "low") for c in corpora
+    ]
+    assert {"nsvd", "torch", "commit", "code"} <= results["origin"].keys()
+    for row in results["results"]:
+        model, tokenizer = nsvd.load(row["model"], device="cpu")
+        windows = nsvd.windows(row["corpus"], tokenizer, count=3, length=32)
+        assert row["perplexity"] == pytest.approx(nsvd.perplexity(model, windows))
+        assert f"{row['perplexity']:.3f}" in printed
+        assert row["bits_per_byte"] > 0
+        assert row["standard_error"] > 0
+
+
+def test_the_command_line_does_what_python_does(here, models, capsys):
+    """The same model, text, method and options give the same tensors."""
+    (here / "text.txt").write_text("some words to calibrate on, " * 100, encoding="utf-8")
+    options = ["--k1", K1, "--calibration", "text.txt", "--count", 5, "--length", 24, "--seed", 3, "--device", "cpu"]
+    said(capsys, "compress", models / "dense", "low", *NSVD, *options)
+    model, tokenizer = nsvd.load(models / "dense", device="cpu")
+    windows = nsvd.windows("text.txt", tokenizer, split="calibration", count=5, length=24, seed=3)
+    nsvd.compress_(model, windows=windows, method="nsvd-1", ratio=0.3, k1=K1)
+    ours, theirs = model.state_dict(), nsvd.load("low", device="cpu")[0].state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_dense_model_is_described_as_dense(models, capsys):
+    """Kind, parameters, size, precision."""
+    first, second = said(capsys, "info", models / "dense").splitlines()
+    assert "LlamaForCausalLM" in first
+    assert f"{tiny_model().num_parameters():,} parameters" in first
+    assert "torch.float32" in first
+    assert second == "dense"
+
+
+def test_an_existing_checkpoint_is_exchanged(here, models, capsys):
+    """Method and precision of the second call stand; options have the methods' defaults."""
+    said(capsys, "compress", models / "dense", "low", "--method", "svd", "--ratio", 0.3)
+    said(capsys, "compress", models / "dense", "low", "--method", "svd", "--ratio", 0.5, "--dtype", "bfloat16")
+    assert "compressed by svd , 5" in said(capsys, "info", "low")
+    assert nsvd.load("low")[0].dtype == torch.bfloat16
+    assert json.loads((here / "low" / "nsvd_report.json").read_text())["calibration"] is None
+    assert [place.name for place in here.iterdir()] == ["low"]
+
+
+def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
+    """One window has no standard error, and JSON no NaN."""
+    said(capsys, "evaluate", models / "low", "--data", "mini/web", "--count", 1, "--length", 16, "--json", "one.json")
+    strict = json.loads((here / "one.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert strict["results"][0]["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "nsvd-9", "--ratio", 0.3], "unknown method 'nsvd-9'; the methods are svd, "),
+        (["--method", "nsvd-1", "--ratio", "1.0"], "ratio is 1.0"),
+        (["--method", "nsvd-1", "--ratio", "-0.1"], "ratio is -0.1"),
+        (["--method", "nsvd-1", "--ratio", "nan"], "ratio is nan"),
+        ([*NSVD, "--k1", "2.0"], "k1 is 2.0"),
+        ([*NSVD, "--k1", "0.01"], f"layer {Q}: k1 = 0.01 of rank 11 rounds k1 to 0"),
+        (["--method", "asvd-1", "--ratio", 0.3, "--k1", 0.9], "ASVD-I has no option k1"),
+        ([*NSVD, "--alpha", 0.5], "NSVD-I has no option alpha"),
+        (["--method", "svd", "--ratio", 0.97], f"layer {Q}: ratio 0.97 leaves rank 0"),
+        ([*NSVD, "--calibration", "mini/nothing"], "mini/nothing"),
+        ([*NSVD, "--calibration", "nothing"], "unknown corpus 'nothing'"),
+        ([*NSVD, "--calibration", "nothing.txt"], "no file nothing.txt"),
+        ([*NSVD, "--calibration", "mini/web"], "corpus mini/web"),
+        ([*NSVD, "--calibration", "latin1.txt"], "codec"),
+        ([*NSVD, "--count", 10**6], "too short"),
+        ([*NSVD, "--count", 0], "0 windows"),
+        ([*NSVD, "--length", 1], "2 tokens at least"),
+        ([*NSVD, "--device", "nowhere"], "device 'nowhere' cannot be used"),
+        ([*NSVD, "--dtype", "float17"], "unknown dtype 'float17'"),
+    ],
+)
+def test_what_compress_cannot_do_is_one_line(arguments, message, here, models, capsys):
+    """Unknown names, numbers out of range, options of another method, text that is not there; no folder appears."""
+    (here / "latin1.txt").write_bytes("é".encode("latin1") * 100)
+    line = refused(capsys, here, "compress", models / "dense", "low", *arguments)
+    assert message in line
+
+
+@pytest.mark.parametrize("command", [["info"], ["evaluate"], ["compress"]])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no-such-model", "no model 'no-such-model': pass a local folder, or use an embedded model (mini-llama"),
+        ("./no/such/folder", "no model './no/such/folder'"),
+        ("{models}/no-config", "without config.json"),
+        ("{models}/missing", f"factor {Q}.up.weight is missing"),
+        ("{models}/cut", "a weight file is damaged"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_one_line(command, model, message, here, models, capsys):
+    """Missing or corrupt, for every command."""
+    rest = ["low", *NSVD] if command == ["compress"] else []
+    line = refused(capsys, here, *command, model.format(models=models), *rest)
+    assert message in line
+
+
+def test_a_nan_is_one_line_with_the_layer(here, models, capsys):
+    """In a weight, with statistics or without; in the activations; in what the model says."""
+    for method in ("nsvd-1", "svd"):
+        line = refused(capsys, here, "compress", models / "nan", "low", "--method", method, "--ratio", 0.3)
+        assert f"{Q}" in line
+    model = nsvd.load(models / "dense", device="cpu")[0]
+    poison(model, "model.layers.1.input_layernorm.weight")
+    nsvd.save(model, tiny_tokenizer(), "nan-inside")
+    line = refused(capsys, here, "compress", "nan-inside", "low", *NSVD)
+    assert "the input of layer model.layers.1.self_attn.q_proj holds NaN or Inf" in line
+    line = refused(capsys, here, "evaluate", models / "nan-norm", "--data", "mini/web", *SHORT, "--json", "x.json")
+    assert "NaN or Inf" in line
+
+
+@pytest.mark.parametrize("corpus", ["nothing", "none.jsonl", "bad.jsonl", "mini/nothing", "no/dir:name"])
+def test_a_corpus_that_cannot_be_read_is_one_line(corpus, here, models, capsys):
+    """Evaluation has no result then, and no file."""
+    (here / "bad.jsonl").write_text('{"text": "good"}\nbad\n', encoding="utf-8")
+    line = refused(capsys, here, "evaluate", models / "dense", "--data", "mini/web", corpus, *SHORT, "--json", "x.json")
+    assert ("bad.jsonl, line 2" if corpus == "bad.jsonl" else corpus.split(":")[0]) in line
+
+
+def test_an_output_that_cannot_be_written_is_one_line_before_the_work(here, models, capsys, monkeypatch):
+    """Below a regular file, in the place of one, or a file in the place of a folder: the model is not even loaded."""
+    (here / "file").write_text("text", encoding="utf-8")
+    (here / "folder" / "inside").mkdir(parents=True)
+    monkeypatch.setattr(nsvd, "load", lambda *_a, **_k: pytest.fail("the model was loaded"))
+    for out in ("file/low", "file/deeper/low", "file"):
+        assert f"cannot write {out}" in refused(capsys, here, "compress", models / "dense", out, *NSVD)
+    for out in ("file/numbers.json", "folder"):
+        assert f"cannot write {out}" in refused(capsys, here, "evaluate", models / "dense", "--json", out)
+
+
+def notebook(file: Path, *code: str) -> Path:
+    """A notebook with the parameter ``size``."""
+    cells = [v4.new_code_cell("size: int = 3  # how many", metadata={"tags": ["parameters"]})]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(v4.new_notebook(cells=cells + [v4.new_code_cell(c) for c in code], metadata=kernel), file)
+    return file
+
+
+def test_notebooks_run_and_their_failures_are_code_1(here, capsys):
+    """A line for each; parameters are read as YAML."""
+    good, bad = notebook(here / "good.ipynb", "assert size == 4"), notebook(here / "bad.ipynb", "size / 0")
+    assert main(["run", str(good), str(bad), "-p", "size", "4", "--out", "out", "--jobs", "2"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["done    out/good.ipynb", "failed  out/bad.failed.ipynb"]
+    assert "ZeroDivisionError" in lines[2]
+    assert sorted(file.name for file in (here / "out").iterdir()) == ["bad.failed.ipynb", "good.ipynb"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "sise", "3"], "sise: no parameter of one; declared are size"),
+        (["-p", "size", "[3"], "not YAML"),
+        (["--preset", "none.yaml"], "no preset file none.yaml"),
+        (["--shard", "3/2"], "expected i/n"),
+        (["--jobs", "0"], "0 jobs"),
+        (["another"], "no notebook 'another'"),
+    ],
+)
+def test_what_run_cannot_do_is_one_line(arguments, message, here, capsys):
+    """A misspelt parameter, a missing file: nothing is executed."""
+    notebook(here / "one.ipynb", "1 / 0")
+    line = refused(capsys, here, "run", "one.ipynb", *arguments, "--out", "out")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["info"],
+        ["evaluate"],
+        ["compress", MINI, "low"],
+        ["compress", MINI, "low", "--method", "svd", "--ratio", "much"],
+        ["compress", MINI, "low", *NSVD, "--speed", "9"],
+        ["run", "all", "--shard", "first"],
+        ["run", "all", "-p", "alone"],
+    ],
+)
+def test_a_command_that_is_no_command_shows_the_usage(arguments, here, capsys):
+    """argparse's own answer: exit code 2, the usage, the error last."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[0].startswith("usage: nsvd")
+    assert "error:" in error[-1]
+    assert contents(here) == {}
+
+
+def test_help_names_every_command_and_option(capsys):
+    """``--help`` is the manual."""
+    for arguments, words in (
+        (["--help"], ["run", "compress", "evaluate", "info"]),
+        (["compress", "--help"], ["--method", "--ratio", "--k1", "--calibration", "--count", "--length", "--seed"]),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0
+        out = capsys.readouterr().out
+        assert all(word in out for word in words)
+
+
+def test_a_fresh_process_reads_what_another_one_wrote(models, tmp_path):
+    """``python -m nsvd.cli``: exit codes and streams are those of a program."""
+
+    def program(*arguments):
+        return subprocess.run(
+            [sys.executable, "-W", "error::RuntimeWarning", "-c", "import sys; from nsvd.cli import main; sys.exit(main())"]
+            + [str(a) for a in arguments],
+            capture_output=True, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+
+    done = program("info", models / "low")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{Q}: 32 × 32, rank 11" in done.stdout

@@ -1,0 +1,90 @@
+"""Arrows point one way: lab → model → linalg; the mathematics knows no model, and no layer knows its family."""
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "nsvd"
+# Words of a longer text count only as a whole where they are short enough to occur inside others (options, graphics).
+FAMILY = re.compile(r"llama|mistral|qwen|gemma|neox|(?<![a-z])(opt|phi)(?![a-z])", re.IGNORECASE)
+
+
+def imports(tree: ast.AST, package: str = "nsvd") -> Iterator[str]:
+    """Dotted names of all modules imported, also inside functions; relative ones in full."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: 1 - node.level or None] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    """String constants that are not docstrings."""
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+            yield node.value
+
+
+def foreign_to_mathematics(tree: ast.AST) -> list[str]:
+    """Imports beyond tensors and the standard library."""
+    known = {"torch", "numpy", "scipy", "jaxtyping", *sys.stdlib_module_names}
+    return [n for n in imports(tree, "nsvd.linalg") if n.split(".")[0] not in known and not within(n, "nsvd.linalg")]
+
+
+def upward_of_model(tree: ast.AST) -> list[str]:
+    return [n for n in imports(tree, "nsvd.model") if within(n, "nsvd.lab", "nsvd.cli")]
+
+
+def upward_of_lab(tree: ast.AST) -> list[str]:
+    return [n for n in imports(tree, "nsvd.lab") if within(n, "nsvd.cli")]
+
+
+def prints(tree: ast.AST) -> list[str]:
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [f.id for f in calls if isinstance(f, ast.Name) and f.id == "print"]
+
+
+def families(tree: ast.AST) -> list[str]:
+    return [text for text in strings(tree) if FAMILY.search(text)]
+
+
+RULES: list[tuple[str, Callable[[ast.AST], list[str]], tuple[str, ...]]] = [
+    ("linalg", foreign_to_mathematics, ("import transformers", "from nsvd.model.layers import targets", "from .. import model")),
+    ("linalg", prints, ("def f():\n    print(1)",)),
+    ("linalg", families, ("x = 'llama'",)),
+    ("model", upward_of_model, ("from nsvd.lab import corpora", "def f():\n    import nsvd.cli", "from ..lab import paths")),
+    ("model", prints, ("print('x')",)),
+    ("model", families, ("if 'OPT' in name: pass", "x = f'model.gpt_neox.{i}'", "Qwen = 'Qwen2ForCausalLM'", "y = {'phi': 1}")),
+    ("lab", upward_of_lab, ("from nsvd.cli import main", "from nsvd import cli")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "rule", "broken"), RULES)
+def test_a_rule_of_the_house_is_kept(part, rule, broken):
+    """No file of the part breaks the rule; the rule sees each way of breaking it."""
+    files = sorted((PACKAGE / part).rglob("*.py"))
+    assert files
+    found = {file.name: rule(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
+    assert {name: what for name, what in found.items() if what} == {}
+    assert all(rule(ast.parse(text)) for text in broken)
+
+
+def test_the_rules_let_pass_what_is_allowed():
+    """The standard library, the package's own mathematics, docstrings that name a family, words that contain one."""
+    allowed = (
+        '"""Works on LLaMA."""\nimport math, torch.nn\nfrom nsvd.linalg import METHODS\nx = "options and graphics"'
+    )
+    for _, rule, _ in RULES:
+        assert rule(ast.parse(allowed)) == []
