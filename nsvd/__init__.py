@@ -3,22 +3,16 @@
 Importing the package also teaches transformers to read compressed checkpoints.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("nsvd")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+source"
-
 from nsvd.lab.corpora import EMBEDDED, documents, windows
 from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
-from nsvd.model.checkpoint import CheckpointError, save
+from nsvd.model.checkpoint import CheckpointError, default_device, save
 from nsvd.model.compress import Report, compress_, prepare
 from nsvd.model.files import replacing
 from nsvd.model.layers import LowRankLinear, targets
 from nsvd.model.moments import Statistics, calibrate
+from nsvd.version import __version__
 
 __all__ = [
     "EMBEDDED",
@@ -30,9 +24,11 @@ __all__ = [
     "Moments",
     "Report",
     "Statistics",
+    "__version__",
     "calibrate",
     "compress_",
     "decompose",
+    "default_device",
     "documents",
     "embedded_models",
     "evaluate",

@@ -15,9 +15,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input, 1 for a notebook that failed."""
     chosen = _parser().parse_args(arguments)
+    from torch.linalg import LinAlgError
+
     try:
         return chosen.command(chosen) or 0
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, LinAlgError) as error:
         print(f"nsvd {chosen.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -44,6 +46,7 @@ def run(chosen: argparse.Namespace) -> int:
 def compress(chosen: argparse.Namespace) -> None:
     """Compress a model into a folder."""
     import nsvd
+    from nsvd.model.checkpoint import check_target
 
     method = nsvd.METHODS.get(chosen.method, None)
     if method is None:
@@ -52,7 +55,8 @@ def compress(chosen: argparse.Namespace) -> None:
     method.resolve(options)
     if not 0 <= chosen.ratio < 1:
         raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
-    _writable(chosen.out, folder=True)
+    check_target(chosen.out)
+    _writable(chosen.out)
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
     stats = None
@@ -87,10 +91,14 @@ def evaluate(chosen: argparse.Namespace) -> None:
     from nsvd.lab.records import origin
 
     if chosen.json:
+        if Path(chosen.json).is_dir():
+            raise IsADirectoryError(f"cannot write {chosen.json}: there is a folder of that name")
         _writable(chosen.json)
-    rows = []
+    rows, dtype = [], chosen.dtype
+    if dtype == "auto" and "cpu" in (chosen.device, nsvd.default_device()):
+        dtype = "float32"
     for source in chosen.models:
-        model, tokenizer = nsvd.load(source, dtype=chosen.dtype, device=chosen.device)
+        model, tokenizer = nsvd.load(source, dtype=dtype, device=chosen.device)
         for corpus in chosen.data or nsvd.EMBEDDED:
             windows = nsvd.windows(corpus, tokenizer, length=chosen.length, count=chosen.count, seed=chosen.seed)
             result = nsvd.evaluate(model, windows, tokenizer, progress=sys.stderr.isatty())
@@ -136,10 +144,8 @@ def info(chosen: argparse.Namespace) -> None:
             print(f"  {name}: {module.out_features} × {module.in_features}, rank {module.rank}")
 
 
-def _writable(target: str, *, folder: bool = False) -> None:
-    """Raise before any work is done if a file (or folder) cannot be put there."""
-    if Path(target).exists() and Path(target).is_dir() != folder:
-        raise OSError(f"cannot write {target}: there is a {'file' if folder else 'folder'} of that name")
+def _writable(target: str) -> None:
+    """Raise before any work is done if a file or folder cannot be put there."""
     parent = Path(target).absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -168,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: 0)")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
-        sub.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, … (default: auto)")
+        sub.add_argument(
+            "--dtype", default="auto", help="float32, bfloat16, …; auto: as stored, evaluated in float32 on a CPU"
+        )
 
     sub = command(run)
     sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="path, name or number, or all (default: all)")

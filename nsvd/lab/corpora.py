@@ -156,18 +156,22 @@ def windows(
 def _file(file: Path, name: str) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"corpus {name}: no file {file}")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
     if file.suffix == ".txt":
-        return [file.read_text(encoding="utf-8")]
+        return [content]
     texts = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'{file}, line {number}: expected {{"text": …}}')
-            texts.append(text)
+    lines = content.removesuffix("\n").split("\n") if content else []  # not splitlines: U+2028 may stand in a text
+    for number, line in enumerate(lines, 1):
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(f'{file}, line {number}: expected {{"text": …}}')
+        texts.append(text)
     return texts
 
 

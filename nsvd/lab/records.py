@@ -39,12 +39,23 @@ class Records:
     def __init__(self, file: str | Path, *, fresh: bool = False):
         self.file, self._rows, self._stale = Path(file), {}, set()
         if self.file.exists():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
+            for row in self._read():
                 key = _key(row["parameters"])
                 self._rows[key] = row
                 if fresh or row["origin"].get("code") != origin()["code"]:
                     self._stale.add(key)
+
+    def _read(self) -> list[dict]:
+        """All rows; a last line that a kill has cut short is taken out of the file."""
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+            with replacing(self.file) as part:
+                part.write_text("".join(lines), encoding="utf-8")
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.file} is not a file of results: {error}") from error
 
     def find(self, **parameters) -> dict | None:
         """The numbers recorded for exactly these parameters by today's code, or None."""

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from nsvd.model.checkpoint import default_device
 from nsvd.model.files import replacing
 
 BOS, EOS = "<s>", "</s>"
@@ -200,8 +201,7 @@ def train(
     compiler on a CPU), about a quarter faster.
     """
     work.mkdir(parents=True, exist_ok=True)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device() if device == "auto" else device
     if not (work / "tokenizer").exists():
         with replacing(work / "tokenizer") as part:
             train_tokenizer(recipe, text).save_pretrained(part)

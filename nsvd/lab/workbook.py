@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,15 +80,26 @@ def run(
         raise ValueError(f"{jobs} jobs: 1 is the least")
     folder = Path(out) if out is not None else checkout() / "notebooks" / "executed"
     folder.mkdir(parents=True, exist_ok=True)
-    if jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
     def one(file: Path) -> Outcome:
         return _execute(file, {k: v for k, v in given.items() if k in declared[file]}, folder)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with _threads_shared(jobs), ThreadPoolExecutor(jobs) as pool:
         outcomes = pool.map(one, chosen[i - 1 :: n])
         return list(tqdm(outcomes, "notebooks", total=len(chosen[i - 1 :: n]), disable=not progress, leave=False))
+
+
+@contextmanager
+def _threads_shared(jobs: int) -> Iterator[None]:
+    """Kernels started inside get their part of the cores, unless the user has said how many threads they get."""
+    if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def _execute(source: Path, parameters: dict, folder: Path) -> Outcome:

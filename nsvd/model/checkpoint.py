@@ -121,20 +121,33 @@ def mark_compressed(model: nn.Module, modules: dict[str, dict], **details) -> No
     model.is_quantized, model.quantization_method = True, METHOD
 
 
+def check_target(folder: str | Path) -> None:
+    """Raise ``FileExistsError`` unless ``save`` may put a checkpoint there: nothing, an empty folder, or an older model."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"cannot write {folder}: it is a file, a checkpoint is a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise FileExistsError(f"cannot write {folder}: it holds something that is not a model")
+
+
 def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict | None = None) -> None:
     """Write model and tokenizer as a folder that ``load`` and, after ``import nsvd``, ``from_pretrained`` read.
 
-    The folder appears when everything is written; an existing one is replaced whole. ``report`` is put beside the weights as
-    ``nsvd_report.json``.
+    The folder appears when everything is written; an older model there is replaced whole, anything else is refused.
+    ``report`` is put beside the weights as ``nsvd_report.json``.
     """
-    if Path(folder).is_file():
-        raise FileExistsError(f"{folder} is a file; a checkpoint is a folder")
+    check_target(folder)
     with replacing(folder) as part, _quiet():
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         if report is not None:
             (part / "nsvd_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def default_device() -> str:
+    """The GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto"):
@@ -146,7 +159,7 @@ def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto"):
         CheckpointError: if a tensor is missing, misshaped or unreadable.
         ValueError: if there is no such dtype or device.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = default_device() if device == "auto" else device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -163,7 +176,11 @@ def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto"):
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors missing or misshaped, first {missing[0]}")
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds a model but no tokenizer that can be read") from error
+    return model.to(device).eval(), tokenizer
 
 
 class _quiet:

@@ -21,6 +21,7 @@ from nsvd.linalg.methods import check_finite
 from nsvd.model.checkpoint import is_compressed, mark_compressed
 from nsvd.model.layers import LowRankLinear, targets
 from nsvd.model.moments import Statistics, calibrate
+from nsvd.version import __version__
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,6 @@ def compress_(
 
 def versions() -> dict[str, str]:
     """Versions of what computed a number."""
-    from nsvd import __version__
-
     return {
         "nsvd": __version__,
         "torch": torch.__version__,

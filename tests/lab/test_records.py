@@ -91,3 +91,20 @@ def test_the_code_hash_covers_what_computes():
     """Twelve digits, the same at every call."""
     assert len(origin()["code"]) == 12
     assert origin() == origin()
+
+
+def test_a_line_cut_short_by_a_kill_is_measured_again(tmp_path):
+    """The whole lines before it stay; anything else that is not JSON is named."""
+    file = tmp_path / "records.jsonl"
+    Records(file).add({"ratio": 0.1}, {"nll": 1.0})
+    Records(file).add({"ratio": 0.2}, {"nll": 2.0})
+    whole = file.read_text()
+    file.write_text(whole[:-20])
+    records = Records(file)
+    assert records.find(ratio=0.1) == {"nll": 1.0}
+    assert records.find(ratio=0.2) is None
+    records.add({"ratio": 0.2}, {"nll": 2.0})
+    assert file.read_text() == whole
+    file.write_text("no json\n" + whole)
+    with pytest.raises(ValueError, match=r"records\.jsonl is not a file of results"):
+        Records(file)

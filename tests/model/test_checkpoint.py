@@ -63,9 +63,9 @@ def test_config_json_is_the_plain_list_of_compressed_layers(saved):
 
 def test_a_model_read_again_can_be_saved_again(saved, tmp_path):
     """With the same bits, and the same words about where it came from."""
-    model, tokenizer = nsvd.load(saved)
+    model, tokenizer = nsvd.load(saved, device="cpu")
     nsvd.save(model, tokenizer, tmp_path / "again")
-    assert torch.equal(logits(nsvd.load(tmp_path / "again")[0]), logits(model))
+    assert torch.equal(logits(nsvd.load(tmp_path / "again", device="cpu")[0]), logits(model))
     first, second = (json.loads((place / "config.json").read_text()) for place in (saved, tmp_path / "again"))
     assert first["quantization_config"] == second["quantization_config"]
 
@@ -73,7 +73,7 @@ def test_a_model_read_again_can_be_saved_again(saved, tmp_path):
 def test_what_a_later_version_adds_to_the_config_is_kept(folder, tmp_path):
     """An unknown key is no error, and is written back."""
     edit_config(folder, lambda config: config.update(allocation="by spectrum"))
-    model, tokenizer = nsvd.load(folder)
+    model, tokenizer = nsvd.load(folder, device="cpu")
     nsvd.save(model, tokenizer, tmp_path / "again")
     config = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
     assert config["allocation"] == "by spectrum"
@@ -84,21 +84,21 @@ def test_a_partly_compressed_model_comes_back_so(tmp_path):
     model = tiny_model()
     nsvd.compress_(model, method="svd", ranks={Q: 5})
     nsvd.save(model, tiny_tokenizer(), tmp_path / "low")
-    again, _ = nsvd.load(tmp_path / "low")
+    again, _ = nsvd.load(tmp_path / "low", device="cpu")
     assert torch.equal(logits(again), logits(model))
     assert len(nsvd.targets(again)) == 13
 
 
 def test_the_tokenizer_is_stored_beside_the_weights(saved):
     """It cuts text as before."""
-    _, tokenizer = nsvd.load(saved)
+    _, tokenizer = nsvd.load(saved, device="cpu")
     assert tokenizer("häé")["input_ids"] == tiny_tokenizer()("häé")["input_ids"]
 
 
 def test_another_precision_is_had_by_asking(saved):
     """``dtype="auto"`` keeps the stored one."""
-    assert nsvd.load(saved)[0].dtype == torch.float32
-    assert nsvd.load(saved, dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert nsvd.load(saved, device="cpu")[0].dtype == torch.float32
+    assert nsvd.load(saved, dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="unknown dtype 'float17'"):
         nsvd.load(saved, dtype="float17")
     with pytest.raises(ValueError, match="device 'nowhere' cannot be used"):
@@ -129,7 +129,7 @@ def test_a_truncated_file_is_damaged(kept, folder):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
     with pytest.raises(nsvd.CheckpointError, match="weight file is damaged"):
-        nsvd.load(folder)
+        nsvd.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize("change", ["missing", "misshaped"])
@@ -173,7 +173,7 @@ def test_a_checkpoint_is_not_written_over_a_file(tmp_path):
     """The file stays."""
     file = tmp_path / "precious"
     file.write_text("text", encoding="utf-8")
-    with pytest.raises(FileExistsError, match="precious is a file"):
+    with pytest.raises(FileExistsError, match="precious: it is a file"):
         nsvd.save(tiny_model(), tiny_tokenizer(), file)
     with pytest.raises(OSError):
         nsvd.save(tiny_model(), tiny_tokenizer(), file / "below")
@@ -209,7 +209,7 @@ def test_saving_again_exchanges_the_folder(folder):
     (folder / "nsvd_report.json").write_text("{}", encoding="utf-8")
     nsvd.save(tiny_model(), tiny_tokenizer(), folder)
     assert "nsvd_report.json" not in contents(folder)
-    assert torch.equal(logits(nsvd.load(folder)[0]), logits(tiny_model()))
+    assert torch.equal(logits(nsvd.load(folder, device="cpu")[0]), logits(tiny_model()))
     assert [place.name for place in folder.parent.iterdir()] == ["low"]
 
 
@@ -237,6 +237,23 @@ def test_loading_says_nothing(saved, capfd):
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    nsvd.load(saved)
+    nsvd.load(saved, device="cpu")
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_a_folder_that_is_no_model_is_not_replaced(tmp_path):
+    """Somebody's results would be gone."""
+    model = tiny_model("llama")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "numbers.txt").write_text("1")
+    with pytest.raises(FileExistsError, match="results: it holds something that is not a model"):
+        nsvd.save(model, None, tmp_path / "results")
+    assert (tmp_path / "results" / "numbers.txt").read_text() == "1"
+
+
+def test_a_model_without_a_tokenizer_says_so(tmp_path):
+    """In place of a hint at libraries that would not help."""
+    nsvd.save(tiny_model("llama"), None, tmp_path / "bare")
+    with pytest.raises(nsvd.CheckpointError, match="no tokenizer"):
+        nsvd.load(tmp_path / "bare")
