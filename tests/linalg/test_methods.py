@@ -75,6 +75,9 @@ def test_the_result_is_computed_in_float64_and_comes_back_in_the_weight_s_dtype(
     cast, exact = (decompose(V, x.G, method=method, k=4, **moments) for V in (W, W.double()))
     assert cast.left.dtype == cast.right.dtype == dtype
     assert exact.left.dtype == torch.float64
+    assert torch.equal(
+        decompose(x.W, x.G, method=method, k=4, **moments).dense(), x.decompose(method, **OPTIONS[method])
+    )
     assert torch.equal(cast.left, exact.left.to(dtype))
     assert torch.equal(cast.right, exact.right.to(dtype))
 

@@ -44,7 +44,7 @@ def test_nested_with_nothing_outside_is_the_plain_svd(x):
 @law
 @given(case=splits(condition=1.0))
 def test_nested_with_white_inputs_is_the_plain_svd(case):
-    """G = I: both steps work in the same norm, and nothing is traded."""
+    """G = 4 I: both steps work in the same norm, and nothing is traded."""
     x, k1 = case
     assume(is_determined("svd", x, x.k) and is_determined("svd", x, k1))
     assert is_close(x.decompose("nsvd-1", k1=k1 / x.k), x.decompose("svd"))
@@ -119,7 +119,7 @@ def test_nsvd_is_not_made_of_columns_of_the_residual():
 @law
 @given(d_out=st.integers(1, 9), d_in=st.integers(1, 9), data=st.data())
 def test_an_interpolation_is_exact_from_the_rank_on(d_out, d_in, data):
-    """A = A[:, columns] Z with Z the identity on k distinct columns, for any k from the rank of A to d_in."""
+    """A = A[:, columns] Z, Z the identity on k distinct columns, those beyond the rank of A standing for themselves only."""
     r = data.draw(st.integers(0, min(d_out, d_in)))
     k = data.draw(st.integers(max(r, 1), max(r, min(d_out, d_in))))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
@@ -127,6 +127,7 @@ def test_an_interpolation_is_exact_from_the_rank_on(d_out, d_in, data):
     columns, Z = interpolative_decomposition(A, k)
     assert len(set(columns.tolist())) == k
     assert torch.equal(Z[:, columns], torch.eye(k))
+    assert torch.equal(Z[r:].abs().sum(1), torch.ones(k - r))
     assert torch.allclose(A[:, columns] @ Z, A, atol=1e-9 * (1 + A.norm().item()))
 
 
