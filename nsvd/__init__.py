@@ -15,10 +15,12 @@ from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
 from nsvd.model.checkpoint import CheckpointError, save
-from nsvd.model.compress import Report, compress_, prepare
+from nsvd.model.compress import Report, compress_
 from nsvd.model.files import replacing
 from nsvd.model.layers import LowRankLinear, targets
 from nsvd.model.moments import Statistics, calibrate
+from nsvd.model.prepare import prepare
+from nsvd.model.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "EMBEDDED",
@@ -29,6 +31,7 @@ __all__ = [
     "LowRankLinear",
     "Moments",
     "Report",
+    "Sensitivity",
     "Statistics",
     "calibrate",
     "compress_",
@@ -41,6 +44,7 @@ __all__ = [
     "prepare",
     "replacing",
     "save",
+    "sensitivity",
     "targets",
     "windows",
 ]

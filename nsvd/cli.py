@@ -55,8 +55,8 @@ def compress(chosen: argparse.Namespace) -> None:
     _writable(chosen.out, folder=True)
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
-    stats = None
-    if method.needs_moments:
+    stats = windows = None
+    if method.needs_moments or chosen.allocation == "strs":
         windows = nsvd.windows(
             chosen.calibration,
             tokenizer,
@@ -65,8 +65,13 @@ def compress(chosen: argparse.Namespace) -> None:
             count=chosen.count,
             seed=chosen.seed,
         )
+    if method.needs_moments:
         stats = nsvd.calibrate(model, windows, progress=bar)
-    report = nsvd.compress_(model, stats, method=chosen.method, ratio=chosen.ratio, progress=bar, **options)
+    searched = windows[: chosen.search_count] if chosen.allocation == "strs" else None
+    report = nsvd.compress_(
+        model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, windows=searched,
+        progress=bar, **options,
+    )  # fmt: skip
     calibration = {"corpus": chosen.calibration, "seed": chosen.seed} | stats.origin if stats else None
     about = report.as_dict() | {"model": chosen.model, "calibration": calibration}
     nsvd.save(
@@ -187,7 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--alpha", type=float, help="exponent of the channel scales (asvd)")
     sub.add_argument("--mu", type=float, help="ridge, as a multiple of mean(diag G) (ridge)")
     sub.add_argument("--calibration", default="mini/encyclopedia", metavar="CORPUS")
-    sub.add_argument("--allocation", choices=["uniform"], default="uniform", help="how ranks are shared out")
+    sub.add_argument(
+        "--allocation", choices=["uniform", "strs", "spectrum"], default="uniform", help="how ranks are shared out"
+    )
+    sub.add_argument(
+        "--search-count", type=int, default=32, help="calibration windows for strs to search on (default: 32)"
+    )
     common(sub)
 
     sub = command(evaluate)

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Iterable, Mapping
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.lab.evaluation import evaluate
 from nsvd.lab.records import Records
 from nsvd.linalg import by_name
-from nsvd.model.compress import compress_, prepare
+from nsvd.model.compress import compress_
+from nsvd.model.files import fingerprint
 from nsvd.model.moments import Statistics
+from nsvd.model.prepare import prepare
 
 DENSE = "dense"
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Twelve hexadecimal digits that change with any of the tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def sweep(
