@@ -52,6 +52,8 @@ def compress(chosen: argparse.Namespace) -> None:
     method.resolve(options)
     if not 0 <= chosen.ratio < 1:
         raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
+    if chosen.search_count < 1:
+        raise ValueError(f"--search-count is {chosen.search_count}; 1 window is the least")
     _writable(chosen.out, folder=True)
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
@@ -72,7 +74,11 @@ def compress(chosen: argparse.Namespace) -> None:
         model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, windows=searched,
         progress=bar, **options,
     )  # fmt: skip
-    calibration = {"corpus": chosen.calibration, "seed": chosen.seed} | stats.origin if stats else None
+    calibration = None
+    if windows is not None:
+        calibration = {"corpus": chosen.calibration, "seed": chosen.seed, "windows": list(windows.shape)}
+        calibration |= stats.origin if stats else {}
+        calibration |= {} if searched is None else {"search_windows": list(searched.shape)}
     about = report.as_dict() | {"model": chosen.model, "calibration": calibration}
     nsvd.save(
         model, tokenizer, chosen.out, report=about | {"layers": json.loads(report.table.to_json(orient="records"))}

@@ -7,7 +7,7 @@ import pytest
 import nsvd
 from nsvd.lab import sweep as module
 from nsvd.lab.records import Records
-from nsvd.lab.sweep import DENSE, sweep
+from nsvd.lab.sweep import DENSE, measure, sweep
 from tests.tiny import K1, assert_same, state, tiny_model, token_ids
 
 CALIBRATION = token_ids(6, 16, seed=1)
@@ -149,3 +149,21 @@ def test_an_option_the_method_has_not_stops_before_anything_is_measured(swept, c
     with pytest.raises(ValueError, match="SVD has no option k1"):
         swept([("asvd-1", 0.3, {}), ("svd", 0.3, {"k1": 0.9})])
     assert calls["evaluate"] == 0
+
+
+def test_one_model_on_all_corpora_is_built_only_where_something_is_missing(tmp_path):
+    """A row a corpus, and nothing a second time; what ``about`` says is part of the question."""
+    built, records = [], Records(tmp_path / "results.jsonl")
+
+    def build():
+        built.append(tiny_model())
+        return built[-1]
+
+    rows = measure(build, CORPORA, records, {"model": "tiny"})
+    assert [row["corpus"] for row in rows] == list(CORPORA)
+    assert [row["perplexity"] for row in rows] == [nsvd.perplexity(built[0], ids) for ids in CORPORA.values()]
+    assert measure(build, CORPORA, records, {"model": "tiny"}) == rows
+    assert len(built) == 1
+    measure(build, CORPORA, records, {"model": "another"})
+    measure(build, CORPORA | {"first": token_ids(4, 12, seed=9)}, records, {"model": "tiny"})
+    assert len(built) == 3
