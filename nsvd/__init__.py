@@ -8,10 +8,12 @@ from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
 from nsvd.model.checkpoint import CheckpointError, default_device, save
-from nsvd.model.compress import Report, compress_, prepare
+from nsvd.model.compress import Report, compress_
 from nsvd.model.files import replacing
 from nsvd.model.layers import LowRankLinear, targets
 from nsvd.model.moments import Statistics, calibrate
+from nsvd.model.prepare import prepare
+from nsvd.model.sensitivity import Sensitivity, sensitivity
 from nsvd.version import __version__
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "LowRankLinear",
     "Moments",
     "Report",
+    "Sensitivity",
     "Statistics",
     "__version__",
     "calibrate",
@@ -37,6 +40,7 @@ __all__ = [
     "prepare",
     "replacing",
     "save",
+    "sensitivity",
     "targets",
     "windows",
 ]

@@ -55,12 +55,14 @@ def compress(chosen: argparse.Namespace) -> None:
     method.resolve(options)
     if not 0 <= chosen.ratio < 1:
         raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
+    if chosen.search_count < 1:
+        raise ValueError(f"--search-count is {chosen.search_count}; 1 window is the least")
     check_target(chosen.out)
     _writable(chosen.out)
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
-    stats = None
-    if method.needs_moments:
+    stats = windows = None
+    if method.needs_moments or chosen.allocation == "strs":
         windows = nsvd.windows(
             chosen.calibration,
             tokenizer,
@@ -69,9 +71,18 @@ def compress(chosen: argparse.Namespace) -> None:
             count=chosen.count,
             seed=chosen.seed,
         )
+    if method.needs_moments:
         stats = nsvd.calibrate(model, windows, progress=bar)
-    report = nsvd.compress_(model, stats, method=chosen.method, ratio=chosen.ratio, progress=bar, **options)
-    calibration = {"corpus": chosen.calibration, "seed": chosen.seed} | stats.origin if stats else None
+    searched = windows[: chosen.search_count] if chosen.allocation == "strs" else None
+    report = nsvd.compress_(
+        model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, windows=searched,
+        progress=bar, **options,
+    )  # fmt: skip
+    calibration = None
+    if windows is not None:
+        calibration = {"corpus": chosen.calibration, "seed": chosen.seed, "windows": list(windows.shape)}
+        calibration |= stats.origin if stats else {}
+        calibration |= {} if searched is None else {"search_windows": list(searched.shape)}
     about = report.as_dict() | {"model": chosen.model, "calibration": calibration}
     nsvd.save(
         model, tokenizer, chosen.out, report=about | {"layers": json.loads(report.table.to_json(orient="records"))}
@@ -195,7 +206,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--alpha", type=float, help="exponent of the channel scales (asvd)")
     sub.add_argument("--mu", type=float, help="ridge, as a multiple of mean(diag G) (ridge)")
     sub.add_argument("--calibration", default="mini/encyclopedia", metavar="CORPUS")
-    sub.add_argument("--allocation", choices=["uniform"], default="uniform", help="how ranks are shared out")
+    sub.add_argument(
+        "--allocation", choices=["uniform", "strs", "spectrum"], default="uniform", help="how ranks are shared out"
+    )
+    sub.add_argument(
+        "--search-count", type=int, default=32, help="calibration windows for strs to search on (default: 32)"
+    )
     common(sub)
 
     sub = command(evaluate)

@@ -131,6 +131,23 @@ def test_the_command_line_does_what_python_does(here, models, capsys):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("method", ["asvd-1", "svd"])
+def test_ranks_are_searched_on_request(method, here, capsys):
+    """The embedded model by STRS on two windows, and by spectrum: target met, the allocation in report and config."""
+    tiny = ["--method", method, "--ratio", 0.2, *SHORT]
+    for allocation in ("strs", "spectrum"):
+        line = said(capsys, "compress", MINI, allocation, *tiny, "--allocation", allocation, "--search-count", 2)
+        assert line.startswith(f"{allocation}: ")
+        report = json.loads((here / allocation / "nsvd_report.json").read_text(encoding="utf-8"))
+        assert 0.2 <= report["ratio_reached"] < 0.201
+        assert report["allocation"] == allocation
+        assert len({layer["rank"] for layer in report["layers"]}) > 3
+        assert nsvd.load(allocation, device="cpu")[0].config.quantization_config.allocation == allocation
+    strs = json.loads((here / "strs" / "nsvd_report.json").read_text(encoding="utf-8"))
+    assert strs["search_tokens"] == 2 * 32 * 9 * len(strs["layers"])
+    assert strs["calibration"]["search_windows"] == [2, 32]
+
+
 def test_a_dense_model_is_described_as_dense(models, capsys):
     """Kind, parameters, size, precision."""
     first, second = said(capsys, "info", models / "dense").splitlines()
@@ -176,6 +193,7 @@ def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
         ([*NSVD, "--calibration", "latin1.txt"], "codec"),
         ([*NSVD, "--count", 10**6], "too short"),
         ([*NSVD, "--count", 0], "0 windows"),
+        ([*NSVD, "--allocation", "strs", "--search-count", -1], "--search-count is -1"),
         ([*NSVD, "--length", 1], "2 tokens at least"),
         ([*NSVD, "--device", "nowhere"], "device 'nowhere' cannot be used"),
         ([*NSVD, "--dtype", "float17"], "unknown dtype 'float17'"),
@@ -304,7 +322,10 @@ def test_help_names_every_command_and_option(capsys):
     """``--help`` is the manual."""
     for arguments, words in (
         (["--help"], ["run", "compress", "evaluate", "info"]),
-        (["compress", "--help"], ["--method", "--ratio", "--k1", "--calibration", "--count", "--length", "--seed"]),
+        (
+            ["compress", "--help"],
+            ["--method", "--ratio", "--k1", "--calibration", "--allocation", "--count", "--length", "--seed"],
+        ),
     ):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)

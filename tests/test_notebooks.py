@@ -12,6 +12,8 @@ SOURCES = workbook.notebooks()
 TINY = {
     "count": 8,  # more tokens than channels, or Cholesky has nothing to factor
     "test_count": 2,
+    "search_count": 3,
+    "kept": [0.3, 0.6],
     "length": 64,
     "draws": 8,
     "ratios": [0.3],

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
+
+from nsvd.model.loss import window_losses
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Evaluation:
         return self.nll / math.log(2) / self.bytes_per_token
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, windows: Tensor, tokenizer=None, *, batch: int | None = None, progress: bool = False
 ) -> Evaluation:
@@ -56,19 +55,7 @@ def evaluate(
         ValueError: if there is no window, or windows of fewer than two tokens.
         FloatingPointError: if a loss is NaN or Inf.
     """
-    if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
-        raise ValueError(f"windows must be a (count, length ≥ 2) tensor of token ids, not {tuple(windows.shape)}")
-    device = next(model.parameters()).device
-    batch = batch or max(1, 4096 // windows.shape[1])
-    losses = []
-    for ids in tqdm(windows.split(batch), "evaluate", disable=not progress, leave=False):
-        ids = ids.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        token_losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        losses.append(token_losses.view(len(ids), -1).double().mean(1).cpu())
-    losses = torch.cat(losses)
-    if not losses.isfinite().all():
-        raise FloatingPointError(f"the loss of window {int((~losses.isfinite()).nonzero()[0])} is NaN or Inf")
+    losses = window_losses(model, windows, batch=batch, progress=progress)
     size = None
     if tokenizer is not None:
         size = len(tokenizer.decode(windows.flatten(), skip_special_tokens=True).encode()) / windows.numel()

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.lab.evaluation import evaluate
 from nsvd.lab.records import Records
 from nsvd.linalg import by_name
-from nsvd.model.compress import compress_, prepare
+from nsvd.model.compress import compress_
+from nsvd.model.files import fingerprint
 from nsvd.model.moments import Statistics
+from nsvd.model.prepare import prepare
 
 DENSE = "dense"
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Twelve hexadecimal digits that change with any of the tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def sweep(
@@ -47,36 +40,50 @@ def sweep(
     by stage.
     """
     weights, moments = fingerprint(model.parameters()), fingerprint(m.G for m in stats.moments.values())
-    texts = {corpus: fingerprint([windows]) for corpus, windows in corpora.items()}
     prepared, seconds, rows = {}, {"prepare": 0.0, "compress": 0.0, "evaluate": 0.0}, []
+
+    def build(method: str, ratio: float, options: dict) -> nn.Module:
+        if method == DENSE:
+            return model
+        clock, outer = time.perf_counter(), _outer((method, ratio, options))
+        if outer not in prepared:
+            prepared.clear()
+            prepared[outer] = prepare(model, stats, method, **options)
+        seconds["prepare"] += time.perf_counter() - clock
+        clock, changed = time.perf_counter(), copy.deepcopy(model)
+        compress_(changed, stats, method=method, ratio=ratio, prepared=prepared[outer], **options)
+        seconds["compress"] += time.perf_counter() - clock
+        return changed
+
     todo = [(DENSE, 0.0, {})] + [(method, ratio, by_name(method).resolve(options)) for method, ratio, options in cells]
     todo.sort(key=lambda cell: _outer(cell) or "")  # one metric after the other, so that one is kept at a time
-    for method, ratio, options in tqdm(todo, "sweep", disable=not progress, leave=False):
+    for cell in tqdm(todo, "sweep", disable=not progress, leave=False):
+        method, ratio, options = cell
         about = {"model": name, "weights": weights, "method": method, "ratio": ratio, **options}
         about |= {} if method == DENSE else {"statistics": moments}
-        parameters = {corpus: about | {"corpus": corpus, "windows": texts[corpus]} for corpus in corpora}
-        if missing := [corpus for corpus in corpora if records.find(**parameters[corpus]) is None]:
-            changed = model
-            if method != DENSE:
-                clock, outer = time.perf_counter(), _outer((method, ratio, options))
-                if outer not in prepared:
-                    prepared.clear()
-                    prepared[outer] = prepare(model, stats, method, **options)
-                seconds["prepare"] += time.perf_counter() - clock
-                clock, changed = time.perf_counter(), copy.deepcopy(model)
-                compress_(changed, stats, method=method, ratio=ratio, prepared=prepared[outer], **options)
-                seconds["compress"] += time.perf_counter() - clock
-            clock = time.perf_counter()
-            for corpus in missing:
-                result = evaluate(changed, corpora[corpus])
-                numbers = {"nll": result.nll, "standard_error": result.standard_error, "perplexity": result.perplexity}
-                numbers["losses"] = [round(loss, 5) for loss in result.losses.tolist()]
-                records.add(parameters[corpus], numbers)
-            seconds["evaluate"] += time.perf_counter() - clock
-        rows += [parameters[corpus] | records.find(**parameters[corpus]) for corpus in corpora]
+        clock, made = time.perf_counter(), seconds["prepare"] + seconds["compress"]
+        rows += measure(partial(build, *cell), corpora, records, about)
+        made = seconds["prepare"] + seconds["compress"] - made
+        seconds["evaluate"] += time.perf_counter() - clock - made
     frame = pd.DataFrame(rows)
     frame.attrs["seconds"] = seconds
     return frame
+
+
+def measure(build: Callable[[], nn.Module], corpora: Mapping[str, Tensor], records: Records, about: dict) -> list[dict]:
+    """One model on every corpus: a row each, of ``about``, the corpus and the numbers.
+
+    ``about`` has to say all that tells this model from others; ``build()`` makes it where something is not yet recorded.
+    """
+    rows = {corpus: about | {"corpus": corpus, "windows": fingerprint([ids])} for corpus, ids in corpora.items()}
+    if missing := [corpus for corpus in corpora if records.find(**rows[corpus]) is None]:
+        model = build()
+        for corpus in missing:
+            result = evaluate(model, corpora[corpus])
+            numbers = {"nll": result.nll, "standard_error": result.standard_error, "perplexity": result.perplexity}
+            numbers["losses"] = [round(loss, 5) for loss in result.losses.tolist()]
+            records.add(rows[corpus], numbers)
+    return [row | records.find(**row) for row in rows.values()]
 
 
 def _outer(cell: tuple[str, float, dict]) -> str | None:

@@ -41,20 +41,32 @@ def improvements(
     for cell, group in frame[~frame.method.isin(["dense", reference])].groupby(CELL, dropna=False, sort=False):
         ours = group.set_index("corpus").loc[list(corpora)]
         theirs = frame[(frame.method == reference) & (frame.ratio == cell[0])].set_index("corpus").loc[list(corpora)]
-        losses = [[torch.tensor(row, dtype=torch.float64) for row in side.losses] for side in (ours, theirs)]
-        low, high = paired_interval(*losses, level=level, seed=seed)
-        rows.append(
-            dict(zip(CELL, cell, strict=True))
-            | {
-                "improvement": average_improvement(ours.perplexity, theirs.perplexity),
-                "low": low,
-                "high": high,
-                "better": int((ours.perplexity.to_numpy() < theirs.perplexity.to_numpy()).sum()),
-            }
-        )
+        better = int((ours.perplexity.to_numpy() < theirs.perplexity.to_numpy()).sum())
+        rows.append(dict(zip(CELL, cell, strict=True)) | _improvement(ours, theirs, level, seed) | {"better": better})
     return pd.DataFrame(rows)
 
 
 def bold_best(column: pd.Series) -> list[str]:
     """For ``Styler.apply``: bold where a column has its smallest value among the rows of one ratio."""
     return ["font-weight: bold" if best else "" for best in column == column.groupby("ratio").transform("min")]
+
+
+def gains(
+    frame: pd.DataFrame, corpora: Sequence[str], *, reference: str = "uniform", level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """Average improvement of every allocation over a reference one of the same method, with its paired interval.
+
+    Rows of ``frame`` have a ``method``, an ``allocation``, a ``corpus``, a ``perplexity`` and ``losses``.
+    """
+    rows = {}
+    for method, group in frame.groupby("method", sort=False):
+        base = group[group.allocation == reference].set_index("corpus").loc[list(corpora)]
+        for name, part in group[group.allocation != reference].groupby("allocation", sort=False):
+            rows[method, name] = _improvement(part.set_index("corpus").loc[list(corpora)], base, level, seed)
+    return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["method", "allocation"]))
+
+
+def _improvement(ours: pd.DataFrame, theirs: pd.DataFrame, level: float, seed: int) -> dict[str, float]:
+    losses = [[torch.tensor(row, dtype=torch.float64) for row in side.losses] for side in (ours, theirs)]
+    low, high = paired_interval(*losses, level=level, seed=seed)
+    return {"improvement": average_improvement(ours.perplexity, theirs.perplexity), "low": low, "high": high}

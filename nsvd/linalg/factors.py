@@ -83,10 +83,25 @@ def split_rank(k: int, k1: float) -> tuple[int, int]:
     Raises:
         ValueError: if the fraction is outside [0, 1], or lies strictly between and rounds one of the two steps away.
     """
-    if not 0 <= k1 <= 1:
-        raise ValueError(f"k1 is {k1}, but it is the fraction of the rank for the outer step, in [0, 1]")
+    _check_fraction(k1)
     outer = round(k1 * k)
     if 0 < k1 < 1 and outer in (0, k):
         lost = "k1" if outer == 0 else "k2"
         raise ValueError(f"k1 = {k1} of rank {k} rounds {lost} to 0; choose k1 = {float(outer == k)} or a larger rank")
     return outer, k - outer
+
+
+def least_rank(k1: float) -> int:
+    """The smallest rank that ``split_rank`` can split by the fraction ``k1``; it can split every larger one."""
+    _check_fraction(k1)
+    if k1 in (0, 1):
+        return 1
+    k = max(1, int(0.5 / min(k1, 1 - k1)))
+    while round(k1 * k) in (0, k):
+        k += 1
+    return k
+
+
+def _check_fraction(k1: float) -> None:
+    if not 0 <= k1 <= 1:
+        raise ValueError(f"k1 is {k1}, but it is the fraction of the rank for the outer step, in [0, 1]")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsvd.linalg import asvd as family
 from nsvd.linalg.decomposition import Decomposition
-from nsvd.linalg.factors import LowRank
+from nsvd.linalg.factors import LowRank, least_rank
 from nsvd.linalg.moments import Moments
 from nsvd.linalg.nested import nid, nsvd
 
@@ -40,6 +40,11 @@ class Method:
             known = ", ".join(self.options) or "none"
             raise ValueError(f"{self.label} has no option {', '.join(sorted(unknown))} (its options: {known})")
         return self.options | options
+
+    def least_rank(self, options: dict) -> int:
+        """The smallest rank with these options: 1, or what k1 leaves two steps of."""
+        chosen = self.resolve(options)
+        return least_rank(chosen["k1"]) if "k1" in chosen else 1
 
     def prepare(self, W: Float[Tensor, "d_out d_in"], moments: Moments | None, **options) -> Decomposition:
         """All ranks of the outer step."""

@@ -15,12 +15,13 @@ import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nsvd.linalg import Decomposition, LowRank, Method, by_name, rank_for_ratio, saves_parameters
+from nsvd.linalg import Decomposition, LowRank, Method, by_name, saves_parameters
 from nsvd.linalg.errors import calibration_loss, weight_error
-from nsvd.linalg.methods import check_finite
+from nsvd.model.allocation import check_allocation, searched, uniform
 from nsvd.model.checkpoint import is_compressed, mark_compressed
 from nsvd.model.layers import LowRankLinear, targets
 from nsvd.model.moments import Statistics, calibrate
+from nsvd.model.prepare import check_statistics, check_weights, naming, prepare, prepare_layer
 from nsvd.version import __version__
 
 
@@ -30,6 +31,8 @@ class Report:
 
     method: str
     options: dict
+    allocation: str  # of ALLOCATIONS, or "given"
+    search_tokens: int  # that went through the model to find the ranks
     ratio: float | None  # asked
     ratio_reached: float
     params_before: int
@@ -47,22 +50,6 @@ class Report:
 
 
 @torch.no_grad()
-def prepare(
-    model: nn.Module, stats: Statistics | None, method: str, *, progress: bool = False, **options: float
-) -> dict[str, Decomposition]:
-    """The method's outer decomposition of every target layer, for all ranks at once.
-
-    Give it to ``compress_(…, prepared=…)`` again and again: a sweep over ratios, over k1, or over methods with one outer
-    step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. Computed in float64 on the layer's device, kept in memory.
-    """
-    chosen, layers = by_name(method), targets(model)
-    _check_weights(layers)
-    _check_statistics(layers, stats, chosen)
-    bars = tqdm(layers.items(), "decompose", disable=not progress, leave=False)
-    return {name: _prepare_layer(layer, name, stats, chosen, options) for name, layer in bars}
-
-
-@torch.no_grad()
 def compress_(
     model: nn.Module,
     stats: Statistics | None = None,
@@ -70,6 +57,7 @@ def compress_(
     method: str = "nsvd-1",
     ratio: float | None = None,
     ranks: Mapping[str, int] | None = None,
+    allocation: str = "uniform",
     windows: Tensor | None = None,
     prepared: Mapping[str, Decomposition] | None = None,
     progress: bool = False,
@@ -84,56 +72,54 @@ def compress_(
         model: a model with ``nn.Linear`` layers.
         stats: moments from ``calibrate`` (not needed for ``svd``).
         method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``).
-        ratio: fraction of the target layers' parameters to remove, in [0, 1), the same for every layer; 0 leaves all dense.
+        ratio: fraction of the target layers' parameters to remove, in [0, 1); 0 leaves all dense.
         ranks: in place of ``ratio``, the rank of each layer to compress; layers that are not named stay dense.
-        windows: token ids to calibrate on when ``stats`` is not given.
+        allocation: how ``ratio`` is shared out: ``uniform``, the same for every layer; ``strs``, the ASVD paper's rank
+            search, some nine passes over ``windows`` a layer; ``spectrum``, from the singular values. The last two hold
+            all decompositions in memory at once. See ``nsvd.linalg.allocation``.
+        windows: token ids to search on with ``strs``, and to calibrate on when ``stats`` is not given.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.
 
     Raises:
-        ValueError: unknown method, option or layer; ratio or k1 out of range or rounding to nothing (the layer is named);
-            NaN or Inf in a weight (the layer is named); statistics that do not fit; a model compressed before.
-        FloatingPointError: NaN or Inf in an activation, from ``calibrate``.
+        ValueError: unknown method, option, allocation or layer; ratio or k1 out of range or rounding to nothing (the layer
+            is named); NaN or Inf in a weight (the layer is named); statistics that do not fit; a model compressed before.
+        FloatingPointError: NaN or Inf in an activation, from ``calibrate``, or in a loss of the search.
     """
     chosen, settings = by_name(method), by_name(method).resolve(options)
-    if (ratio is None) == (ranks is None):
-        raise ValueError("give either ratio or ranks")
+    check_allocation(allocation, ratio, ranks, windows)
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
-    layers, clock = targets(model), _Clock()
-    wanted = _uniform(layers, ratio) if ranks is None else _given(layers, ranks)
-    _check_weights(layers)
+    layers, clock, tokens = targets(model), _Clock(), 0
+    search = allocation != "uniform" and ratio > 0
+    wanted = _given(layers, ranks) if ranks is not None else {} if search else uniform(model, ratio)
+    check_weights(layers)
     if stats is None and windows is not None and chosen.needs_moments:
         stats = calibrate(model, windows, progress=progress)
         clock.lap("calibrate")
-    _check_statistics({name: layers[name] for name in wanted}, stats, chosen)
-
-    rows, factors = [], {}
-    for name, layer in tqdm(layers.items(), "compress", disable=not progress, leave=False):
-        d_out, d_in, k = *layer.weight.shape, wanted.get(name)
-        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": k, "dense": True, "params": d_out * d_in}
-        if k is not None and saves_parameters(d_out, d_in, k):
-            one = prepared[name] if prepared is not None else _prepare_layer(layer, name, stats, chosen, options)
+    check_statistics(layers if search else {name: layers[name] for name in wanted}, stats, chosen)
+    if search:
+        if prepared is None:
+            prepared = prepare(model, stats, method, progress=progress, **options)
             clock.lap("decompose")
-            with _naming(name):
-                value = chosen.cut(one, k, **settings)
-            factors[name] = value.to(layer.weight.dtype)
-            clock.lap("cut")
-            row |= {"dense": False, "params": value.n_params} | _errors(layer, value, stats, name)
-            clock.lap("errors")
-        rows.append(row)
+        wanted, tokens = searched(
+            model, stats, prepared, ratio, allocation, windows, method=method, progress=progress, **options
+        )
+        clock.lap("search")
+
+    table, factors = _factor(layers, wanted, prepared, stats, chosen, options, clock, progress)
     for name, value in factors.items():
         model.set_submodule(name, LowRankLinear.from_factors(layers[name], value))
     clock.lap("exchange")
 
-    table = pd.DataFrame(rows).astype({"rank": "Int64"})
     before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
     size = next(iter(layers.values())).weight.element_size()
     report = Report(
-        method, settings, ratio, 1 - after / before, before, after, before * size, after * size,
-        clock.seconds, _peak_memory(), versions(), table,
+        method, settings, allocation if ranks is None else "given", tokens, ratio, 1 - after / before, before, after,
+        before * size, after * size, clock.seconds, _peak_memory(), versions(), table,
     )  # fmt: skip
     if factors:
-        details = {"method": method, "options": settings, "ratio": ratio, "ratio_reached": report.ratio_reached}
+        told = ("method", "options", "allocation", "ratio", "ratio_reached")
+        details = {name: getattr(report, name) for name in told}
         mark_compressed(model, {name: {"rank": value.rank} for name, value in factors.items()}, **details)
     return report
 
@@ -148,35 +134,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_weights(layers: dict[str, nn.Linear]) -> None:
-    for name, layer in layers.items():
-        check_finite(f"the weight of layer {name}", layer.weight)
-
-
-def _check_statistics(layers: dict[str, nn.Linear], stats: Statistics | None, method: Method) -> None:
-    if not method.needs_moments:
-        return
-    if stats is None:
-        raise ValueError(f"{method.label} needs statistics: pass stats= from calibrate(), or windows= to calibrate on")
-    for name, layer in layers.items():
-        if name not in stats:
-            raise ValueError(f"the statistics hold no layer {name}; were they taken from another model?")
-        if len(stats[name].G) != layer.in_features:
-            raise ValueError(
-                f"layer {name} has {layer.in_features} inputs, the statistics {len(stats[name].G)}; another model's?"
-            )
-
-
-def _uniform(layers: dict[str, nn.Linear], ratio: float) -> dict[str, int]:
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
-    ranks = {}
-    for name, layer in layers.items() if ratio else ():
-        with _naming(name):
-            ranks[name] = rank_for_ratio(*layer.weight.shape, ratio)
-    return ranks
-
-
 def _given(layers: dict[str, nn.Linear], ranks: Mapping[str, int]) -> dict[str, int]:
     for name, k in ranks.items():
         if name not in layers:
@@ -186,14 +143,32 @@ def _given(layers: dict[str, nn.Linear], ranks: Mapping[str, int]) -> dict[str, 
     return dict(ranks)
 
 
-def _prepare_layer(
-    layer: nn.Linear, name: str, stats: Statistics | None, method: Method, options: dict
-) -> Decomposition:
-    W, moments = layer.weight.double(), None
-    if method.needs_moments:
-        moments = stats[name].to(W.device)
-    with _naming(name):
-        return method.prepare(W, moments, **options)
+def _factor(
+    layers: dict[str, nn.Linear],
+    wanted: Mapping[str, int],
+    prepared: Mapping[str, Decomposition] | None,
+    stats: Statistics | None,
+    method: Method,
+    options: dict,
+    clock: _Clock,
+    progress: bool,
+) -> tuple[pd.DataFrame, dict[str, LowRank]]:
+    """A row a layer for the report, and the factors, in the model's dtype, of those that become smaller."""
+    rows, factors = [], {}
+    for name, layer in tqdm(layers.items(), "compress", disable=not progress, leave=False):
+        d_out, d_in, k = *layer.weight.shape, wanted.get(name)
+        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": k, "dense": True, "params": d_out * d_in}
+        if k is not None and saves_parameters(d_out, d_in, k):
+            one = prepared[name] if prepared is not None else prepare_layer(layer, name, stats, method, options)
+            clock.lap("decompose")
+            with naming(name):
+                value = method.cut(one, k, **options)
+            factors[name] = value.to(layer.weight.dtype)
+            clock.lap("cut")
+            row |= {"dense": False, "params": value.n_params} | _errors(layer, value, stats, name)
+            clock.lap("errors")
+        rows.append(row)
+    return pd.DataFrame(rows).astype({"rank": "Int64"}), factors
 
 
 def _errors(layer: nn.Linear, value: LowRank, stats: Statistics | None, name: str) -> dict[str, float]:
@@ -205,20 +180,6 @@ def _errors(layer: nn.Linear, value: LowRank, stats: Statistics | None, name: st
         whole = calibration_loss(W, torch.zeros_like(W), G)
         row["calibration_error"] = (max(calibration_loss(W, dense, G), 0.0) / whole) ** 0.5 if whole else 0.0
     return row
-
-
-class _naming:
-    """Add the layer's name to a ``ValueError`` or ``LinAlgError`` raised inside."""
-
-    def __init__(self, layer: str):
-        self.layer = layer
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _trace):
-        if isinstance(error, ValueError | torch.linalg.LinAlgError):
-            raise kind(f"layer {self.layer}: {error}") from error
 
 
 class _Clock:

@@ -1,12 +1,16 @@
-"""Write under a temporary name, move into place when whole."""
+"""Write under a temporary name, move into place when whole; tell tensors apart."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -33,6 +37,14 @@ def replacing(target: str | Path) -> Iterator[Path]:
             part.replace(target)
     finally:
         _remove(part)
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Twelve hexadecimal digits that change with any of the tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +64,19 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.rank} -> {self.out_features}"
+
+
+@contextmanager
+def exchanged(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The named layers of the model replaced while in the context; put back on exit, also when something raises."""
+    before = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield
+    finally:
+        for name, layer in before.items():
+            model.set_submodule(name, layer)
 
 
 def targets(model: nn.Module) -> dict[str, nn.Linear]:

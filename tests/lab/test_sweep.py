@@ -3,12 +3,11 @@
 import copy
 
 import pytest
-import torch
 
 import nsvd
 from nsvd.lab import sweep as module
 from nsvd.lab.records import Records
-from nsvd.lab.sweep import DENSE, fingerprint, sweep
+from nsvd.lab.sweep import DENSE, measure, sweep
 from tests.tiny import K1, assert_same, state, tiny_model, token_ids
 
 CALIBRATION = token_ids(6, 16, seed=1)
@@ -152,12 +151,19 @@ def test_an_option_the_method_has_not_stops_before_anything_is_measured(swept, c
     assert calls["evaluate"] == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
-def test_a_fingerprint_changes_with_any_number(dtype):
-    """Of any dtype; equal tensors have equal ones, contiguous or not."""
-    tensors = [torch.arange(6).view(2, 3).to(dtype), torch.ones(2, dtype=dtype)]
-    same, other = [tensors[0].T.clone().T, tensors[1]], [tensors[0].clone(), tensors[1].clone()]
-    other[1][0] = 2
-    assert fingerprint(tensors) == fingerprint(same)
-    assert fingerprint(tensors) != fingerprint(other)
-    assert len(fingerprint(tensors)) == 12
+def test_one_model_on_all_corpora_is_built_only_where_something_is_missing(tmp_path):
+    """A row a corpus, and nothing a second time; what ``about`` says is part of the question."""
+    built, records = [], Records(tmp_path / "results.jsonl")
+
+    def build():
+        built.append(tiny_model())
+        return built[-1]
+
+    rows = measure(build, CORPORA, records, {"model": "tiny"})
+    assert [row["corpus"] for row in rows] == list(CORPORA)
+    assert [row["perplexity"] for row in rows] == [nsvd.perplexity(built[0], ids) for ids in CORPORA.values()]
+    assert measure(build, CORPORA, records, {"model": "tiny"}) == rows
+    assert len(built) == 1
+    measure(build, CORPORA, records, {"model": "another"})
+    measure(build, CORPORA | {"first": token_ids(4, 12, seed=9)}, records, {"model": "tiny"})
+    assert len(built) == 3

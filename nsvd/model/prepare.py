@@ -1,0 +1,76 @@
+"""The decompositions a method needs, layer by layer, and the checks before them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from nsvd.linalg import Decomposition, Method, by_name
+from nsvd.linalg.methods import check_finite
+from nsvd.model.layers import targets
+from nsvd.model.moments import Statistics
+
+
+@torch.no_grad()
+def prepare(
+    model: nn.Module, stats: Statistics | None, method: str, *, progress: bool = False, **options: float
+) -> dict[str, Decomposition]:
+    """The method's outer decomposition of every target layer, for all ranks at once.
+
+    Give it to ``compress_(…, prepared=…)`` again and again: a sweep over ratios, over k1, or over methods with one outer
+    step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. Computed in float64 on the layer's device, kept in memory.
+    """
+    chosen, layers = by_name(method), targets(model)
+    check_weights(layers)
+    check_statistics(layers, stats, chosen)
+    bars = tqdm(layers.items(), "decompose", disable=not progress, leave=False)
+    return {name: prepare_layer(layer, name, stats, chosen, options) for name, layer in bars}
+
+
+def prepare_layer(
+    layer: nn.Linear, name: str, stats: Statistics | None, method: Method, options: dict
+) -> Decomposition:
+    """The same for one layer; what raises names it."""
+    W, moments = layer.weight.double(), None
+    if method.needs_moments:
+        moments = stats[name].to(W.device)
+    with naming(name):
+        return method.prepare(W, moments, **options)
+
+
+def check_weights(layers: Mapping[str, nn.Linear]) -> None:
+    """Raise ``ValueError`` naming the first layer whose weight holds NaN or Inf."""
+    for name, layer in layers.items():
+        check_finite(f"the weight of layer {name}", layer.weight)
+
+
+def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method) -> None:
+    """Raise ``ValueError`` unless the method has the statistics it needs, of these layers."""
+    if not method.needs_moments:
+        return
+    if stats is None:
+        raise ValueError(f"{method.label} needs statistics: pass stats= from calibrate(), or windows= to calibrate on")
+    for name, layer in layers.items():
+        if name not in stats:
+            raise ValueError(f"the statistics hold no layer {name}; were they taken from another model?")
+        if len(stats[name].G) != layer.in_features:
+            raise ValueError(
+                f"layer {name} has {layer.in_features} inputs, the statistics {len(stats[name].G)}; another model's?"
+            )
+
+
+class naming:
+    """Add the layer's name to a ``ValueError``, ``LinAlgError`` or ``FloatingPointError`` raised inside."""
+
+    def __init__(self, layer: str):
+        self.layer = layer
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _trace):
+        if isinstance(error, ValueError | torch.linalg.LinAlgError | FloatingPointError):
+            raise kind(f"layer {self.layer}: {error}") from error

@@ -1,0 +1,168 @@
+"""What the truncation of one layer alone does to the model: the table that STRS searches.
+
+ASVD paper, arXiv 2312.05821, section 3.4, "sensitivity-based truncation rank searching". Losses are mean negative
+log-likelihoods, log-perplexities, on a calibration text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Protocol
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.linalg import Decomposition, LowRank, Method, by_name, rank_for_ratio
+from nsvd.model.files import fingerprint
+from nsvd.model.layers import LowRankLinear, exchanged, targets
+from nsvd.model.loss import window_losses
+from nsvd.model.moments import Statistics, calibrate
+from nsvd.model.prepare import check_statistics, check_weights, naming, prepare_layer
+
+COLUMNS = ["layer", "kept", "rank", "loss", "losses", "tokens", "seconds"]
+KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the ASVD paper's candidates
+
+
+class Store(Protocol):
+    """Where finished measurements are kept, by their parameters; ``nsvd.lab.records.Records`` is one."""
+
+    def find(self, **parameters) -> dict | None: ...
+    def add(self, parameters: dict, numbers: dict) -> dict: ...
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Calibration loss with one layer truncated, a row a layer and kept fraction of its parameters.
+
+    ``table`` has the columns ``layer, kept, rank, loss, losses, tokens, seconds``, with ``losses`` those of every window;
+    ``dense`` are the losses of the model itself, a number a window.
+    """
+
+    table: pd.DataFrame
+    dense: list[float]
+
+    def on(self, windows: Sequence[int]) -> Sensitivity:
+        """The same from some of the windows only, by number: how much does a search depend on its text?"""
+        losses = [[row[i] for i in windows] for row in self.table.losses]
+        loss, size = [fmean(row) for row in losses], len(windows) / len(self.dense)
+        shares = {name: self.table[name] * size for name in ("tokens", "seconds")}
+        return Sensitivity(self.table.assign(loss=loss, losses=losses, **shares), [self.dense[i] for i in windows])
+
+    @property
+    def scores(self) -> list[tuple[str, float, float]]:
+        """(layer, kept, loss), as ``strs_steps`` takes them."""
+        return list(self.table[["layer", "kept", "loss"]].itertuples(index=False, name=None))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model for this table, in this run or an earlier one."""
+        return int(self.table.tokens.sum())
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that took, decompositions not counted."""
+        return float(self.table.seconds.sum())
+
+
+@torch.no_grad()
+def sensitivity(
+    model: nn.Module,
+    stats: Statistics | None,
+    windows: Tensor,
+    *,
+    method: str = "nsvd-1",
+    kept: Sequence[float] = KEPT,
+    prepared: Mapping[str, Decomposition] | None = None,
+    records: Store | None = None,
+    progress: bool = False,
+    **options: float,
+) -> Sensitivity:
+    """Measure the loss on ``windows`` with each target layer truncated alone, at each kept fraction of its parameters.
+
+    Each layer is decomposed once, when its turn comes, for all fractions; afterwards, also when something raises, the
+    model is what it was. A rank below what the method can do (k1 leaving two steps of it) is no candidate.
+
+    Args:
+        stats: moments from ``calibrate`` (not needed for ``svd``).
+        windows: token ids (count, length). Few suffice: the ASVD paper takes 32 of 2048.
+        prepared: what ``prepare`` returned for this model, statistics, outer step and options.
+        records: finished measurements are found there and not repeated, so an interrupted table goes on where it
+            stopped; weights, statistics and windows are told apart by fingerprints.
+
+    Raises:
+        ValueError: as ``compress_``; a kept fraction outside (0, 1) or leaving rank 0.
+        FloatingPointError: a loss or an activation is NaN or Inf; the layer is named.
+    """
+    chosen, settings, layers = by_name(method), by_name(method).resolve(options), targets(model)
+    check_weights(layers)
+    check_statistics(layers, stats, chosen)
+    about = {} if records is None else _about(model, stats, windows, method, settings)
+    dense = _dense_losses(model, windows)
+    rows = []
+    for name, layer in tqdm(layers.items(), "sensitivity", disable=not progress, leave=False):
+        decomposition = None if prepared is None else prepared[name]
+        for fraction, k in _candidates(layer, name, chosen, settings, kept):
+            found = None if records is None else records.find(**about, layer=name, kept=fraction)
+            if found is None:
+                if decomposition is None:
+                    decomposition = prepare_layer(layer, name, stats, chosen, options)
+                with naming(name):
+                    found = _measure(model, name, chosen.cut(decomposition, k, **settings), windows)
+                if records is not None:
+                    records.add(about | {"layer": name, "kept": fraction}, found)
+            rows.append({"layer": name, "kept": fraction} | found)
+    return Sensitivity(pd.DataFrame(rows, columns=COLUMNS), dense)
+
+
+def losses_with(model: nn.Module, factors: Mapping[str, LowRank], windows: Tensor) -> list[float]:
+    """Loss of each of the ``windows`` with the named layers replaced by factors for the moment."""
+    new = {}
+    for name, value in factors.items():
+        layer = model.get_submodule(name)
+        new[name] = LowRankLinear.from_factors(layer, value.to(layer.weight.dtype))
+    with exchanged(model, new):
+        return window_losses(model, windows).tolist()
+
+
+def _measure(model: nn.Module, name: str, value: LowRank, windows: Tensor) -> dict:
+    clock = time.perf_counter()
+    losses = losses_with(model, {name: value}, windows)
+    cost = {"tokens": windows.numel(), "seconds": round(time.perf_counter() - clock, 4)}
+    return {"rank": value.rank, "loss": fmean(losses), "losses": losses} | cost
+
+
+def _candidates(
+    layer: nn.Linear, name: str, method: Method, settings: dict, kept: Sequence[float]
+) -> Iterator[tuple[float, int]]:
+    for fraction in kept:
+        with naming(name):
+            if not 0 < fraction < 1:
+                raise ValueError(f"kept fraction {fraction} is not in (0, 1)")
+            k = rank_for_ratio(*layer.weight.shape, 1 - fraction)
+        if k >= method.least_rank(settings):
+            yield fraction, k
+
+
+def _dense_losses(model: nn.Module, windows: Tensor) -> list[float]:
+    try:
+        return losses_with(model, {}, windows)
+    except FloatingPointError:
+        calibrate(model, windows)  # says in which layer it began
+        raise
+
+
+def _about(model: nn.Module, stats: Statistics | None, windows: Tensor, method: str, settings: dict) -> dict:
+    """What a measurement is one of, for the records."""
+    return {
+        "measure": "sensitivity",
+        "weights": fingerprint(model.parameters()),
+        "statistics": stats and fingerprint(m.G for m in stats.moments.values()),
+        "windows": fingerprint([windows]),
+        "method": method,
+        **settings,
+    }
