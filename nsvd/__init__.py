@@ -16,13 +16,16 @@ from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
 from nsvd.model.checkpoint import CheckpointError, save
 from nsvd.model.compress import Report, compress_, prepare
+from nsvd.model.compress_kv import CacheReport, compress_kv_
 from nsvd.model.files import replacing
+from nsvd.model.latent import cache_bytes
 from nsvd.model.layers import LowRankLinear, targets
 from nsvd.model.moments import Statistics, calibrate
 
 __all__ = [
     "EMBEDDED",
     "METHODS",
+    "CacheReport",
     "CheckpointError",
     "Evaluation",
     "LowRank",
@@ -30,8 +33,10 @@ __all__ = [
     "Moments",
     "Report",
     "Statistics",
+    "cache_bytes",
     "calibrate",
     "compress_",
+    "compress_kv_",
     "decompose",
     "documents",
     "embedded_models",
