@@ -9,7 +9,9 @@ from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
 from nsvd.model.checkpoint import CheckpointError, default_device, save
 from nsvd.model.compress import Report, compress_
+from nsvd.model.compress_kv import CacheReport, compress_kv_
 from nsvd.model.files import replacing
+from nsvd.model.latent import cache_bytes
 from nsvd.model.layers import LowRankLinear, targets
 from nsvd.model.moments import Statistics, calibrate
 from nsvd.model.prepare import prepare
@@ -19,6 +21,7 @@ from nsvd.version import __version__
 __all__ = [
     "EMBEDDED",
     "METHODS",
+    "CacheReport",
     "CheckpointError",
     "Evaluation",
     "LowRank",
@@ -28,8 +31,10 @@ __all__ = [
     "Sensitivity",
     "Statistics",
     "__version__",
+    "cache_bytes",
     "calibrate",
     "compress_",
+    "compress_kv_",
     "decompose",
     "default_device",
     "documents",

@@ -53,7 +53,11 @@ def compress(chosen: argparse.Namespace) -> None:
         raise ValueError(f"unknown method {chosen.method!r}; the methods are {', '.join(nsvd.METHODS)}")
     options = {name: getattr(chosen, name) for name in ("k1", "alpha", "mu") if getattr(chosen, name) is not None}
     method.resolve(options)
-    if not 0 <= chosen.ratio < 1:
+    if chosen.ratio is None and chosen.cache_ratio is None:
+        raise ValueError("give --ratio, --cache-ratio or both")
+    if chosen.cache_ratio is not None and not 0 < chosen.cache_ratio <= 1:
+        raise ValueError(f"cache ratio is {chosen.cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
+    if chosen.ratio is not None and not 0 <= chosen.ratio < 1:
         raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
     if chosen.search_count < 1:
         raise ValueError(f"--search-count is {chosen.search_count}; 1 window is the least")
@@ -74,24 +78,34 @@ def compress(chosen: argparse.Namespace) -> None:
     if method.needs_moments:
         stats = nsvd.calibrate(model, windows, progress=bar)
     searched = windows[: chosen.search_count] if chosen.allocation == "strs" else None
-    report = nsvd.compress_(
-        model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, windows=searched,
-        progress=bar, **options,
-    )  # fmt: skip
     calibration = None
     if windows is not None:
         calibration = {"corpus": chosen.calibration, "seed": chosen.seed, "windows": list(windows.shape)}
         calibration |= stats.origin if stats else {}
         calibration |= {} if searched is None else {"search_windows": list(searched.shape)}
-    about = report.as_dict() | {"model": chosen.model, "calibration": calibration}
-    nsvd.save(
-        model, tokenizer, chosen.out, report=about | {"layers": json.loads(report.table.to_json(orient="records"))}
-    )
-    dense = int(report.table.dense.sum())
-    print(
-        f"{chosen.out}: {method.label}, {report.ratio_reached:.1%} of {report.params_before:,} parameters removed"
-        f" ({report.params_after:,} left), {len(report.table) - dense} layers factored, {dense} dense"
-    )
+    about, said = {"model": chosen.model, "calibration": calibration}, []
+    if chosen.ratio is not None:
+        report = nsvd.compress_(
+            model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, windows=searched,
+            progress=bar, **options,
+        )  # fmt: skip
+        about |= _as_json(report)
+        dense = int(report.table.dense.sum())
+        said.append(
+            f"{report.ratio_reached:.1%} of {report.params_before:,} parameters removed ({report.params_after:,} left), "
+            f"{len(report.table) - dense} layers factored, {dense} dense"
+        )
+    if chosen.cache_ratio is not None:
+        how = {"method": chosen.method, "cache_ratio": chosen.cache_ratio, "joint": chosen.joint}
+        report = nsvd.compress_kv_(model, stats, **how, **options)
+        about["cache"] = _as_json(report)
+        said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
+    nsvd.save(model, tokenizer, chosen.out, report=about)
+    print(f"{chosen.out}: {method.label}, {'; '.join(said)}")
+
+
+def _as_json(report) -> dict:
+    return report.as_dict() | {"layers": json.loads(report.table.to_json(orient="records"))}
 
 
 def evaluate(chosen: argparse.Namespace) -> None:
@@ -137,6 +151,7 @@ def evaluate(chosen: argparse.Namespace) -> None:
 def info(chosen: argparse.Namespace) -> None:
     """What a model folder holds."""
     import nsvd
+    from nsvd.model.latent import bytes_per_token
     from nsvd.model.layers import LowRankLinear
 
     model, _ = nsvd.load(chosen.model, device="cpu")
@@ -149,7 +164,13 @@ def info(chosen: argparse.Namespace) -> None:
     about = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     reached = about.get("ratio_reached")
     removed = f", {reached:.1%} of the target layers' parameters removed" if reached is not None else ""
-    print(f"compressed by {about.get('method')} {about.get('options') or ''}{removed}")
+    if "method" in about:
+        print(f"compressed by {about['method']} {about.get('options') or ''}{removed}")
+    if cache := about.get("latent_cache"):
+        before, after = bytes_per_token(model)
+        print(
+            f"KV cache compressed by {cache.get('method')} {cache.get('options') or ''}: {before:,} → {after:,} bytes a token"
+        )
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             print(f"  {name}: {module.out_features} × {module.in_features}, rank {module.rank}")
@@ -201,7 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="embedded name, folder or hub id")
     sub.add_argument("out", metavar="OUT", help="folder to write")
     sub.add_argument("--method", required=True, help="svd, asvd-0, asvd-1, …, nsvd-1, …")
-    sub.add_argument("--ratio", type=float, required=True, help="fraction of the parameters to remove, in [0, 1)")
+    sub.add_argument("--ratio", type=float, help="fraction of the parameters to remove, in [0, 1)")
+    sub.add_argument("--cache-ratio", type=float, help="fraction of the KV cache's bytes to keep, in (0, 1]")
+    sub.add_argument("--joint", action="store_true", help="one latent for keys and values in the cache")
     sub.add_argument("--k1", type=float, help="fraction of the rank for the outer step (nsvd-*, nid-*)")
     sub.add_argument("--alpha", type=float, help="exponent of the channel scales (asvd)")
     sub.add_argument("--mu", type=float, help="ridge, as a multiple of mean(diag G) (ridge)")

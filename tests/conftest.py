@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("project", derandomize=True, deadline=None)  # every run draws the same examples
+settings.load_profile("project")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -167,6 +167,18 @@ def test_an_existing_checkpoint_is_exchanged(here, models, capsys):
     assert [place.name for place in here.iterdir()] == ["low"]
 
 
+def test_the_cache_is_compressed_alone_or_beside_the_weights(here, models, capsys):
+    """``--ratio`` is not needed then; ``info`` tells the bytes of a token before and after."""
+    cache = ["--method", "svd", "--cache-ratio", 0.5]
+    line = said(capsys, "compress", models / "dense", "low", *cache, "--joint")
+    assert line.startswith("low: SVD, KV cache of 128 bytes a token (256 dense)")
+    assert said(capsys, "info", "low").splitlines()[1] == "KV cache compressed by svd : 256 → 128 bytes a token"
+    said(capsys, "compress", models / "dense", "both", *cache, "--ratio", 0.3)
+    assert len(said(capsys, "info", "both").splitlines()) == 3 + 14
+    report = json.loads((here / "both" / "nsvd_report.json").read_text())
+    assert (report["ratio"], report["cache"]["cache_ratio"], len(report["cache"]["layers"])) == (0.3, 0.5, 2)
+
+
 def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
     """One window has no standard error, and JSON no NaN."""
     said(capsys, "evaluate", models / "low", "--data", "mini/web", "--count", 1, "--length", 16, "--json", "one.json")
@@ -184,6 +196,8 @@ def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
         ([*NSVD, "--k1", "2.0"], "k1 is 2.0"),
         ([*NSVD, "--k1", "0.01"], f"layer {Q}: k1 = 0.01 of rank 11 rounds k1 to 0"),
         (["--method", "asvd-1", "--ratio", 0.3, "--k1", 0.9], "ASVD-I has no option k1"),
+        (["--method", "svd"], "give --ratio, --cache-ratio or both"),
+        (["--method", "svd", "--cache-ratio", 1.5], "cache ratio is 1.5"),
         ([*NSVD, "--alpha", 0.5], "NSVD-I has no option alpha"),
         (["--method", "svd", "--ratio", 0.97], f"layer {Q}: ratio 0.97 leaves rank 0"),
         ([*NSVD, "--calibration", "mini/nothing"], "mini/nothing"),

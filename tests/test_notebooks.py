@@ -19,6 +19,9 @@ TINY = {
     "ratios": [0.3],
     "splits": [0.8],
     "nid_splits": [0.8],
+    "cache_ratios": [0.5],
+    "lengths": [16, 64],
+    "new_tokens": 4,
     "check": False,
 }
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from nsvd.model.compress import versions
 from nsvd.model.files import replacing
+from nsvd.model.report import versions
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nsvd.model.files import replacing
+from nsvd.model.latent import attach, detach
 from nsvd.model.layers import LowRankLinear
 
 FORMAT = 1
@@ -30,13 +31,20 @@ class CheckpointError(ValueError):
 
 
 class LowRankConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a compressed model: ``modules`` maps layer names to {"rank": k}."""
+    """``quantization_config`` of a compressed model.
 
-    def __init__(self, modules: dict | None = None, format_version: int = FORMAT, **details):
+    ``modules`` maps layer names to {"rank": k}. ``latent_cache``, where there is one, tells how the KV cache was compressed; its
+    ``layers`` map the names of attention layers to {"rotated": int, "joint": bool}, see ``latent.attach``.
+    """
+
+    def __init__(
+        self, modules: dict | None = None, format_version: int = FORMAT, latent_cache: dict | None = None, **details
+    ):
         details.pop("quant_method", None)
         self.quant_method = METHOD
         self.format_version = format_version
         self.modules = dict(modules or {})
+        self.latent_cache = latent_cache
         for name, value in details.items():  # method, ratio, options, …: kept, also when a later version adds some
             setattr(self, name, value)
 
@@ -60,13 +68,21 @@ class LowRankQuantizer(HfQuantizer):
             if not isinstance(rank, int) or rank < 1:
                 raise CheckpointError(f"config.json gives layer {name} the rank {rank}")
             model.set_submodule(name, LowRankLinear.like(layer, rank))
+        _check_latent(model, self.latent_layers)
+        attach(model, self.latent_layers)
         if checkpoint_files:
             _check_shapes(model, modules, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model, **_):
         return model
 
+    @property
+    def latent_layers(self) -> dict:
+        """The attention layers that cache latents."""
+        return (self.quantization_config.latent_cache or {}).get("layers", {})
+
     def _dequantize(self, model, dtype=None):  # the factors keep their dtype, as all other parameters do
+        detach(model, self.latent_layers)
         for name in self.quantization_config.modules:
             model.set_submodule(name, model.get_submodule(name).to_linear())
         return model
@@ -83,8 +99,8 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
     @property
-    def is_compileable(self):
-        return True
+    def is_compileable(self):  # the stand-in for the cache is Python that dynamo does not follow
+        return not self.latent_layers
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module would register twice
@@ -101,9 +117,25 @@ def _check_shapes(model: nn.Module, modules: dict, files: list[str]) -> None:
             stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
     for name in modules:
         for key, parameter in model.get_submodule(name).named_parameters(prefix=name):
+            if key in model.all_tied_weights_keys:
+                continue
             if stored.get(key) != tuple(parameter.shape):
                 found = f"has shape {stored[key]}" if key in stored else "is missing"
                 raise CheckpointError(f"checkpoint: factor {key} {found}, expected {tuple(parameter.shape)}")
+
+
+def _check_latent(model: nn.Module, layers: dict) -> None:
+    modules = dict(model.named_modules())
+    for name, spec in layers.items():
+        pair = [modules.get(f"{name}.{part}") for part in ("k_proj", "v_proj")]
+        if not all(isinstance(layer, LowRankLinear) for layer in pair):
+            raise CheckpointError(f"config.json gives {name} a latent cache, but not its k_proj and v_proj a rank")
+        if spec.keys() != {"rotated", "joint"} or [type(spec["rotated"]), type(spec["joint"])] != [int, bool]:
+            raise CheckpointError(f"config.json gives {name} the latent cache {spec}")
+        if spec["joint"] and pair[0].rank != pair[1].rank:
+            raise CheckpointError(
+                f"config.json gives {name} one latent of two ranks, {pair[0].rank} and {pair[1].rank}"
+            )
 
 
 def is_compressed(model: nn.Module) -> bool:
@@ -112,10 +144,15 @@ def is_compressed(model: nn.Module) -> bool:
 
 
 def mark_compressed(model: nn.Module, modules: dict[str, dict], **details) -> None:
-    """Let transformers know, so that ``save_pretrained`` writes and ``dequantize`` finds the low-rank layers."""
+    """Let transformers know, so that ``save_pretrained`` writes and ``dequantize`` finds the low-rank layers.
+
+    Added to what an earlier compression has told.
+    """
     if not isinstance(model, PreTrainedModel):
         return
-    quantizer = LowRankQuantizer(LowRankConfig(modules, **details), pre_quantized=True)
+    known = model.hf_quantizer.quantization_config.to_dict() if getattr(model, "hf_quantizer", None) else {}
+    config = LowRankConfig(**known | details | {"modules": known.get("modules", {}) | modules})
+    quantizer = LowRankQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
     model.is_quantized, model.quantization_method = True, METHOD

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
-import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, LowRank, Method, by_name, saves_parameters
-from nsvd.linalg.errors import calibration_loss, weight_error
 from nsvd.model.allocation import check_allocation, searched, uniform
 from nsvd.model.checkpoint import is_compressed, mark_compressed
 from nsvd.model.layers import LowRankLinear, targets
 from nsvd.model.moments import Statistics, calibrate
 from nsvd.model.prepare import check_statistics, check_weights, naming, prepare, prepare_layer
-from nsvd.version import __version__
+from nsvd.model.report import Clock, peak_memory, relative_errors, versions
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ def compress_(
     check_allocation(allocation, ratio, ranks, windows)
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
-    layers, clock, tokens = targets(model), _Clock(), 0
+    layers, clock, tokens = targets(model), Clock(), 0
     search = allocation != "uniform" and ratio > 0
     wanted = _given(layers, ranks) if ranks is not None else {} if search else uniform(model, ratio)
     check_weights(layers)
@@ -115,23 +109,13 @@ def compress_(
     size = next(iter(layers.values())).weight.element_size()
     report = Report(
         method, settings, allocation if ranks is None else "given", tokens, ratio, 1 - after / before, before, after,
-        before * size, after * size, clock.seconds, _peak_memory(), versions(), table,
+        before * size, after * size, clock.seconds, peak_memory(), versions(), table,
     )  # fmt: skip
     if factors:
         told = ("method", "options", "allocation", "ratio", "ratio_reached")
         details = {name: getattr(report, name) for name in told}
         mark_compressed(model, {name: {"rank": value.rank} for name, value in factors.items()}, **details)
     return report
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed a number."""
-    return {
-        "nsvd": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _given(layers: dict[str, nn.Linear], ranks: Mapping[str, int]) -> dict[str, int]:
@@ -150,7 +134,7 @@ def _factor(
     stats: Statistics | None,
     method: Method,
     options: dict,
-    clock: _Clock,
+    clock: Clock,
     progress: bool,
 ) -> tuple[pd.DataFrame, dict[str, LowRank]]:
     """A row a layer for the report, and the factors, in the model's dtype, of those that become smaller."""
@@ -165,37 +149,7 @@ def _factor(
                 value = method.cut(one, k, **options)
             factors[name] = value.to(layer.weight.dtype)
             clock.lap("cut")
-            row |= {"dense": False, "params": value.n_params} | _errors(layer, value, stats, name)
+            row |= {"dense": False, "params": value.n_params} | relative_errors(layer, value, stats, name)
             clock.lap("errors")
         rows.append(row)
     return pd.DataFrame(rows).astype({"rank": "Int64"}), factors
-
-
-def _errors(layer: nn.Linear, value: LowRank, stats: Statistics | None, name: str) -> dict[str, float]:
-    """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖."""
-    W, dense = layer.weight.double(), value.dense()
-    row = {"weight_error": (weight_error(W, dense) / W.square().sum().item()) ** 0.5}
-    if stats is not None and name in stats:
-        G = stats[name].G.to(W.device)
-        whole = calibration_loss(W, torch.zeros_like(W), G)
-        row["calibration_error"] = (max(calibration_loss(W, dense, G), 0.0) / whole) ** 0.5 if whole else 0.0
-    return row
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self):
-        self.seconds, self._last = {}, time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -15,11 +15,19 @@ def watch_inputs(model: nn.Module, names: Iterable[str], observe: Callable[[str,
     Every hook is removed on exit, also when the forward pass raises.
     """
 
+    with watch_calls(model, names, lambda name, args, _kwargs: observe(name, args[0].detach())):
+        yield
+
+
+@contextmanager
+def watch_calls(model: nn.Module, names: Iterable[str], observe: Callable[[str, tuple, dict], None]) -> Iterator[None]:
+    """Call ``observe(name, args, kwargs)`` with the arguments each named module is called with, while in the context."""
+
     def hook_for(name: str) -> Callable:
-        return lambda _module, args: observe(name, args[0].detach())
+        return lambda _module, args, kwargs: observe(name, args, kwargs)
 
     with ExitStack() as stack:
         for name in names:
-            handle = model.get_submodule(name).register_forward_pre_hook(hook_for(name))
+            handle = model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
             stack.callback(handle.remove)
         yield

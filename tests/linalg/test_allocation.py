@@ -177,7 +177,7 @@ def test_a_measured_target_that_nothing_meets_is_an_error():
 
 def errors(s: torch.Tensor, shape, k: int | None) -> float:
     """Relative squared error of rank k; dense has none."""
-    return 0.0 if k is None or not s.any() else (s[k:].square().sum() / s.square().sum()).item()
+    return 0.0 if k is None or not s.square().any() else (s[k:].square().sum() / s.square().sum()).item()
 
 
 @given(spectra(layers=3, largest=9))

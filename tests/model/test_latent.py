@@ -1,0 +1,420 @@
+"""What the cache holds are latents, and nobody who reads the tokens can tell."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+import nsvd
+from nsvd.model.attention import examine
+from nsvd.model.compress_kv import split_share
+from nsvd.model.latent import DIGITS, bytes_per_token, decode_positions, encode_positions, latent_layers
+from tests.tiny import K1, K, assert_same, logits, poison, state, tiny_model, tiny_tokenizer, token_ids
+
+WINDOW = {"sliding_window": 8}  # shorter than the text
+SUPPORTED = {
+    "llama": {},
+    "mistral": WINDOW,
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": WINDOW,  # sliding and full layers in turn
+    "gemma3_text": WINDOW | {"head_dim": 8, "intermediate_size": 48, "num_key_value_heads": 2},  # two rotations
+    "opt": {},  # no rotation
+    "phi": {"qk_layernorm": True},  # half of the channels rotated
+    "olmo2": {"intermediate_size": 48},  # one norm over all heads
+    "smollm3": {"intermediate_size": 48, "num_key_value_heads": 2},  # some layers not rotated
+}
+IDS = token_ids(3, 20, seed=3)
+MASK = torch.ones_like(IDS)
+MASK[0, :7] = 0  # left padding
+OPTIONS = {name: {"k1": 0.5} for name, method in nsvd.METHODS.items() if "k1" in method.options}  # of ranks near 5
+
+
+def latent(family: str = "llama", *, dtype=torch.float32, blocks: int = 3, method: str = "asvd-1", **options):
+    """A random model whose attention is not uniform, its cache compressed."""
+    model = tiny_model(family, dtype=dtype, num_hidden_layers=blocks, **SUPPORTED[family])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name or "dense" in name:
+                parameter.mul_(4)
+    nsvd.compress_kv_(model, windows=token_ids(), method=method, **(OPTIONS.get(method, {}) | options))
+    return model
+
+
+def generate(model, *, length: int = 24, **options):
+    how = {
+        "attention_mask": MASK,
+        "max_new_tokens": length,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 1,
+    }
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    return model.generate(IDS, **(how | options))
+
+
+def assert_same_text(one, other) -> None:
+    assert torch.equal(one.sequences, other.sequences)
+    for ours, theirs in zip(one.logits, other.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def held(cache) -> set[int]:
+    """Widths of what the layers of a cache hold."""
+    return {layer.keys.shape[-1] + layer.values.shape[-1] for layer in cache.layers}
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_greedy_tokens_and_logits_are_those_without_a_cache(family, joint):
+    """For a batch with left padding, and windows shorter than the text; and the cache really holds latents."""
+    model = latent(family, joint=joint)
+    cached, without = generate(model), generate(model, use_cache=False)
+    assert_same_text(cached, without)
+    dense, ours = bytes_per_token(model)
+    assert ours <= dense / 2
+    assert max(held(cached.past_key_values)) * len(latent_layers(model)) * 4 == dense / 2  # float32
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_windows_hold_when_several_tokens_arrive_in_a_full_cache(family):
+    """A sliding cache gives back more than it keeps: chunks of 3 after a prompt longer than the window."""
+    model, cache, ids = latent(family), None, token_ids(2, 30, seed=4)
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([10, 3, 1, 3, 13], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_beams_and_samples_are_those_without_a_cache(family):
+    """Reordering the cache reorders latents and positions; sampling draws the same tokens from the same seed."""
+    model = latent(family)
+    beams = {"num_beams": 3, "output_logits": False, "output_scores": True}
+    one, other = generate(model, **beams), generate(model, use_cache=False, **beams)
+    assert torch.equal(one.sequences, other.sequences)
+    torch.testing.assert_close(one.sequences_scores, other.sequences_scores, rtol=0, atol=1e-4)
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        texts.append(generate(model, do_sample=True, use_cache=use_cache))
+    assert_same_text(*texts)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "opt"])
+def test_a_static_cache_holds_latents_too(family, joint):
+    """Allocated once for all tokens, as wide as the latents."""
+    model = latent(family, joint=joint)
+    cached = generate(model, cache_implementation="static")
+    assert isinstance(cached.past_key_values, StaticCache)
+    assert_same_text(cached, generate(model, use_cache=False))
+    assert held(cached.past_key_values) == held(generate(model).past_key_values)
+
+
+@pytest.mark.parametrize("method", nsvd.METHODS)
+@pytest.mark.parametrize("joint", [False, True])
+def test_every_method_is_a_metric(method, joint):
+    """Whichever chose the factors, cached text is uncached text."""
+    model = latent("qwen2", method=method, joint=joint)
+    assert_same_text(generate(model, length=6), generate(model, length=6, use_cache=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_positions_survive_every_dtype(dtype):
+    """Far beyond 256, to which bfloat16 counts, and below zero; one number would not do."""
+    positions = torch.tensor([[-1, 0, 1, 127, 128, 255, 256, 257, 4097, 65535, 65536, 131071, 2**24 - 1]])
+    assert torch.equal(decode_positions(encode_positions(positions, dtype)), positions)
+    assert not torch.equal(positions.to(torch.bfloat16).long(), positions)
+
+
+def test_keys_far_in_a_bfloat16_text_are_rotated_by_their_own_position():
+    """Beyond 256 tokens the difference to the text without a cache does not grow."""
+    model, ids = latent(dtype=torch.bfloat16), token_ids(1, 600, seed=6)
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache = model(input_ids=ids[:, :-8], use_cache=True).past_key_values
+        last = torch.cat([model(input_ids=one, past_key_values=cache).logits for one in ids[:, -8:].split(1, 1)], dim=1)
+    assert torch.equal(decode_positions(cache.layers[0].keys[..., -DIGITS:])[0, 0], torch.arange(600))
+    torch.testing.assert_close(last, whole[:, -8:], rtol=0, atol=0.05 * whole.std().item())
+
+
+def test_positions_are_kept_once_for_each_kind_of_layer():
+    """By the first layer that slides and the first that does not; by nobody where nothing is rotated."""
+    assert [layer.owns_positions for layer in latent_layers(latent(blocks=4)).values()] == [True, False, False, False]
+    assert [layer.owns_positions for layer in latent_layers(latent("gemma2", blocks=4)).values()] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert not any(layer.owns_positions for layer in latent_layers(latent("opt")).values())
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("cache_ratio", [0.3, 0.5, 0.8])
+def test_the_bytes_held_are_those_promised(cache_ratio, joint):
+    """At 2048 tokens, positions included, by the storages of the cache's tensors."""
+    model = latent(blocks=2, cache_ratio=cache_ratio, joint=joint, method="svd")
+    ids = token_ids(1, 2048)
+    with torch.no_grad():
+        ours, dense = (net(input_ids=ids, use_cache=True).past_key_values for net in (model, tiny_model()))
+    assert nsvd.cache_bytes(dense) == 2048 * bytes_per_token(model)[0] == 2048 * bytes_per_token(tiny_model())[0]
+    assert nsvd.cache_bytes(ours) == 2048 * bytes_per_token(model)[1]
+    assert cache_ratio - 0.1 < nsvd.cache_bytes(ours) / nsvd.cache_bytes(dense) <= cache_ratio
+
+
+def test_the_split_of_a_share_is_the_best_one():
+    """By trying all; the share is used up, and each gets something."""
+    s_k, s_v = torch.rand(6).sort(descending=True).values, 3 * torch.rand(9).sort(descending=True).values
+    for share in range(2, 16):
+        lost = {
+            (r, share - r): sum((s[k:] ** 2).sum() / (s**2).sum() for s, k in ((s_k, r), (s_v, share - r)))
+            for r in range(max(1, share - 9), min(6, share - 1) + 1)
+        }
+        assert split_share(s_k, s_v, share) == min(lost, key=lost.get)
+    assert split_share(s_k, s_v, 40) == (6, 9)
+
+
+def test_one_latent_for_both_is_never_worse_for_the_same_bytes():
+    """Summed relative squared errors on the calibration text: a joint latent could always be two separate ones side by side."""
+    sums = [
+        (report.table[["k_calibration_error", "v_calibration_error"]] ** 2).sum(axis=1)
+        for joint in (False, True)
+        if (report := nsvd.compress_kv_(tiny_model(), windows=token_ids(), joint=joint)) is not None
+    ]
+    assert (sums[1] <= sums[0] + 1e-6).all()
+    assert (sums[1] < sums[0]).any()
+
+
+def test_one_latent_is_one_matrix_in_memory():
+    """Keys and values share the down-projection."""
+    model = latent(joint=True)
+    for layer in latent_layers(model).values():
+        assert layer.attention.k_proj.down.weight is layer.attention.v_proj.down.weight
+
+
+def test_a_ratio_of_one_changes_nothing_but_the_layers_that_pay_for_positions():
+    """Without rotation nothing has to be paid, and the model says what it said."""
+    model = tiny_model("opt")
+    before = logits(model)
+    report = nsvd.compress_kv_(model, method="svd", cache_ratio=1)
+    assert report.cache_ratio_reached == 1
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_saved_and_read_again(family, joint, dtype, tmp_path):
+    """Both ways of reading give a model with a latent cache and the same bits, which can be saved once more."""
+    model = latent(family, joint=joint, dtype=dtype)
+    nsvd.save(model, tiny_tokenizer(), tmp_path / "one")
+    for again in (
+        nsvd.load(tmp_path / "one", device="cpu")[0],
+        AutoModelForCausalLM.from_pretrained(tmp_path / "one").eval(),
+    ):
+        assert torch.equal(logits(again), logits(model))
+        assert torch.equal(generate(again).sequences, generate(model).sequences)
+        assert bytes_per_token(again) == bytes_per_token(model)
+        assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+    nsvd.save(again, None, tmp_path / "two")
+    first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
+    assert first["quantization_config"] == second["quantization_config"]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_dequantize_gives_the_plain_dense_model_back(joint, tmp_path):
+    """Dense layers, the family's own forward, a dense cache, no trace in config.json; and it says the same."""
+    model = latent(joint=joint)
+    said = logits(model)
+    plain = model.dequantize()
+    assert latent_layers(plain) == {}
+    assert not any("forward" in vars(module) for module in plain.modules())
+    assert nsvd.targets(plain).keys() == nsvd.targets(tiny_model(num_hidden_layers=3)).keys()
+    torch.testing.assert_close(logits(plain), said, rtol=0, atol=1e-5)
+    plain.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    nsvd.compress_kv_(plain, method="svd", cache_ratio=0.3)  # and it can be done again
+
+
+def test_a_model_compressed_before_keeps_its_other_layers(tmp_path):
+    """The ranks of key and value projections change, everything else stays, config.json tells both stories."""
+    model, stats = tiny_model(), nsvd.calibrate(tiny_model(), token_ids())
+    nsvd.compress_(model, stats, ratio=0.3, k1=K1)
+    before = copy.deepcopy(model)
+    nsvd.compress_kv_(model, stats, cache_ratio=0.5)
+    for name, layer in before.named_modules():
+        if isinstance(layer, nsvd.LowRankLinear) and not name.endswith(("k_proj", "v_proj")):
+            assert torch.equal(model.get_submodule(name).up.weight, layer.up.weight)
+    assert_same_text(generate(model), generate(model, use_cache=False))
+    nsvd.save(model, tiny_tokenizer(), tmp_path / "both")
+    config = json.loads((tmp_path / "both" / "config.json").read_text())["quantization_config"]
+    assert (config["method"], config["ratio"], len(config["modules"])) == ("nsvd-1", 0.3, 14)
+    assert (config["latent_cache"]["method"], config["latent_cache"]["cache_ratio"]) == ("asvd-1", 0.5)
+    assert torch.equal(logits(nsvd.load(tmp_path / "both", device="cpu")[0]), logits(model))
+
+
+def test_the_copy_of_a_model_is_independent():
+    """deepcopy brings its own latent layers, which point at the copy's weights."""
+    model = latent()
+    other = copy.deepcopy(model)
+    for name, layer in latent_layers(other).items():
+        assert layer.attention is other.get_submodule(name)
+        assert layer.rotation.model is other
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same_text(generate(other), generate(other, use_cache=False))
+
+
+REFUSED = {
+    "gpt_neox": ({}, r"gpt_neox\.layers\.0\.attention.*GPTNeoXAttention"),  # fused
+    "phi3": ({"intermediate_size": 48}, r"model\.layers\.0\.self_attn.*Phi3Attention"),  # fused
+    "gptj": ({"rotary_dim": 4}, r"transformer\.h\.0\.attn .GPTJAttention"),  # another way to call its attention
+    "llama4_text": (
+        {"intermediate_size": 48, "head_dim": 8, "num_key_value_heads": 2},
+        r"model\.layers\.0\.self_attn .Llama4TextAttention. makes its keys",  # a complex rotation
+    ),
+    "bart": (
+        {"d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+        r"encoder_attn .BartAttention.: its keys do not reach",  # cross attention
+    ),
+    "mamba": ({}, "MambaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_done_is_refused_by_name(family):
+    """One sentence that names the layer, and the model as it was."""
+    changes, message = REFUSED[family]
+    model = tiny_model(family, **changes)
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        nsvd.compress_kv_(model, method="svd")
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_ratio": 0.0}, r"lies in \(0, 1\]"),
+        ({"cache_ratio": 1.1}, r"lies in \(0, 1\]"),
+        ({"cache_ratio": 0.1}, r"layer model\.layers\.0\.self_attn: cache_ratio 0.1 leaves no rank"),
+        ({"method": "magic"}, "unknown method"),
+        ({"method": "asvd-1", "stats": None}, "needs statistics"),
+        ({"method": "asvd-1", "k1": 0.5}, "no option k1"),
+        ({"method": "nsvd-1", "k1": 0.99}, r"layer model\.layers\.0\.self_attn: k1 = 0.99"),
+    ],
+)
+def test_bad_arguments_leave_the_model_as_it_was(options, message):
+    """Ratios, methods, options; the layer is named where one is at fault."""
+    model = tiny_model()
+    before, stats = state(model), nsvd.calibrate(model, token_ids())
+    with pytest.raises(ValueError, match=message):
+        nsvd.compress_kv_(model, **({"stats": stats} | options))
+    assert_same(before, model)
+
+
+def test_a_latent_cache_is_not_compressed_twice():
+    """The model has to be made dense first."""
+    model = latent()
+    with pytest.raises(ValueError, match=r"already; dequantize\(\)"):
+        nsvd.compress_kv_(model, method="svd")
+
+
+@pytest.mark.parametrize("where", [f"{K}.weight", "model.layers.1.self_attn.v_proj.weight"])
+def test_nan_in_a_weight_stops_with_its_name(where):
+    """Nothing is replaced."""
+    model = tiny_model()
+    poison(model, where)
+    before = state(model)
+    with pytest.raises(ValueError, match=where.removesuffix(".weight") + " holds NaN or Inf"):
+        nsvd.compress_kv_(model, method="svd")
+    assert_same(before, model)
+
+
+def test_nan_in_an_activation_stops_with_the_layer():
+    """Also when the method does not look at activations."""
+    model = tiny_model()
+    poison(model, "model.layers.1.input_layernorm.weight")
+    for method in ("svd", "asvd-1"):
+        before = state(model)
+        with pytest.raises(FloatingPointError, match=r"model\.layers\.1\.self_attn"):
+            nsvd.compress_kv_(model, windows=token_ids(), method=method)
+        assert_same(before, model)
+
+
+def test_a_quantized_cache_is_refused():
+    """It would round positions."""
+
+    class Rounded(DynamicCache):
+        def update(self, keys, values, layer_idx, *args):
+            out = super().update(keys, values, layer_idx, *args)
+            self.layers[layer_idx]._quantized_keys = None
+            return out
+
+    with pytest.raises(ValueError, match="quantized cache"):
+        latent()(input_ids=IDS, past_key_values=Rounded())
+
+
+def edit(folder, change) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config["quantization_config"])
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c["latent_cache"]["layers"].update({"model.layers.9.self_attn": {"rotated": 8, "joint": True}}),
+            "layers.9",
+        ),
+        (lambda c: c["latent_cache"]["layers"]["model.layers.0.self_attn"].update(rotated="yes"), "layers.0.*yes"),
+        (lambda c: c["latent_cache"]["layers"]["model.layers.0.self_attn"].pop("joint"), r"layers\.0"),
+        (lambda c: c["modules"][K].update(rank=5), "two ranks, 5 and"),
+    ],
+)
+def test_a_damaged_description_is_refused(change, message, tmp_path):
+    """The layer is named."""
+    nsvd.save(latent(joint=True), tiny_tokenizer(), tmp_path / "low")
+    edit(tmp_path / "low", change)
+    with pytest.raises(nsvd.CheckpointError, match=message):
+        nsvd.load(tmp_path / "low")
+
+
+def test_the_same_input_gives_the_same_factors():
+    """To the bit."""
+    one, other = latent(), latent()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+
+
+def test_the_report_says_what_is_held():
+    """Bytes a token, ranks, parameters of the factors, method, versions; all but the table is JSON."""
+    for joint in (False, True):
+        model = tiny_model()
+        report = nsvd.compress_kv_(model, windows=token_ids(), joint=joint)
+        assert (report.bytes_before, report.bytes_after) == bytes_per_token(model)
+        assert report.cache_ratio_reached == report.bytes_after / report.bytes_before <= report.cache_ratio == 0.5
+        weights = {
+            id(p): p.numel() for n, p in model.named_parameters() if ("k_proj" in n or "v_proj" in n) and p.ndim == 2
+        }
+        assert report.params_after == sum(weights.values())
+        for row in report.table.itertuples():
+            assert row.rank_k == model.get_submodule(row.layer).k_proj.rank
+            assert row.rank_v == model.get_submodule(row.layer).v_proj.rank
+        assert json.loads(json.dumps(report.as_dict()))["method"] == "asvd-1"
+
+
+def test_examining_leaves_no_trace():
+    """No hook, no mode, no tensor is different afterwards."""
+    model = tiny_model("qwen3").train()
+    before = state(model)
+    assert set(examine(model).values()) == {8}
+    assert_same(before, model)
