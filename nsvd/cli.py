@@ -15,11 +15,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input, 1 for a notebook that failed."""
     chosen = _parser().parse_args(arguments)
+    from torch import OutOfMemoryError
     from torch.linalg import LinAlgError
 
     try:
         return chosen.command(chosen) or 0
-    except (ValueError, OSError, ArithmeticError, LinAlgError) as error:
+    except (ValueError, OSError, ArithmeticError, LinAlgError, OutOfMemoryError) as error:
         print(f"nsvd {chosen.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -28,8 +29,10 @@ def run(chosen: argparse.Namespace) -> int:
     """Execute notebooks."""
     import yaml
 
-    from nsvd.lab import workbook
-
+    try:
+        from nsvd.lab import workbook
+    except ModuleNotFoundError as error:
+        raise ValueError(f"notebooks need {error.name}: pip install 'nsvd[notebooks]'") from error
     try:
         parameters = {name: yaml.safe_load(value) for name, value in chosen.parameter}
     except yaml.YAMLError as error:
@@ -113,7 +116,7 @@ def evaluate(chosen: argparse.Namespace) -> None:
     import pandas as pd
 
     import nsvd
-    from nsvd.lab.records import origin
+    from nsvd.lab.records import finite, origin
 
     if chosen.json:
         if Path(chosen.json).is_dir():
@@ -141,11 +144,11 @@ def evaluate(chosen: argparse.Namespace) -> None:
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     if chosen.json:
-        rows = [
-            {key: None if value != value else value for key, value in row.items()} for row in rows
-        ]  # JSON has no NaN
         with nsvd.replacing(chosen.json) as part:
-            part.write_text(json.dumps({"results": rows, "origin": origin()}, indent=1) + "\n", encoding="utf-8")
+            part.write_text(
+                json.dumps({"results": [finite(row) for row in rows], "origin": origin()}, indent=1) + "\n",
+                encoding="utf-8",
+            )
 
 
 def info(chosen: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nsvd.linalg import Decomposition, from_metric, rank_for_ratio
 from nsvd.linalg.errors import calibration_loss, condition_number, effective_rank, principal_cosines
@@ -88,8 +88,3 @@ def transfer(
             error = (calibration_loss(W, chosen, G) / whole) ** 0.5
             rows.append(place(name) | {"text": text, "error": error, "optimum": (optimum / whole) ** 0.5})
     return pd.DataFrame(rows)
-
-
-def singular_values(model: nn.Module) -> dict[str, Tensor]:
-    """σ(W) of every target layer, in float64."""
-    return {name: torch.linalg.svdvals(layer.weight.detach().double()) for name, layer in targets(model).items()}

@@ -25,9 +25,8 @@ A {kind} of {size:,} parameters, {blocks} blocks of width {width}, with a byte-l
 English, Chinese and Japanese; stored in bfloat16. It is made to be compressed and measured, not to be talked to.
 `recipe.json` holds everything that decided it.
 
-* **Text**: windows of {window} tokens drawn from {sources} (English technical articles, reviews, speeches and a novel;
-  Chinese technical articles; Japanese literary prose; training parts of newswire, web, command, story and reading
-  sets). The text itself is not part of the project; the weights are.
+* **Text**: windows of {window} tokens drawn from {sources} ({notes}). The text itself is not part of the project; the
+  weights are.
 * **Training**: {tokens:,} tokens ({per_parameter:.1f} a parameter), {steps:,} steps of {batch} windows; Muon for the
   matrices of the blocks (rate {lr_matrix}), AdamW for the rest ({lr_rest}), linear decay to zero over the last {decay:.0%},
   seed {seed}; {hours:.1f} hours.
@@ -64,7 +63,7 @@ def card(folder: Path, corpora: list[str], calibration: str = EMBEDDED[0]) -> st
         error = result.perplexity * result.standard_error
         scores.append(
             {
-                "corpus": corpus.removeprefix("../"),
+                "corpus": corpus.rpartition(":")[2],
                 "tokens": f"{text.numel():,}",
                 "perplexity": f"{result.perplexity:.2f} ± {error:.2f}",
                 "bits per byte": f"{result.bits_per_byte:.3f}",

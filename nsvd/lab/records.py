@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -64,7 +65,7 @@ class Records:
 
     def add(self, parameters: dict, numbers: dict) -> dict:
         """Write a record, in place of an older one of the same parameters; returns the numbers."""
-        row = {"parameters": parameters, "numbers": numbers, "origin": origin()}
+        row = {"parameters": parameters, "numbers": finite(numbers), "origin": origin()}
         key = _key(parameters)
         known = key in self._rows
         self._rows[key] = row
@@ -82,6 +83,11 @@ class Records:
         """All records that count as found, a column for every parameter and number."""
         rows = (row for key, row in self._rows.items() if key not in self._stale)
         return pd.DataFrame([row["parameters"] | row["numbers"] for row in rows])
+
+
+def finite(numbers: dict) -> dict:
+    """The same with None, JSON's null, in place of NaN and infinities."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
 
 
 def _key(parameters: dict) -> str:

@@ -50,7 +50,7 @@ class Recipe:
     max_characters: int = 24_000_000  # read from one source
     bf16: bool = False  # autocast of the forward and backward pass
     seed: int = 0
-    notes: str = field(default="", compare=False)
+    notes: str = field(default="", compare=False)  # on the text, for the card
 
     @property
     def steps(self) -> int:
@@ -202,6 +202,10 @@ def train(
     """
     work.mkdir(parents=True, exist_ok=True)
     device = default_device() if device == "auto" else device
+    known = work / "recipe.json"
+    if known.exists() and Recipe.load(known) != recipe:
+        raise ValueError(f"{work} holds the training of another recipe; compare {known}, or use another folder")
+    known.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     if not (work / "tokenizer").exists():
         with replacing(work / "tokenizer") as part:
             train_tokenizer(recipe, text).save_pretrained(part)

@@ -58,9 +58,9 @@ def run(
 ) -> list[Outcome]:
     """Execute notebooks into ``out`` (``notebooks/executed`` by default), with parameters over those of a preset file.
 
-    A notebook is given those parameters that it declares. Paths are relative to the top of the checkout. ``shard=(i, n)`` takes
-    every n-th notebook from the i-th (counted from 1). A notebook that fails is left as ``NAME.failed.ipynb``; an executed one
-    from before stays as it was.
+    A notebook is given those parameters that it declares; with ``out`` its figures and results go there too, unless they
+    are given. Paths are relative to the top of the checkout. ``shard=(i, n)`` takes every n-th notebook from the i-th
+    (counted from 1). A notebook that fails is left as ``NAME.failed.ipynb``; an executed one from before stays as it was.
 
     Raises:
         ValueError: a parameter no chosen notebook declares, or one of a preset that no notebook declares.
@@ -78,11 +78,14 @@ def run(
         raise ValueError(f"shard {i}/{n}: expected i/n with i from 1 to n")
     if jobs < 1:
         raise ValueError(f"{jobs} jobs: 1 is the least")
-    folder = Path(out) if out is not None else checkout() / "notebooks" / "executed"
+    folder = Path(out) if out else checkout() / "notebooks" / "executed"
     folder.mkdir(parents=True, exist_ok=True)
 
+    place = folder.absolute()
+
     def one(file: Path) -> Outcome:
-        return _execute(file, {k: v for k, v in given.items() if k in declared[file]}, folder)
+        beside = {"figures": f"{place}/figures", "results": f"{place}/results/{file.stem}.jsonl"} if out else {}
+        return _execute(file, {k: v for k, v in (beside | given).items() if k in declared[file]}, folder)
 
     with _threads_shared(jobs), ThreadPoolExecutor(jobs) as pool:
         outcomes = pool.map(one, chosen[i - 1 :: n])

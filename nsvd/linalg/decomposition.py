@@ -23,7 +23,7 @@ class Decomposition:
     """An ordered factorisation of W: its first k terms are the rank-k answer.
 
     ``U`` (d_out, m), m = min(d_out, d_in), has orthonormal columns that span the columns of W;
-    ``s`` (m,) are the singular values of W S in descending order, so that the optimal calibration loss at rank k is
+    ``s`` (m,) are the singular values of W S in descending order, so that the smallest ‖(W − Ŵ) S‖_F at rank k is
     √(Σ_{i>k} s_i²); ``coords`` = Uᵀ W; ``right`` (m, d_in) are the right factors, ``coords`` itself unless the
     pseudo-inverse of a singular S has removed directions from them.
     """

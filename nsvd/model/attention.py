@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from nsvd.model.hooks import watch_calls
+from nsvd.model.hooks import evaluating, watch_calls
 from nsvd.model.layers import LowRankLinear
 
 NORMS = ("k_norm", "k_layernorm")  # the names under which attention layers keep a norm of their keys
@@ -115,13 +115,9 @@ class _Recorder(DynamicCache):
 
 
 def _run(model: PreTrainedModel, cache: DynamicCache) -> None:
-    training = model.training
-    model.eval()
-    try:
-        ids = torch.arange(8, device=model.device)[None]
+    ids = torch.arange(8, device=model.device)[None]
+    with evaluating(model):
         model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    finally:
-        model.train(training)
 
 
 def _rotated(model: PreTrainedModel, name: str, layer: nn.Module, call: tuple | None, cache: _Recorder) -> int:

@@ -55,14 +55,12 @@ class LowRankQuantizer(HfQuantizer):
     requires_calibration = True  # from_pretrained(dense, quantization_config=LowRankConfig()) is refused
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
-        modules = self.quantization_config.modules
-        if self.quantization_config.format_version > FORMAT:
-            raise CheckpointError(
-                f"checkpoint format {self.quantization_config.format_version} is newer than this nsvd reads ({FORMAT})"
-            )
+        modules, version = self.quantization_config.modules, self.quantization_config.format_version
+        if not isinstance(version, int) or version > FORMAT:
+            raise CheckpointError(f"checkpoint format {version} is newer than this nsvd reads ({FORMAT})")
         layers = dict(model.named_modules())
         for name, spec in modules.items():
-            layer, rank = layers.get(name), spec.get("rank")
+            layer, rank = layers.get(name), spec.get("rank") if isinstance(spec, dict) else None
             if not isinstance(layer, nn.Linear):
                 raise CheckpointError(f"config.json names a compressed layer {name}, which the model has not")
             if not isinstance(rank, int) or rank < 1:
@@ -161,6 +159,8 @@ def mark_compressed(model: nn.Module, modules: dict[str, dict], **details) -> No
 def check_target(folder: str | Path) -> None:
     """Raise ``FileExistsError`` unless ``save`` may put a checkpoint there: nothing, an empty folder, or an older model."""
     folder = Path(folder)
+    if folder.absolute() == Path.cwd():
+        raise FileExistsError(f"cannot write {folder}: it is the folder this runs in")
     if folder.is_file():
         raise FileExistsError(f"cannot write {folder}: it is a file, a checkpoint is a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():

@@ -36,7 +36,7 @@ class Report:
     seconds: dict[str, float]  # by stage
     peak_memory: int  # bytes: of the GPU where there is one, else of the process so far
     versions: dict[str, str]
-    table: pd.DataFrame  # a row a layer
+    table: pd.DataFrame  # a row a layer; errors are those of the float64 factors, before the cast to the model's dtype
 
     def as_dict(self) -> dict:
         """Everything but the table, ready for JSON."""
@@ -143,7 +143,8 @@ def _factor(
         d_out, d_in, k = *layer.weight.shape, wanted.get(name)
         row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": k, "dense": True, "params": d_out * d_in}
         if k is not None and saves_parameters(d_out, d_in, k):
-            one = prepared[name] if prepared is not None else prepare_layer(layer, name, stats, method, options)
+            have = None if prepared is None else prepared[name].to(layer.weight.device)
+            one = have or prepare_layer(layer, name, stats, method, options)
             clock.lap("decompose")
             with naming(name):
                 value = method.cut(one, k, **options)

@@ -166,16 +166,18 @@ def _separate(
 ) -> tuple[LowRank, LowRank]:
     """W_k and W_v each by its own decomposition; the ranks add up to ``share`` at most."""
     one, other = (method.prepare(W, moments, **options) for W in (W_k, W_v))
-    r_k, r_v = split_share(one.s, other.s, share)
+    r_k, r_v = split_share(one.s, other.s, share, least=method.least_rank(options))
     return method.cut(one, r_k, **options), method.cut(other, r_v, **options)
 
 
-def split_share(s_k: Tensor, s_v: Tensor, share: int) -> tuple[int, int]:
-    """(r_k, r_v), r_k + r_v = share (or all there is), each at least 1, that minimise the sum of relative squared tails."""
+def split_share(s_k: Tensor, s_v: Tensor, share: int, *, least: int = 1) -> tuple[int, int]:
+    """(r_k, r_v), r_k + r_v = share (or all there is), each at least ``least``, that minimise the summed relative squared tails."""
     lost_k, lost_v = _relative_tails(s_k), _relative_tails(s_v)
     share = min(share, len(s_k) + len(s_v))
-    first = max(1, share - len(s_v))
-    r_k = torch.arange(first, min(len(s_k), share - 1) + 1, device=s_k.device)
+    first, last = max(least, share - len(s_v)), min(len(s_k), share - least)
+    if first > last:
+        raise ValueError(f"{share} numbers a token leave keys and values less than rank {least} each")
+    r_k = torch.arange(first, last + 1, device=s_k.device)
     best = first + int((lost_k[r_k] + lost_v[share - r_k]).argmin())
     return best, share - best
 

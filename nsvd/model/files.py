@@ -20,7 +20,7 @@ def replacing(target: str | Path) -> Iterator[Path]:
     When the block raises, what was written is removed and ``target`` stays as it was. An existing target folder is
     exchanged, not merged.
     """
-    target = Path(target)
+    target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     _remove(part)
@@ -31,7 +31,11 @@ def replacing(target: str | Path) -> Iterator[Path]:
         if target.is_dir():
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             target.rename(old)
-            part.rename(target)
+            try:
+                part.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
             shutil.rmtree(old)
         else:
             part.replace(target)

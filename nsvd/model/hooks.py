@@ -1,4 +1,4 @@
-"""Look at the inputs of named layers while a model runs."""
+"""Look at the inputs of named layers while a model runs; run it as it is used, not as it is trained."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ def watch_calls(model: nn.Module, names: Iterable[str], observe: Callable[[str, 
             handle = model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside; every module has its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from nsvd.model.hooks import evaluating
+
 
 @torch.no_grad()
 def window_losses(
@@ -26,7 +28,8 @@ def window_losses(
     losses = []
     for ids in tqdm(windows.split(batch), "evaluate", disable=not progress, leave=False):
         ids = ids.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        with evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         token_losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         losses.append(token_losses.view(len(ids), -1).double().mean(1).cpu())
     losses = torch.cat(losses)

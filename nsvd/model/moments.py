@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
 from nsvd.model.files import replacing
-from nsvd.model.hooks import watch_inputs
+from nsvd.model.hooks import evaluating, watch_inputs
 from nsvd.model.layers import targets
 
 
@@ -155,9 +155,5 @@ def calibrate(
 def _forward(model: nn.Module, ids: Tensor) -> None:
     """Run the model's body, without the output head."""
     body = getattr(model, "base_model", model)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        model.train(training)

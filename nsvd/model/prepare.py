@@ -21,13 +21,14 @@ def prepare(
     """The method's outer decomposition of every target layer, for all ranks at once.
 
     Give it to ``compress_(…, prepared=…)`` again and again: a sweep over ratios, over k1, or over methods with one outer
-    step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. Computed in float64 on the layer's device, kept in memory.
+    step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. Computed in float64 on the layer's device, kept
+    in the host's memory.
     """
     chosen, layers = by_name(method), targets(model)
     check_weights(layers)
     check_statistics(layers, stats, chosen)
     bars = tqdm(layers.items(), "decompose", disable=not progress, leave=False)
-    return {name: prepare_layer(layer, name, stats, chosen, options) for name, layer in bars}
+    return {name: prepare_layer(layer, name, stats, chosen, options).to("cpu") for name, layer in bars}
 
 
 def prepare_layer(

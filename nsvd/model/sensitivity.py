@@ -105,7 +105,7 @@ def sensitivity(
     dense = _dense_losses(model, windows)
     rows = []
     for name, layer in tqdm(layers.items(), "sensitivity", disable=not progress, leave=False):
-        decomposition = None if prepared is None else prepared[name]
+        decomposition = None if prepared is None else prepared[name].to(layer.weight.device)
         for fraction, k in _candidates(layer, name, chosen, settings, kept):
             found = None if records is None else records.find(**about, layer=name, kept=fraction)
             if found is None:
