@@ -27,7 +27,7 @@ lab: $(VENV)/ready ## explore in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 benchmark: $(VENV)/ready ## cost of the statistics pass and of the decompositions, as ratios
-	$(BIN)/python benchmarks/statistics.py
+	$(BIN)/python benchmarks/costs.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

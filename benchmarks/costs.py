@@ -1,6 +1,6 @@
 """What the statistics pass and the decompositions cost, as ratios measured side by side in one run.
 
-python benchmarks/statistics.py [--model mini-llama] [--repeat 5]
+python benchmarks/costs.py [--model mini-llama] [--repeat 5]
 """
 
 from __future__ import annotations
