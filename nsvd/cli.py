@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return chosen.command(chosen) or 0
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ArithmeticError, LinAlgError, OutOfMemoryError) as error:
         print(f"nsvd {chosen.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
