@@ -157,8 +157,9 @@ def evaluate(chosen: argparse.Namespace) -> None:
 def info(chosen: argparse.Namespace) -> None:
     """What a model folder holds."""
     import nsvd
+    from nsvd.model.checkpoint import describe
     from nsvd.model.latent import bytes_per_token
-    from nsvd.model.layers import LowRankLinear
+    from nsvd.model.layers import CompressedLayer
 
     model, _ = nsvd.load(chosen.model, device="cpu")
     total, size = model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
@@ -178,8 +179,9 @@ def info(chosen: argparse.Namespace) -> None:
             f"KV cache compressed by {cache.get('method')} {cache.get('options') or ''}: {before:,} → {after:,} bytes a token"
         )
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            print(f"  {name}: {module.out_features} × {module.in_features}, rank {module.rank}")
+        if isinstance(module, CompressedLayer):
+            about = ", ".join(f"{key} {value}" for key, value in describe(module).items())
+            print(f"  {name}: {module.out_features} × {module.in_features}, {about}")
 
 
 def _writable(target: str) -> None:

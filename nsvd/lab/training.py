@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from nsvd.lab.paths import data
 from nsvd.model.checkpoint import default_device
 from nsvd.model.files import replacing
 
@@ -39,6 +40,8 @@ class Recipe:
     architecture: dict  # arguments of the transformers configuration, ``model_type`` among them
     text: dict[str, float]  # source file (without .jsonl.gz) -> share of the training windows
     tokens: int  # length of the run
+    start: str = ""  # embedded model whose weights and tokenizer the run begins with; ``architecture`` is then its own
+    tokenizer: str = ""  # embedded model whose tokenizer is used; by default one is trained
     vocabulary: int = 4096
     window: int = 256
     batch: int = 16
@@ -109,6 +112,20 @@ def train_tokenizer(recipe: Recipe, text: Path) -> PreTrainedTokenizerFast:
         model_max_length=recipe.architecture["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def known_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of an embedded model."""
+    return PreTrainedTokenizerFast.from_pretrained(data() / "models" / name)
+
+
+def untrained(recipe: Recipe) -> torch.nn.Module:
+    """The model at step 0, in float32: random by the recipe's seed, or the one it starts from."""
+    torch.manual_seed(recipe.seed)
+    if recipe.start:
+        return AutoModelForCausalLM.from_pretrained(data() / "models" / recipe.start, dtype=torch.float32)
+    ids = {"vocab_size": recipe.vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.architecture, **ids))
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
@@ -208,13 +225,12 @@ def train(
     known.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     if not (work / "tokenizer").exists():
         with replacing(work / "tokenizer") as part:
-            train_tokenizer(recipe, text).save_pretrained(part)
+            own = recipe.start or recipe.tokenizer
+            (known_tokenizer(own) if own else train_tokenizer(recipe, text)).save_pretrained(part)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     batches = Batches(recipe, text, work, tokenizer)
 
-    torch.manual_seed(recipe.seed)
-    ids = {"vocab_size": recipe.vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.architecture, **ids)).to(device)
+    model = untrained(recipe).to(device)
     opts = optimizers(model, recipe)
     checkpoint, log = work / "checkpoint.safetensors", work / "training.jsonl"
     step, seconds = load_checkpoint(checkpoint, model, opts) if checkpoint.exists() else (0, 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nsvd.model.files import replacing
 from nsvd.model.latent import attach, detach
-from nsvd.model.layers import LowRankLinear
+from nsvd.model.layers import LAYERS, CompressedLayer, LowRankLinear
 
 FORMAT = 1
 METHOD = "nsvd"
@@ -33,8 +34,9 @@ class CheckpointError(ValueError):
 class LowRankConfig(QuantizationConfigMixin):
     """``quantization_config`` of a compressed model.
 
-    ``modules`` maps layer names to {"rank": k}. ``latent_cache``, where there is one, tells how the KV cache was compressed; its
-    ``layers`` map the names of attention layers to {"rotated": int, "joint": bool}, see ``latent.attach``.
+    ``modules`` maps layer names to {"layer": kind, "rank": k, …}, the kind (of ``layers.LAYERS``) left out where it is
+    low-rank. ``latent_cache``, where there is one, tells how the KV cache was compressed; its ``layers`` map the names of
+    attention layers to {"rotated": int, "joint": bool}, see ``latent.attach``.
     """
 
     def __init__(
@@ -60,12 +62,9 @@ class LowRankQuantizer(HfQuantizer):
             raise CheckpointError(f"checkpoint format {version} is newer than this nsvd reads ({FORMAT})")
         layers = dict(model.named_modules())
         for name, spec in modules.items():
-            layer, rank = layers.get(name), spec.get("rank") if isinstance(spec, dict) else None
-            if not isinstance(layer, nn.Linear):
+            if not isinstance(layers.get(name), nn.Linear):
                 raise CheckpointError(f"config.json names a compressed layer {name}, which the model has not")
-            if not isinstance(rank, int) or rank < 1:
-                raise CheckpointError(f"config.json gives layer {name} the rank {rank}")
-            model.set_submodule(name, LowRankLinear.like(layer, rank))
+            model.set_submodule(name, _empty(name, layers[name], spec))
         _check_latent(model, self.latent_layers)
         attach(model, self.latent_layers)
         if checkpoint_files:
@@ -106,6 +105,20 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module would regist
     register_quantizer(METHOD)(LowRankQuantizer)
 
 
+def _empty(name: str, layer: nn.Linear, spec: dict) -> CompressedLayer:
+    try:
+        sizes = dict(spec)
+        return LAYERS[sizes.pop("layer", LowRankLinear.kind)].like(layer, **sizes)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"config.json gives layer {name} {spec}: {error}") from error
+
+
+def describe(layer: CompressedLayer) -> dict:
+    """What config.json says of a layer."""
+    kind = {} if layer.kind == LowRankLinear.kind else {"layer": layer.kind}
+    return kind | layer.spec()
+
+
 def _check_shapes(model: nn.Module, modules: dict, files: list[str]) -> None:
     """Without this an absent factor would be initialised at random, with a warning."""
     stored = {}
@@ -137,18 +150,19 @@ def _check_latent(model: nn.Module, layers: dict) -> None:
 
 
 def is_compressed(model: nn.Module) -> bool:
-    """Whether the model holds low-rank layers of ours."""
-    return any(isinstance(module, LowRankLinear) for module in model.modules())
+    """Whether the model holds layers of ours."""
+    return any(isinstance(module, CompressedLayer) for module in model.modules())
 
 
-def mark_compressed(model: nn.Module, modules: dict[str, dict], **details) -> None:
-    """Let transformers know, so that ``save_pretrained`` writes and ``dequantize`` finds the low-rank layers.
+def mark_compressed(model: nn.Module, names: Iterable[str], **details) -> None:
+    """Let transformers know, so that ``save_pretrained`` writes and ``dequantize`` finds the compressed layers.
 
-    Added to what an earlier compression has told.
+    ``names`` are those of the layers exchanged; added to what an earlier compression has told.
     """
     if not isinstance(model, PreTrainedModel):
         return
     known = model.hf_quantizer.quantization_config.to_dict() if getattr(model, "hf_quantizer", None) else {}
+    modules = {name: describe(model.get_submodule(name)) for name in names}
     config = LowRankConfig(**known | details | {"modules": known.get("modules", {}) | modules})
     quantizer = LowRankQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer

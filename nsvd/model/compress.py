@@ -114,7 +114,7 @@ def compress_(
     if factors:
         told = ("method", "options", "allocation", "ratio", "ratio_reached")
         details = {name: getattr(report, name) for name in told}
-        mark_compressed(model, {name: {"rank": value.rank} for name, value in factors.items()}, **details)
+        mark_compressed(model, factors, **details)
     return report
 
 

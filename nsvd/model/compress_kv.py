@@ -120,7 +120,7 @@ def compress_kv_(
     latent = {name: {"rotated": rotated[name], "joint": joint} for name in projections}
     attach(model, latent)
     about = {"method": method, "options": settings, "cache_ratio": cache_ratio, "layers": latent}
-    mark_compressed(model, {name: {"rank": value.rank} for name, value in factored.items()}, latent_cache=about)
+    mark_compressed(model, factored, latent_cache=about)
     clock.lap("exchange")
     dense, held = bytes_per_token(model)
     after = sum({id(p): p.numel() for name in factored for p in _weights(model.get_submodule(name))}.values())

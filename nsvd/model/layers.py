@@ -1,9 +1,13 @@
-"""Which layers are compressed, and what stands in their place."""
+"""Which layers are compressed, and what stands in their place.
+
+Every stand-in is a ``CompressedLayer``: it can be built empty from what a checkpoint says of it, and be multiplied out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +15,35 @@ from torch import Tensor, nn
 from nsvd.linalg import LowRank
 
 
-class LowRankLinear(nn.Module):
+class CompressedLayer(nn.Module):
+    """What stands in the place of an ``nn.Linear``; subclasses are found by their ``kind`` through ``LAYERS``."""
+
+    kind: ClassVar[str]
+    in_features: int
+    out_features: int
+
+    @classmethod
+    def like(cls, layer: nn.Linear, **spec: int) -> CompressedLayer:
+        """An empty stand-in with this layer's sizes, bias, device and dtype; raises ``ValueError`` if the spec cannot fit."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, int]:
+        """What ``like`` needs besides the layer: goes into the checkpoint."""
+        raise NotImplementedError
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer that computes the same, multiplied out in float32 at least and stored in the factors' dtype."""
+        raise NotImplementedError
+
+
+class LowRankLinear(CompressedLayer):
     """y = left (right x) + bias, as two ``nn.Linear`` children: ``down`` holds right (k, d_in), ``up`` left (d_out, k).
 
     Children rather than bare parameters, so that adapters, device maps and anything else that looks for ``nn.Linear``
     finds them. In a state dict: ``<name>.down.weight``, ``<name>.up.weight``, ``<name>.up.bias``.
     """
+
+    kind = "low-rank"
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, *, device=None, dtype=None):
         super().__init__()
@@ -26,7 +53,8 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def like(cls, layer: nn.Linear, rank: int) -> LowRankLinear:
-        """An empty low-rank layer of the same sizes, bias, device and dtype."""
+        if not 1 <= rank <= min(layer.weight.shape):
+            raise ValueError(f"rank {rank} of a {layer.out_features} × {layer.in_features} matrix")
         weight = layer.weight
         return cls(
             layer.in_features,
@@ -51,9 +79,11 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
 
+    def spec(self) -> dict[str, int]:
+        return {"rank": self.rank}
+
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """The dense layer that computes the same, multiplied out in float32 at least and stored in the factors' dtype."""
         left, right, bias = self.up.weight, self.down.weight, self.up.bias
         exact = torch.promote_types(left.dtype, torch.float32)
         dense = nn.Linear(self.in_features, self.out_features, bias is not None, device=left.device, dtype=left.dtype)
@@ -64,6 +94,9 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.rank} -> {self.out_features}"
+
+
+LAYERS: dict[str, type[CompressedLayer]] = {layer.kind: layer for layer in (LowRankLinear,)}
 
 
 @contextmanager
@@ -86,7 +119,7 @@ def targets(model: nn.Module) -> dict[str, nn.Linear]:
         ValueError: if there is none; the message names what the model has instead.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inside = {id(part) for m in model.modules() if isinstance(m, LowRankLinear) for part in m.children()}
+    inside = {id(part) for m in model.modules() if isinstance(m, CompressedLayer) for part in m.modules()}
     found = {
         name: module
         for name, module in model.named_modules()
