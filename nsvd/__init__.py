@@ -11,10 +11,12 @@ from nsvd.model.checkpoint import CheckpointError, default_device, save
 from nsvd.model.compress import Report, compress_
 from nsvd.model.compress_kv import CacheReport, compress_kv_
 from nsvd.model.files import replacing
+from nsvd.model.fisher import fisher
 from nsvd.model.latent import cache_bytes
-from nsvd.model.layers import LowRankLinear, targets
-from nsvd.model.moments import Statistics, calibrate
+from nsvd.model.layers import LowRankLinear, PivotedLinear, targets
+from nsvd.model.moments import Statistics, calibrate, mix
 from nsvd.model.prepare import prepare
+from nsvd.model.sampling import random_tokens, sample
 from nsvd.model.sensitivity import Sensitivity, sensitivity
 from nsvd.version import __version__
 
@@ -27,6 +29,7 @@ __all__ = [
     "LowRank",
     "LowRankLinear",
     "Moments",
+    "PivotedLinear",
     "Report",
     "Sensitivity",
     "Statistics",
@@ -40,10 +43,14 @@ __all__ = [
     "documents",
     "embedded_models",
     "evaluate",
+    "fisher",
     "load",
+    "mix",
     "perplexity",
     "prepare",
+    "random_tokens",
     "replacing",
+    "sample",
     "save",
     "sensitivity",
     "targets",

@@ -79,7 +79,13 @@ def ridge(W: Weight, moments: Moments, *, mu: float = 0.1) -> Decomposition:
     As the exact minimiser of a weighted sum it is Pareto-optimal in calibration loss and weight error, the two errors
     that the nested methods trade. μ = 0 is ASVD-I, μ → ∞ the plain SVD.
     """
-    if mu < 0:
-        raise ValueError(f"mu is {mu}, but a ridge is not negative")
-    G = moments.G
-    return from_metric(W, G + mu * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device))
+    return from_metric(W, ridged(moments.G, mu))
+
+
+def ridged(G: Tensor, mu: float, name: str = "mu") -> Tensor:
+    """G + μ mean(diag G) I, for a matrix or the vector of a diagonal one; raises ``ValueError`` for a negative μ."""
+    if not mu >= 0:
+        raise ValueError(f"{name} is {mu}, but a ridge is not negative")
+    if G.ndim == 1:
+        return G + mu * G.mean()
+    return G + mu * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)

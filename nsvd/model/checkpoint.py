@@ -127,7 +127,8 @@ def _check_shapes(model: nn.Module, modules: dict, files: list[str]) -> None:
             keys = tensors.keys()  # safe_open itself cannot be iterated
             stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
     for name in modules:
-        for key, parameter in model.get_submodule(name).named_parameters(prefix=name):
+        layer = model.get_submodule(name)
+        for key, parameter in (*layer.named_parameters(prefix=name), *layer.named_buffers(prefix=name)):
             if key in model.all_tied_weights_keys:
                 continue
             if stored.get(key) != tuple(parameter.shape):
