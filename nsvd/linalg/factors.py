@@ -89,7 +89,7 @@ class Pivoted:
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         """The matrix, multiplied out."""
-        return torch.cat([self.C, self.T @ self.C])[self.order.long()]
+        return torch.cat([self.C, self.T @ self.C])[self.order]
 
     def to(self, *args, **kwargs) -> Pivoted:
         """Both factors moved or cast as ``Tensor.to`` does."""
@@ -110,7 +110,7 @@ def pivoted(value: LowRank) -> Pivoted:
     rest = torch.ones(value.shape[0], dtype=torch.bool, device=rows.device)
     rest[rows] = False
     order = torch.cat([rows, rest.nonzero()[:, 0]]).argsort()
-    return Pivoted(Q[rows] @ (R @ value.right), Z[:, rest].mT, order.int())
+    return Pivoted(Q[rows] @ (R @ value.right), Z[:, rest].mT, order)
 
 
 FACTORS = ("plain", "pivoted")

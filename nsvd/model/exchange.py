@@ -20,7 +20,7 @@ from nsvd.model.refine import refine_block_
 from nsvd.model.report import Clock, relative_errors
 from nsvd.model.shifted import Batch, replace_in_order_
 
-FOLLOW_EVERY = 2  # every second window is enough for the two streams
+FOLLOW_EVERY = 2  # every second window is enough for the two streams, unless blocks are fitted to them as well
 Errors = dict[str, dict[str, float]]  # relative errors by layer
 
 
@@ -83,9 +83,10 @@ class Exchange:
             refine_block_(block, index, batches, self._stream_metric(model, block, batches[0]), steps=refine)
             self.clock.lap("refine")
 
+        texts = domains if refine else [ids[::FOLLOW_EVERY] for ids in domains]
         how = {"mu": self.options.get("mu", 0.0), "finish": finish if refine else None, "progress": progress}
         try:
-            replace_in_order_(model, [ids[::FOLLOW_EVERY] for ids in domains], list(ranks), replace, **how)
+            replace_in_order_(model, texts, list(ranks), replace, **how)
         except BaseException:
             for name in ranks:
                 model.set_submodule(name, self.layers[name])

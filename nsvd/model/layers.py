@@ -111,7 +111,7 @@ class PivotedLinear(CompressedLayer):
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("order", torch.empty(out_features, device=device, dtype=torch.int32))
+        self.register_buffer("order", torch.empty(out_features, device=device, dtype=torch.int64))
 
     @classmethod
     def like(cls, layer: nn.Linear, rank: int) -> PivotedLinear:
@@ -134,7 +134,10 @@ class PivotedLinear(CompressedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.down(x)
-        y = torch.cat([z, self.up(z)], dim=-1).index_select(-1, self.order)
+        y = torch.cat([z, self.up(z)], dim=-1)
+        y = (
+            y.view(-1, self.out_features).index_select(1, self.order).view_as(y)
+        )  # in two dimensions several times as fast
         return y if self.bias is None else y + self.bias
 
     def spec(self) -> dict[str, int]:

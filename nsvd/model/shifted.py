@@ -10,7 +10,7 @@ trying, not by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from nsvd.linalg import Moments
 from nsvd.linalg.two_sided import shifted
 from nsvd.model.hooks import evaluating, watch_calls
-from nsvd.model.layers import exchanged
 from nsvd.model.moments import shared_inputs
 
 Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
@@ -35,7 +34,7 @@ class Batch:
     dense: Tensor  # hidden states (count, length, d) before the block
     ours: Tensor
     calls: list[tuple[tuple, dict]]  # the other arguments of every block
-    after: Tensor | None = None  # the dense stream behind the block, once a measurement has come by there
+    wanted: dict[nn.Module | None, Tensor]  # what the dense stream holds at the landmarks of the block; None: behind it
 
 
 class _Reached(Exception):
@@ -73,19 +72,21 @@ def replace_in_order_(
     with evaluating(model):
         batches = [_enter(model, blocks, domain, ids) for domain, ids in _batches(domains, batch)]
         for index, block in enumerate(tqdm(blocks, "shifted", disable=not progress, leave=False)):
-            here = [layer for layer in names if layer.startswith(f"{name}.{index}.")]
-            before = {layer: model.get_submodule(layer) for layer in here}
-            for leader in dict.fromkeys(leaders[layer] for layer in here):
-                group = [layer for layer in here if leaders[layer] == leader]
-                _replace_group(model, index, block, leader, group, before, batches, len(domains), replace, mu)
+            groups: dict[str, list[str]] = {}
+            for layer in names:
+                if layer.startswith(f"{name}.{index}."):
+                    groups.setdefault(leaders[layer], []).append(layer)
+            places = {
+                leader: _landmark(model, block, leader, group, batches[0], index) for leader, group in groups.items()
+            }
             for item in batches:
-                if item.after is None:
-                    with exchanged(model, before):
-                        item.after = run_block(block, item.dense, item.calls[index])
+                item.wanted = _arrivals(block, item.dense, item.calls[index], set(places.values()))
+            for leader, group in groups.items():
+                _replace_group(model, index, block, leader, group, places[leader], batches, len(domains), replace, mu)
             if finish is not None:
                 finish(index, block, batches)
             for item in batches:
-                item.dense, item.ours, item.after = item.after, run_block(block, item.ours, item.calls[index]), None
+                item.dense, item.ours = item.wanted[None], run_block(block, item.ours, item.calls[index])
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -102,7 +103,7 @@ def _replace_group(
     block: nn.Module,
     leader: str,
     group: Sequence[str],
-    before: Mapping[str, nn.Module],
+    place: nn.Module | None,
     batches: Sequence[Batch],
     domains: int,
     replace: Replace,
@@ -110,22 +111,16 @@ def _replace_group(
 ) -> None:
     """Measure what arrives at one input, and what is missing at the landmark; exchange the layers that read it."""
     layer = model.get_submodule(leader)
-    place = _landmark(block, layer, batches[0], index) if len(group) == 1 else layer
     sums = [_Sums() for _ in range(domains)]
     for item in batches:
-        call = item.calls[index]
-        with exchanged(model, before):
-            at = before[leader] if place is layer else place
-            wanted = _value_at(at, block, item.dense, call)
-        item.after = wanted if place is None else item.after
         with _inputs_of(layer) as seen:
-            have = _value_at(place, block, item.ours, call)
-        sums[item.domain].add(seen[0], wanted - have)
+            have = _value_at(place, block, item.ours, item.calls[index])
+        sums[item.domain].add(seen[0], item.wanted[place] - have)
     G, missing = _mixed(sums)
     if not (G.isfinite().all() and missing.isfinite().all()):
         raise FloatingPointError(f"the input of layer {leader} holds NaN or Inf on the calibration text")
     for name in group:
-        W = before[name].weight.double()
+        W = model.get_submodule(name).weight.double()
         target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
         model.set_submodule(name, replace(name, target, Moments(G)))
 
@@ -173,7 +168,7 @@ def _enter(model: nn.Module, blocks: nn.ModuleList, domain: int, ids: Tensor) ->
         hidden = args[0] if args else kwargs.pop("hidden_states")
         states = hidden if states is None else states
         rest.append((args[1:], kwargs))
-    return Batch(domain, states, states, rest)
+    return Batch(domain, states, states, rest, {})
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
@@ -212,12 +207,17 @@ def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: t
     raise RuntimeError("a module that ran before did not run again")
 
 
-def _landmark(block: nn.Module, layer: nn.Module, item: Batch, index: int) -> nn.Module | None:
+def _landmark(
+    model: nn.Module, block: nn.Module, leader: str, group: Sequence[str], item: Batch, index: int
+) -> nn.Module | None:
     """The last module whose input, or None if the block's output, moves by exactly what the layer's output is moved by.
 
-    Where there is none it is the layer itself.
+    The layer itself, whose input then stands for its output, where there is none or where several layers share the input.
     """
-    hidden, call, moves = item.ours, item.calls[index], []
+    layer = model.get_submodule(leader)
+    if len(group) > 1:
+        return layer
+    hidden, call, moves = item.dense, item.calls[index], []
 
     def move(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:
         moves.append(out.flip(-1))  # some direction of the output's own size
@@ -237,10 +237,12 @@ def _landmark(block: nn.Module, layer: nn.Module, item: Batch, index: int) -> nn
     return layer
 
 
-def _arrivals(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> dict[nn.Module | None, Tensor]:
-    """The input of every module of the block in the order they run, and at last, under None, the block's output."""
+def _arrivals(
+    block: nn.Module, hidden: Tensor, call: tuple[tuple, dict], places: set[nn.Module | None] | None = None
+) -> dict[nn.Module | None, Tensor]:
+    """The inputs of modules of the block, by default all, in the order they run; at last, under None, the block's output."""
     inputs: dict[nn.Module | None, Tensor] = {}
-    inner = {name: module for name, module in block.named_modules() if module is not block}
+    inner = {name: m for name, m in block.named_modules() if m is not block and (places is None or m in places)}
 
     def observe(name: str, args: tuple, _kwargs: dict) -> None:
         if args and isinstance(args[0], Tensor):
