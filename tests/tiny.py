@@ -72,6 +72,12 @@ def token_ids(count: int = 12, length: int = 16, *, seed: int = 1) -> torch.Tens
     return torch.randint(2, 258, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
+def statistics(model: PreTrainedModel, ids: torch.Tensor | None = None) -> nsvd.Statistics:
+    """All that any method may ask for: moments of the inputs and of the loss's gradients."""
+    ids = token_ids() if ids is None else ids
+    return nsvd.calibrate(model, ids).with_gradients(nsvd.fisher(model, ids))
+
+
 def compressed(model: PreTrainedModel, ids: torch.Tensor | None = None, **options) -> PreTrainedModel:
     """A compressed copy."""
     model = copy.deepcopy(model)

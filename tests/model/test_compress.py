@@ -8,8 +8,21 @@ import torch
 from torch import nn
 
 import nsvd
-from nsvd.linalg import LowRank, rank_for_ratio
-from tests.tiny import DOWN, K1, K, Q, assert_same, compressed, logits, poison, state, tiny_model, token_ids
+from nsvd.linalg import Method, rank_for_ratio
+from tests.tiny import (
+    DOWN,
+    K1,
+    K,
+    Q,
+    assert_same,
+    compressed,
+    logits,
+    poison,
+    state,
+    statistics,
+    tiny_model,
+    token_ids,
+)
 
 OPTIONS = {"nsvd-1": {"k1": K1}, "nsvd-2": {"k1": K1}, "nid-1": {"k1": K1}, "nid-2": {"k1": K1}}
 IDS = token_ids()
@@ -17,8 +30,8 @@ IDS = token_ids()
 
 @pytest.fixture(scope="module")
 def stats():
-    """Moments of the tiny LLaMA, which every test builds anew."""
-    return nsvd.calibrate(tiny_model(dtype=torch.float32), IDS)
+    """Moments and gradients of the tiny LLaMA, which every test builds anew."""
+    return statistics(tiny_model(dtype=torch.float32), IDS)
 
 
 def held(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,12 +59,13 @@ def relative(error: torch.Tensor, whole: torch.Tensor) -> float:
 def test_every_layer_holds_what_decompose_gives(method, dtype):
     """From the same W and moments, in float64, cast once to the model's dtype; biases are kept."""
     model = tiny_model(dtype=dtype)
-    stats, options = nsvd.calibrate(model, IDS), OPTIONS.get(method, {})
+    stats, options = statistics(model, IDS), OPTIONS.get(method, {})
     dense = copy.deepcopy(model)
     nsvd.compress_(model, stats, method=method, ratio=0.3, **options)
     for name, layer in nsvd.targets(dense).items():
         W, k = layer.weight.detach(), rank_for_ratio(*layer.weight.shape, 0.3)
-        expected = nsvd.decompose(W, stats[name].G, mean_abs=stats[name].mean_abs, method=method, k=k, **options)
+        G, mean_abs, H = stats[name].G, stats[name].mean_abs, stats[name].H
+        expected = nsvd.decompose(W, G, mean_abs=mean_abs, H=H, method=method, k=k, **options)
         new = model.get_submodule(name)
         assert new.rank == k
         assert torch.equal(new.up.weight, expected.left)
@@ -279,15 +293,15 @@ def test_nan_in_an_activation_changes_nothing():
 
 def test_a_failure_in_the_last_layer_leaves_the_first_one_alone(stats, monkeypatch):
     """All layers are decomposed before one is exchanged: whatever is raised, even an interrupt."""
-    model, casts = tiny_model(), []
+    model, cut, cuts = tiny_model(), Method.cut, []
 
-    def interrupted(self, *args):
-        casts.append(self)
-        if len(casts) == 14:
+    def interrupted(self, *args, **options):
+        cuts.append(args)
+        if len(cuts) == 14:
             raise KeyboardInterrupt
-        return LowRank(self.left.to(*args), self.right.to(*args))
+        return cut(self, *args, **options)
 
-    monkeypatch.setattr(LowRank, "to", interrupted)
+    monkeypatch.setattr(Method, "cut", interrupted)
     before = state(model)
     with pytest.raises(KeyboardInterrupt):
         nsvd.compress_(model, stats, ratio=0.3, k1=K1)
@@ -317,7 +331,7 @@ def test_full_rank_compression_leaves_the_outputs_unchanged(stats):
             k, moments = min(layer.weight.shape), stats[name]
             options = {"k1": 0.5} if name.endswith("q_proj") and method in OPTIONS else {}
             value = nsvd.decompose(
-                layer.weight.detach(), moments.G, mean_abs=moments.mean_abs, method=method, k=k, **options
+                layer.weight.detach(), moments.G, mean_abs=moments.mean_abs, H=moments.H, method=method, k=k, **options
             )
             full.set_submodule(name, nsvd.LowRankLinear.from_factors(layer, value))
         torch.testing.assert_close(logits(full), said, rtol=0, atol=1e-5)

@@ -9,12 +9,12 @@ import torch
 import nsvd
 from nsvd.lab.records import Records
 from nsvd.linalg import Method, rank_for_ratio
-from nsvd.linalg.allocation import n_params
+from nsvd.linalg.allocation import total
 from nsvd.model import allocation
 from nsvd.model import sensitivity as module
 from nsvd.model.layers import exchanged
 from nsvd.model.loss import window_losses
-from tests.tiny import DOWN, K1, K, Q, assert_same, logits, poison, state, tiny_model, token_ids
+from tests.tiny import DOWN, K1, K, Q, assert_same, logits, poison, state, statistics, tiny_model, token_ids
 
 IDS, TEXT, KEPT = token_ids(), token_ids(3, 16, seed=5), (0.3, 0.6)
 FAST = {"method": "asvd-1", "kept": KEPT}
@@ -22,8 +22,8 @@ FAST = {"method": "asvd-1", "kept": KEPT}
 
 @pytest.fixture(scope="module")
 def stats():
-    """Moments of the tiny LLaMA, which every test builds anew."""
-    return nsvd.calibrate(tiny_model(dtype=torch.float32), IDS)
+    """Moments and gradients of the tiny LLaMA, which every test builds anew."""
+    return statistics(tiny_model(dtype=torch.float32), IDS)
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_a_perplexity_target_is_kept(stats):
     measured, target = nsvd.sensitivity(model, stats, TEXT, prepared=prepared, **FAST), 1.02 * dense
     ranks = allocation.strs_within(model, measured, prepared, TEXT, target, method="asvd-1")
     assert_same(before, model)
-    assert 0 < n_params(ranks, allocation.shapes(model)) < n_params({}, allocation.shapes(model))
+    assert 0 < total(ranks, allocation.shapes(model)) < total({}, allocation.shapes(model))
     changed = copy.deepcopy(model)
     nsvd.compress_(changed, stats, method="asvd-1", ranks=ranks)
     assert nsvd.perplexity(changed, TEXT) <= target
