@@ -25,6 +25,7 @@ from nsvd.model.shifted import replace_in_order_
 RECIPES: dict[str, dict] = {  # what a name of several ingredients stands for; each can be overridden
     "best": {"method": "kfac", "allocation": "fisher", "factors": "pivoted", "shifted": True},
 }
+TARGET_RIDGE = 0.03  # of shifted targets, for methods without a ridge of their own: the inputs never fix a target alone
 GRADIENTS_EVERY, FOLLOW_EVERY = 4, 2  # of the windows, that is enough for the gradients and for the two streams
 
 
@@ -240,7 +241,7 @@ class _Job:
             new, errors[name] = self.cut(name, one, ranks[name])
             return new
 
-        mu = self.options.get("mu", 0.0)
+        mu = self.options.get("mu", TARGET_RIDGE)
         try:
             replace_in_order_(
                 model, [ids[::FOLLOW_EVERY] for ids in domains], list(ranks), replace, mu=mu, progress=progress

@@ -23,6 +23,7 @@ from nsvd.linalg.two_sided import shifted
 from nsvd.model.hooks import evaluating, watch_calls
 from nsvd.model.layers import exchanged
 from nsvd.model.moments import shared_inputs
+from nsvd.model.prepare import naming
 
 Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
 
@@ -121,7 +122,8 @@ def _replace_group(
         raise FloatingPointError(f"the input of layer {leader} holds NaN or Inf on the calibration text")
     for name in group:
         W = before[name].weight.double()
-        target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
+        with naming(name):
+            target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
         model.set_submodule(name, replace(name, target, Moments(G)))
 
 
@@ -225,9 +227,10 @@ def _landmark(block: nn.Module, layer: nn.Module, item: Batch, index: int) -> nn
         handle.remove()
     close = max(1e-3, 8 * torch.finfo(hidden.dtype).eps) * moves[0].norm()
     for place in reversed(plain):
-        same = place in moved and moved[place].shape == moves[0].shape == plain[place].shape
-        if same and (moved[place] - plain[place] - moves[0]).norm() <= close:
-            return place
+        if place in moved and plain[place].shape[-1] == moves[0].shape[-1] and plain[place].numel() == moves[0].numel():
+            step = (moved[place] - plain[place]).reshape(moves[0].shape)  # some blocks lay all tokens in one row
+            if (step - moves[0]).norm() <= close:
+                return place
     return layer
 
 
