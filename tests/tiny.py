@@ -30,6 +30,7 @@ FAMILIES = {
     "gpt_neox": {"intermediate_size": 48},
     "phi": {"intermediate_size": 48},
 }
+PIVOTED = {"method": "asvd-1", "factors": "pivoted"}
 K1 = 0.8  # of ranks as small as 7, the usual 0.95 leaves nothing for the inner step
 Q, K, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"
 
@@ -81,7 +82,9 @@ def statistics(model: PreTrainedModel, ids: torch.Tensor | None = None) -> nsvd.
 def compressed(model: PreTrainedModel, ids: torch.Tensor | None = None, **options) -> PreTrainedModel:
     """A compressed copy."""
     model = copy.deepcopy(model)
-    nsvd.compress_(model, windows=token_ids() if ids is None else ids, **({"ratio": 0.3, "k1": K1} | options))
+    options = {"ratio": 0.3, "method": "nsvd-1"} | options
+    options |= {"k1": K1} if options["method"] == "nsvd-1" else {}
+    nsvd.compress_(model, windows=token_ids() if ids is None else ids, **options)
     return model
 
 

@@ -196,7 +196,7 @@ def test_a_rank_without_a_pivoted_form_is_refused(k):
 
 def with_rows(value: LowRank, rows: torch.Tensor) -> Pivoted:
     """The pivoted form on rows of one's own choice."""
-    k, rest = value.rank, torch.tensor([i for i in range(value.shape[0]) if i not in rows.tolist()])
+    rest = torch.tensor([i for i in range(value.shape[0]) if i not in rows.tolist()])
     T = torch.linalg.solve(value.left[rows], value.left[rest], left=False)
     return Pivoted(value.left[rows] @ value.right, T, torch.cat([rows, rest]).argsort().int())
 

@@ -160,7 +160,7 @@ def test_the_target_is_the_minimiser_of_its_objective(case, step):
 @given(case=shifts())
 def test_where_nothing_is_missing_the_target_is_the_weight(case):
     """E = 0, whatever the inputs; with something missing it is not."""
-    x, D, mu = case
+    x, _, mu = case
     assert torch.equal(shifted(x.W, x.G, torch.zeros_like(x.W), mu=mu), x.W)
     assert not is_close(target(GENERIC, torch.randn_like(GENERIC.W @ GENERIC.X), 0.1), GENERIC.W, 1e-2)
 

@@ -1,4 +1,4 @@
-"""Layers compressed in order: what each target is measured at, that it makes up for what is missing, and that nothing is left behind."""
+"""Layers compressed in order: where the target is measured, that it makes up for what is missing, what an error leaves."""
 
 import copy
 
@@ -15,7 +15,13 @@ from nsvd.model.shifted import decoder_blocks, replace_in_order_
 from tests.tiny import FAMILIES, Q, assert_same, logits, poison, state, tiny_model, token_ids
 
 IDS = token_ids()
-POSITIONS = ["llama", "gemma2", "opt", "gpt_neox", "phi"]  # norms before, on both sides; learned positions; parallel blocks
+POSITIONS = [
+    "llama",
+    "gemma2",
+    "opt",
+    "gpt_neox",
+    "phi",
+]  # norms before, on both sides; learned positions; parallel blocks
 
 
 def exact(model: nn.Module, targets: dict):
@@ -32,7 +38,9 @@ def exact(model: nn.Module, targets: dict):
 def singles(model: nn.Module, block: str) -> list[str]:
     """The layers of a block whose input no other layer reads."""
     leaders = shared_inputs(model, list(nsvd.targets(model)), IDS[:1])
-    return [name for name, leader in leaders.items() if name.startswith(block) and list(leaders.values()).count(leader) == 1]
+    return [
+        name for name, leader in leaders.items() if name.startswith(block) and list(leaders.values()).count(leader) == 1
+    ]
 
 
 def moved(block: nn.Module, layer: nn.Module, hidden, call, delta) -> list[tuple[nn.Module | None, torch.Tensor]]:
@@ -229,7 +237,9 @@ def test_a_layer_outside_the_blocks_is_named():
     """OPT's projections around its blocks are no part of the order, and are not passed over in silence."""
     model = tiny_model("opt", word_embed_proj_dim=16)
     before = state(model)
-    with pytest.raises(ValueError, match=r"layer model\.decoder\.project_\w+ is in none of the blocks model\.decoder\.layers"):
+    with pytest.raises(
+        ValueError, match=r"layer model\.decoder\.project_\w+ is in none of the blocks model\.decoder\.layers"
+    ):
         nsvd.compress_(model, windows=IDS, method="asvd-1", ratio=0.3, shifted=True)
     assert_same(before, model)
     inside = {name: 5 for name in nsvd.targets(model) if "layers" in name}
