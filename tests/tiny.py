@@ -30,6 +30,7 @@ FAMILIES = {
     "gpt_neox": {"intermediate_size": 48},
     "phi": {"intermediate_size": 48},
 }
+PIVOTED = {"method": "asvd-1", "factors": "pivoted"}
 K1 = 0.8  # of ranks as small as 7, the usual 0.95 leaves nothing for the inner step
 Q, K, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"
 
@@ -72,10 +73,18 @@ def token_ids(count: int = 12, length: int = 16, *, seed: int = 1) -> torch.Tens
     return torch.randint(2, 258, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
+def statistics(model: PreTrainedModel, ids: torch.Tensor | None = None) -> nsvd.Statistics:
+    """All that any method may ask for: moments of the inputs and of the loss's gradients."""
+    ids = token_ids() if ids is None else ids
+    return nsvd.calibrate(model, ids).with_gradients(nsvd.fisher(model, ids))
+
+
 def compressed(model: PreTrainedModel, ids: torch.Tensor | None = None, **options) -> PreTrainedModel:
     """A compressed copy."""
     model = copy.deepcopy(model)
-    nsvd.compress_(model, windows=token_ids() if ids is None else ids, **({"ratio": 0.3, "k1": K1} | options))
+    options = {"ratio": 0.3, "method": "nsvd-1"} | options
+    options |= {"k1": K1} if options["method"] == "nsvd-1" else {}
+    nsvd.compress_(model, windows=token_ids() if ids is None else ids, **options)
     return model
 
 

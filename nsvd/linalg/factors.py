@@ -98,12 +98,12 @@ class Pivoted:
 
 
 def pivoted(value: LowRank) -> Pivoted:
-    """The pivoted form of a rank-k matrix, k ≤ d_out; the same matrix up to rounding.
+    """The pivoted form of a rank-k matrix, 1 ≤ k ≤ d_out; the same matrix up to rounding.
 
     The rows are chosen by QR with column pivoting of the orthonormalised left factor, which keeps the entries of T small, so
     that rounding T and C to a short format costs about what rounding the plain factors does.
     """
-    if value.rank > value.shape[0]:
+    if not 1 <= value.rank <= value.shape[0]:
         raise ValueError(f"rank {value.rank} of a {value.shape[0]} × {value.shape[1]} matrix has no pivoted form")
     Q, R = torch.linalg.qr(value.left)
     rows, Z = interpolative_decomposition(Q.mT, value.rank)

@@ -98,7 +98,7 @@ def decompose(
     method: str = "nsvd-1",
     k: int,
     mean_abs: Float[Tensor, " d_in"] | None = None,
-    H: Float[Tensor, d_out * d_out] | None = None,
+    H: Float[Tensor, "d_out ..."] | None = None,
     **options: float,
 ) -> LowRank:
     """Rank-k factors of W by a named method, computed in float64 and returned in W's dtype.

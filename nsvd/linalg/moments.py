@@ -19,7 +19,7 @@ class Moments:
     G: Float[Tensor, "d_in d_in"]
     mean_abs: Float[Tensor, " d_in"] | None = None
     n: int | None = None
-    H: Float[Tensor, d_out * d_out] | None = None
+    H: Float[Tensor, "d_out ..."] | None = None
 
     def to(self, *args, **kwargs) -> Moments:
         """Moved or cast as ``Tensor.to`` does."""

@@ -38,7 +38,7 @@ def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.03, 
 
 
 def from_metrics(
-    W: Float[Tensor, "d_out d_in"], M: Float[Tensor, "d_in d_in"], N: Float[Tensor, d_out * d_out]
+    W: Float[Tensor, "d_out d_in"], M: Float[Tensor, "d_in d_in"], N: Float[Tensor, "d_out ..."]
 ) -> Decomposition:
     r"""Minimise ‖N^{1/2} (W − Ŵ) M^{1/2}‖_F at every rank: Ŵ = N^{-1/2} [N^{1/2} W M^{1/2}]_k M^{-1/2}.
 
@@ -52,7 +52,9 @@ def from_metrics(
         weighted = from_metric(root[:, None] * W, M)
         U = weighted.U / root[:, None]
     else:
-        L = torch.linalg.cholesky(N)
+        L, failed = torch.linalg.cholesky_ex(N)
+        if failed:
+            raise torch.linalg.LinAlgError(f"the output metric is not positive definite (from row {int(failed)} on)")
         weighted = from_metric(L.mT @ W, M)
         U = torch.linalg.solve_triangular(L.mT, weighted.U, upper=True)
     length = U.norm(dim=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -19,7 +19,7 @@ from nsvd.model.sensitivity import Sensitivity, losses_with, sensitivity
 ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher")
 
 
-def check_allocation(allocation: str, ratio: float | None, ranks: Mapping | None, windows: Tensor | None) -> None:
+def check_allocation(allocation: str, ratio: float | None, ranks: Mapping | None, windows: Sequence[Tensor]) -> None:
     """Raise ``ValueError`` unless these say in one way which rank each layer gets, with what that needs."""
     if (ratio is None) == (ranks is None):
         raise ValueError("give either ratio or ranks")
@@ -29,8 +29,8 @@ def check_allocation(allocation: str, ratio: float | None, ranks: Mapping | None
         raise ValueError(f"allocation {allocation!r} chooses the ranks; give ratio in place of ranks")
     if ratio is not None and not 0 <= ratio < 1:
         raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
-    if allocation == "strs" and windows is None:
-        raise ValueError("allocation 'strs' measures the model on a text: pass windows=")
+    if allocation == "strs" and len({ids.shape[1:] for ids in windows}) != 1:
+        raise ValueError("allocation 'strs' measures the model on a text: pass windows=, of one length")
 
 
 def searched(
@@ -51,7 +51,8 @@ def searched(
         return spectrum(model, prepared, ratio, method=method, factors=factors, **options), 0
     if allocation == "fisher":
         return fisher(model, stats, prepared, ratio, method=method, factors=factors, **options), 0
-    measured = sensitivity(model, stats, windows, method=method, prepared=prepared, progress=progress, **options)
+    how = {"method": method, "factors": factors, "prepared": prepared, "progress": progress}
+    measured = sensitivity(model, stats, windows, **how, **options)
     return strs(model, measured, ratio, factors), measured.tokens
 
 

@@ -111,7 +111,7 @@ def compress_(
     shifted = recipe.get("shifted", False) if shifted is None else shifted
     domains = [windows] if isinstance(windows, Tensor) else list(windows or ())
     check_factors(factors)
-    check_allocation(allocation, ratio, ranks, windows)
+    check_allocation(allocation, ratio, ranks, domains)
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
     layers, clock, tokens = targets(model), Clock(), 0
@@ -177,7 +177,7 @@ def _statistics(
     progress: bool,
 ) -> Statistics | None:
     """The given ones, or those of the windows; with gradients where they are asked for and not there yet."""
-    if stats is None and domains and method.needs_moments:
+    if stats is None and domains and (method.needs_moments or allocation == "fisher"):
         each = [calibrate(model, ids, progress=progress) for ids in domains]
         stats = each[0] if len(each) == 1 else mix(each)
         clock.lap("calibrate")

@@ -21,6 +21,7 @@ from nsvd.model.report import Clock, relative_errors
 from nsvd.model.shifted import Batch, replace_in_order_
 
 FOLLOW_EVERY = 2  # every second window is enough for the two streams, unless blocks are fitted to them as well
+TARGET_RIDGE = 0.03  # of shifted targets, for methods without a ridge of their own: the inputs never fix a target alone
 Errors = dict[str, dict[str, float]]  # relative errors by layer
 
 
@@ -84,7 +85,7 @@ class Exchange:
             self.clock.lap("refine")
 
         texts = domains if refine else [ids[::FOLLOW_EVERY] for ids in domains]
-        how = {"mu": self.options.get("mu", 0.0), "finish": finish if refine else None, "progress": progress}
+        how = {"mu": self.options.get("mu", TARGET_RIDGE), "finish": finish if refine else None, "progress": progress}
         try:
             replace_in_order_(model, texts, list(ranks), replace, **how)
         except BaseException:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from nsvd.model.hooks import evaluating
 from nsvd.model.layers import targets
+from nsvd.model.moments import check_windows
 from nsvd.model.sampling import draw
 
 
@@ -32,8 +33,10 @@ def fisher(
     backward pass, no gradient of a parameter; float64 sums, averaged over tokens. ``diagonal=True`` keeps E[g²] only, (d_out,).
 
     Raises:
+        ValueError: if ``windows`` is empty, or a layer never runs.
         FloatingPointError: if a gradient holds NaN or Inf; the layer is named.
     """
+    check_windows(windows)
     names = list(targets(model) if layers is None else layers)
     sums: dict[str, Tensor] = {}
 

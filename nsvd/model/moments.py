@@ -162,10 +162,7 @@ def calibrate(
         ValueError: if ``windows`` is empty, or a layer never runs.
         FloatingPointError: if an input holds NaN or Inf; the first such layer is named.
     """
-    if windows.ndim != 2 or windows.numel() == 0:
-        raise ValueError(
-            f"calibration windows must be a (count, length) tensor of token ids, not {tuple(windows.shape)}"
-        )
+    check_windows(windows)
     names = list(targets(model) if layers is None else layers)
     inputs = shared_inputs(model, names, windows[:1, :8])
     silent = [name for name in names if name not in inputs]
@@ -188,6 +185,14 @@ def calibrate(
         "sha256": hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()[:16],
     }
     return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin)
+
+
+def check_windows(windows: Tensor) -> None:
+    """Raise ``ValueError`` for anything but a table of token ids with at least one."""
+    if windows.ndim != 2 or windows.numel() == 0:
+        raise ValueError(
+            f"calibration windows must be a (count, length) tensor of token ids, not {tuple(windows.shape)}"
+        )
 
 
 def _forward(model: nn.Module, ids: Tensor) -> None:

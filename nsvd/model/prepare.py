@@ -65,6 +65,10 @@ def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, 
             raise ValueError(
                 f"layer {name} has {layer.in_features} inputs, the statistics {len(stats[name].G)}; another model's?"
             )
+        if method.needs_gradients and len(stats[name].H) != layer.out_features:
+            raise ValueError(
+                f"layer {name} has {layer.out_features} outputs, the gradients {len(stats[name].H)}; another model's?"
+            )
 
 
 class naming:

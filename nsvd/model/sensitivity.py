@@ -77,6 +77,7 @@ def sensitivity(
     *,
     method: str = "nsvd-1",
     kept: Sequence[float] = KEPT,
+    factors: str = "plain",
     prepared: Mapping[str, Decomposition] | None = None,
     records: Store | None = None,
     progress: bool = False,
@@ -90,6 +91,7 @@ def sensitivity(
     Args:
         stats: moments from ``calibrate`` (not needed for ``svd``).
         windows: token ids (count, length). Few suffice: the ASVD paper takes 32 of 2048.
+        factors: how they will be stored, which makes a kept fraction a rank (see ``nsvd.linalg.factors``).
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.
         records: finished measurements are found there and not repeated, so an interrupted table goes on where it
             stopped; weights, statistics and windows are told apart by fingerprints.
@@ -102,11 +104,12 @@ def sensitivity(
     check_weights(layers)
     check_statistics(layers, stats, chosen)
     about = {} if records is None else _about(model, stats, windows, method, settings)
+    about |= {"factors": factors} if factors != "plain" else {}
     dense = _dense_losses(model, windows)
     rows = []
     for name, layer in tqdm(layers.items(), "sensitivity", disable=not progress, leave=False):
         decomposition = None if prepared is None else prepared[name].to(layer.weight.device)
-        for fraction, k in _candidates(layer, name, chosen, settings, kept):
+        for fraction, k in _candidates(layer, name, chosen, settings, kept, factors):
             found = None if records is None else records.find(**about, layer=name, kept=fraction)
             if found is None:
                 if decomposition is None:
@@ -137,13 +140,13 @@ def _measure(model: nn.Module, name: str, value: LowRank, windows: Tensor) -> di
 
 
 def _candidates(
-    layer: nn.Linear, name: str, method: Method, settings: dict, kept: Sequence[float]
+    layer: nn.Linear, name: str, method: Method, settings: dict, kept: Sequence[float], factors: str
 ) -> Iterator[tuple[float, int]]:
     for fraction in kept:
         with naming(name):
             if not 0 < fraction < 1:
                 raise ValueError(f"kept fraction {fraction} is not in (0, 1)")
-            k = rank_for_ratio(*layer.weight.shape, 1 - fraction)
+            k = rank_for_ratio(*layer.weight.shape, 1 - fraction, factors)
         if k >= method.least_rank(settings):
             yield fraction, k
 
@@ -161,7 +164,7 @@ def _about(model: nn.Module, stats: Statistics | None, windows: Tensor, method: 
     return {
         "measure": "sensitivity",
         "weights": fingerprint(model.parameters()),
-        "statistics": stats and fingerprint(m.G for m in stats.moments.values()),
+        "statistics": stats and fingerprint([*(m.G for m in stats.moments.values()), *stats.gradients.values()]),
         "windows": fingerprint([windows]),
         "method": method,
         **settings,

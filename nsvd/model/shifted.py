@@ -22,6 +22,7 @@ from nsvd.linalg import Moments
 from nsvd.linalg.two_sided import shifted
 from nsvd.model.hooks import evaluating, watch_calls
 from nsvd.model.moments import shared_inputs
+from nsvd.model.prepare import naming
 
 Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
 
@@ -121,7 +122,8 @@ def _replace_group(
         raise FloatingPointError(f"the input of layer {leader} holds NaN or Inf on the calibration text")
     for name in group:
         W = model.get_submodule(name).weight.double()
-        target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
+        with naming(name):
+            target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
         model.set_submodule(name, replace(name, target, Moments(G)))
 
 
@@ -207,16 +209,11 @@ def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: t
     raise RuntimeError("a module that ran before did not run again")
 
 
-def _landmark(
-    model: nn.Module, block: nn.Module, leader: str, group: Sequence[str], item: Batch, index: int
-) -> nn.Module | None:
+def _landmark(block: nn.Module, layer: nn.Module, item: Batch, index: int) -> nn.Module | None:
     """The last module whose input, or None if the block's output, moves by exactly what the layer's output is moved by.
 
-    The layer itself, whose input then stands for its output, where there is none or where several layers share the input.
+    Where there is none it is the layer itself.
     """
-    layer = model.get_submodule(leader)
-    if len(group) > 1:
-        return layer
     hidden, call, moves = item.dense, item.calls[index], []
 
     def move(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:
@@ -231,9 +228,10 @@ def _landmark(
         handle.remove()
     close = max(1e-3, 8 * torch.finfo(hidden.dtype).eps) * moves[0].norm()
     for place in reversed(plain):
-        same = place in moved and moved[place].shape == moves[0].shape == plain[place].shape
-        if same and (moved[place] - plain[place] - moves[0]).norm() <= close:
-            return place
+        if place in moved and plain[place].shape[-1] == moves[0].shape[-1] and plain[place].numel() == moves[0].numel():
+            step = (moved[place] - plain[place]).reshape(moves[0].shape)  # some blocks lay all tokens in one row
+            if (step - moves[0]).norm() <= close:
+                return place
     return layer
 
 

@@ -34,7 +34,14 @@ class Layer:
 
     @property
     def moments(self) -> Moments:
-        return Moments(self.G, self.X.abs().mean(1), self.X.shape[1])
+        return Moments(self.G, self.X.abs().mean(1), self.X.shape[1], self.H)
+
+    @property
+    def H(self) -> Tensor:
+        """A second moment of output gradients, of condition 100: the same for all layers of as many outputs."""
+        rng = torch.Generator().manual_seed(len(self.W))
+        P = torch.linalg.qr(torch.randn(len(self.W), len(self.W), generator=rng, dtype=torch.float64))[0]
+        return (P * 100 ** -torch.linspace(0, 1, len(self.W), dtype=torch.float64)) @ P.mT
 
     def loss(self, approximation: Tensor) -> float:
         """‖(W − Ŵ) X‖²_F / n."""
@@ -122,8 +129,9 @@ def interpolate(R: Tensor, k: int) -> Tensor:
     return C @ torch.linalg.lstsq(C, R, driver="gelsd").solution
 
 
-def square_root(method: str, x: Layer, alpha: float = 0.5, mu: float = 0.1) -> Tensor:
+def square_root(method: str, x: Layer, alpha: float = 0.5, mu: float | None = None, eta: float = 0.03) -> Tensor:
     """The S of a method, as its paper builds it."""
+    mu = {"kfac": 0.03}.get(method, 0.1) if mu is None else mu
     eye = torch.eye(x.W.shape[1])
     P, root, _ = torch.linalg.svd(x.X / x.X.shape[1] ** 0.5)  # G = P Λ Pᵀ, root = Λ^{1/2}
     return {
@@ -134,14 +142,21 @@ def square_root(method: str, x: Layer, alpha: float = 0.5, mu: float = 0.1) -> T
         "asvd-3": lambda: P * root.max(),
         "asvd": lambda: torch.diag(x.moments.mean_abs**alpha + 1e-6),
         "ridge": lambda: torch.linalg.cholesky(x.G + mu * x.G.diagonal().mean() * eye),
+        "kfac": lambda: torch.linalg.cholesky(x.G + mu * x.G.diagonal().mean() * eye),
     }[method]()
 
 
+def output_root(method: str, x: Layer, eta: float = 0.03, **_: float) -> Tensor:
+    """What a method multiplies W by on the left: a square root of H_η, or nothing."""
+    eye = torch.eye(x.W.shape[0])
+    return torch.linalg.cholesky(x.H + eta * x.H.diagonal().mean() * eye).mT if method == "kfac" else eye
+
+
 def naive(method: str, x: Layer, k: int, k1: int = 0, **options: float) -> Tensor:
-    """Ŵ = [W S]_k S⁻¹; for a nested method that at rank k1, and the rest of the rank for its residual."""
+    """Ŵ = R⁻¹ [R W S]_k S⁻¹; for a nested method that at rank k1, and the rest of the rank for its residual."""
     if METHODS[method].nest is None:
-        S = square_root(method, x, **options)
-        return truncate(x.W @ S, k) @ torch.linalg.pinv(S)
+        S, R = square_root(method, x, **options), output_root(method, x, **options)
+        return torch.linalg.solve(R, truncate(R @ x.W @ S, k) @ torch.linalg.pinv(S))
     outer = naive(outer_of(method), x, k1)
     return outer + (truncate if method.startswith("nsvd") else interpolate)(x.W - outer, k - k1)
 
@@ -158,7 +173,7 @@ def is_determined(method: str, x: Layer, k: int, k1: int = 0) -> bool:
         s = spectrum(A, x.m + 1)
         return k in (0, x.m) or bool(s[k - 1] ** 2 - s[k] ** 2 > 1e-6 * s[0] ** 2)
 
-    whitened = x.W @ square_root(outer_of(method), x)
+    whitened = output_root(method, x) @ x.W @ square_root(outer_of(method), x)
     if METHODS[method].nest is None:
         return separated(whitened, k)
     return separated(whitened, k1) and separated(x.W - naive(outer_of(method), x, k1), k - k1)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsvd.linalg import rank_for_ratio, saves_parameters
-from nsvd.linalg.allocation import after, cut, cut_where, total, spectrum_steps, strs_steps
-from nsvd.linalg.factors import least_rank, split_rank
+from nsvd.linalg.allocation import after, cut, cut_where, spectrum_steps, strs_steps, total
+from nsvd.linalg.factors import FACTORS, least_rank, n_params, split_rank
 
 KEPT = (0.1, 0.3, 0.5, 0.7, 0.9)
 ratios = st.floats(0, 0.89).map(lambda x: round(x, 3))
@@ -38,44 +38,49 @@ def spectra(draw, layers: int = 5, largest: int = 40):
     return values, shapes
 
 
-def reachable(steps, shapes, ratio) -> bool:
-    return total(after(steps), shapes) <= (1 - ratio) * total({}, shapes)
+def reachable(steps, shapes, ratio, factors="plain") -> bool:
+    return total(after(steps), shapes, factors) <= (1 - ratio) * total({}, shapes)
 
 
-def assert_met(steps, shapes, ratio):
+def assert_met(steps, shapes, ratio, factors="plain"):
     """From below, and by less than a rank of the layer that moved last."""
-    ranks, target = cut(steps, shapes, ratio), (1 - ratio) * total({}, shapes)
-    assert total(ranks, shapes) <= target + 1e-6
+    ranks, target = cut(steps, shapes, ratio, factors), (1 - ratio) * total({}, shapes)
+
+    def met(ranks) -> bool:
+        return total(ranks, shapes, factors) <= target + 1e-6
+
+    assert met(ranks)
     if ranks:
-        best = after(
-            steps[: next(c for c in itertools.count(1) if total(after(steps[:c]), shapes) <= target + 1e-6)]
-        )
+        best = after(steps[: next(c for c in itertools.count(1) if met(after(steps[:c])))])
         moved = [layer for layer in ranks if ranks[layer] != best[layer]]
         assert len(moved) <= 1
         assert all(ranks[layer] >= best[layer] for layer in ranks)
-        assert target - total(ranks, shapes) < max(sum(shapes[layer]) for layer in moved or ranks)
-    assert all(saves_parameters(*shapes[layer], k) for layer, k in ranks.items())
+        assert target - total(ranks, shapes, factors) < max(sum(shapes[layer]) for layer in moved or ranks)
+    assert all(saves_parameters(*shapes[layer], k, factors) for layer, k in ranks.items())
 
 
-@given(tables(), ratios)
-def test_strs_meets_the_target_from_below(table, ratio):
-    """On any table; what is still to spare is less than one rank of one layer."""
+@pytest.mark.parametrize("factors", FACTORS)
+@given(table=tables(), ratio=ratios)
+def test_strs_meets_the_target_from_below(factors, table, ratio):
+    """On any table, for either way to store factors; what is still to spare is less than one rank of one layer."""
     rows, shapes = table
-    steps = strs_steps(rows, shapes)
-    if reachable(steps, shapes, ratio):
-        assert_met(steps, shapes, ratio)
+    steps = strs_steps(rows, shapes, factors)
+    if reachable(steps, shapes, ratio, factors):
+        assert_met(steps, shapes, ratio, factors)
     else:
         with pytest.raises(ValueError, match="out of reach"):
-            cut(steps, shapes, ratio)
+            cut(steps, shapes, ratio, factors)
 
 
-@given(spectra(), ratios)
-def test_spectrum_meets_the_target_from_below(drawn, ratio):
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("relative", [True, False])
+@given(drawn=spectra(), ratio=ratios)
+def test_spectrum_meets_the_target_from_below(factors, relative, drawn, ratio):
     """The same rule, the same promise."""
     values, shapes = drawn
-    steps = spectrum_steps(values, shapes)
-    if reachable(steps, shapes, ratio):
-        assert_met(steps, shapes, ratio)
+    steps = spectrum_steps(values, shapes, factors, relative=relative)
+    if reachable(steps, shapes, ratio, factors):
+        assert_met(steps, shapes, ratio, factors)
 
 
 @given(tables(), ratios)
@@ -175,26 +180,30 @@ def test_a_measured_target_that_nothing_meets_is_an_error():
         cut_where([("a", 3)], lambda ranks: False)
 
 
-def errors(s: torch.Tensor, shape, k: int | None) -> float:
-    """Relative squared error of rank k; dense has none."""
-    return 0.0 if k is None or not s.square().any() else (s[k:].square().sum() / s.square().sum()).item()
+def errors(s: torch.Tensor, k: int | None, relative: bool) -> float:
+    """Squared error of rank k, relative to the whole or not; dense has none."""
+    if k is None or not s.square().any():
+        return 0.0
+    return (s[k:].square().sum() / (s.square().sum() if relative else 1)).item()
 
 
-@given(spectra(layers=3, largest=9))
-def test_no_choice_of_ranks_is_better_than_a_cut_of_the_spectrum(drawn):
-    """Everett: after any number of steps no ranks with as few parameters have a smaller sum of relative errors."""
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("relative", [True, False])
+@given(drawn=spectra(layers=3, largest=9))
+def test_no_choice_of_ranks_is_better_than_a_cut_of_the_spectrum(factors, relative, drawn):
+    """Everett: after any number of steps no ranks with as few parameters have a smaller sum of errors."""
     values, shapes = drawn
-    steps = spectrum_steps(values, shapes)
+    steps = spectrum_steps(values, shapes, factors, relative=relative)
     options = {}
     for layer, shape in shapes.items():
-        saving = [k for k in range(1, min(shape)) if saves_parameters(*shape, k)]
-        options[layer] = [(k, k * sum(shape), errors(values[layer], shape, k)) for k in saving]
+        saving = [k for k in range(1, min(shape)) if saves_parameters(*shape, k, factors)]
+        options[layer] = [(k, n_params(*shape, k, factors), errors(values[layer], k, relative)) for k in saving]
         options[layer] += [(None, math.prod(shape), 0.0)]
     everything = [(sum(o[1] for o in c), sum(o[2] for o in c)) for c in itertools.product(*options.values())]
     for c in range(len(steps) + 1):
         ranks = after(steps[:c])
-        size = total(ranks, shapes)
-        ours = sum(errors(values[layer], shapes[layer], ranks.get(layer)) for layer in shapes)
+        size = total(ranks, shapes, factors)
+        ours = sum(errors(values[layer], ranks.get(layer), relative) for layer in shapes)
         assert ours <= min(error for n, error in everything if n <= size) + 1e-9
 
 
@@ -212,6 +221,24 @@ def test_a_layer_with_a_flat_spectrum_keeps_more_than_one_with_a_steep_one():
     """… and where they are not, they are not."""
     values, shapes = {"flat": torch.ones(40), "steep": torch.logspace(0, -6, 40)}, {"flat": (40, 40), "steep": (40, 40)}
     assert cut(spectrum_steps(values, shapes), shapes, 0.3) == {"steep": 8}
+
+
+def test_the_costs_of_plain_factors_do_not_order_pivoted_ones():
+    """Their last ranks are the cheapest to give up: for a flat spectrum the hull goes to the least rank in one step."""
+    s, shapes = {"a": torch.ones(12)}, {"a": (12, 12)}
+    assert spectrum_steps(s, shapes, "pivoted") == [("a", 1)]
+    assert spectrum_steps({"a": torch.logspace(0, -6, 12)}, shapes, "pivoted")[:2] == [("a", 11), ("a", 10)]
+    assert spectrum_steps({"a": torch.logspace(0, -6, 12)}, shapes)[0] == ("a", 5)  # plain factors save nothing above
+
+
+def test_errors_in_one_unit_are_not_made_relative():
+    """A layer that matters a hundred times as much is spared; relative to its own size it is like the other."""
+    s, shapes = torch.logspace(0, -2, 20), {"much": (20, 20), "little": (20, 20)}
+    values = {"much": 10 * s, "little": s}
+    told = cut(spectrum_steps(values, shapes, "pivoted", relative=False), shapes, 0.3, "pivoted")
+    assert told.get("much", 20) > told["little"] + 2
+    alike = cut(spectrum_steps(values, shapes, "pivoted"), shapes, 0.3, "pivoted")
+    assert abs(alike["much"] - alike["little"]) <= 2
 
 
 def test_no_step_goes_below_the_least_rank():

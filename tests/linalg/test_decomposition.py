@@ -118,13 +118,14 @@ def test_one_decomposition_holds_all_ranks(method):
 @law
 @given(data=layers().flatmap(lambda x: layers(few_tokens=True).map(lambda y: (x, y))))
 def test_the_residual_is_what_truncation_left(method, few_tokens, data):
-    """residual(k) = W − truncate(k) on orthonormal columns, also where the pseudo-inverse removed directions."""
+    """residual(k) = W − truncate(k), also where the pseudo-inverse removed directions; on orthonormal columns, but for kfac."""
     x = data[few_tokens]
     d = METHODS[method].prepare(x.W, x.moments)
     for k in range(x.m + 1):
         residual = d.residual(k)
         assert (residual.dense() - (x.W - d.truncate(k).dense())).norm() <= 1e-10 * x.W.norm()
-        assert torch.allclose(residual.left.mT @ residual.left, torch.eye(residual.rank), atol=1e-12)
+        orthonormal = torch.allclose(residual.left.mT @ residual.left, torch.eye(residual.rank), atol=1e-12)
+        assert orthonormal or METHODS[method].needs_gradients
 
 
 @pytest.mark.parametrize("k", [-1, 7])

@@ -1,4 +1,4 @@
-"""The pair of factors adds by stacking, and costs k (d_out + d_in) parameters."""
+"""The pair of factors adds by stacking, and costs k (d_out + d_in) parameters; k² of them can be spared."""
 
 from fractions import Fraction
 
@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsvd.linalg import LowRank, rank_for_ratio, saves_parameters, split_rank
+from nsvd.linalg import LowRank, Pivoted, pivoted, rank_for_ratio, saves_parameters, split_rank
+from nsvd.linalg.factors import FACTORS, n_params
 from tests.linalg.reference import is_close, law, random_factors, unchecked
 
 sizes = st.integers(1, 9)
@@ -57,6 +58,40 @@ def test_the_rank_of_a_ratio_is_the_largest_that_fits(d_out, d_in, percent):
     assert k * (d_out + d_in) <= budget < (k + 1) * (d_out + d_in)
     assert saves_parameters(d_out, d_in, k) == (k * (d_out + d_in) < d_out * d_in)
     assert saves_parameters(d_out, d_in, k) or percent == 0
+
+
+@law
+@given(d_out=st.integers(1, 3000), d_in=st.integers(1, 3000), percent=st.integers(0, 99))
+def test_the_pivoted_rank_of_a_ratio_is_the_largest_that_fits(d_out, d_in, percent):
+    """k (d_out + d_in − k) ≤ (1 − ratio) d_out d_in, and k + 1 is no rank or too large; never less than plain factors get."""
+    budget, least = Fraction(100 - percent, 100) * d_out * d_in, min(d_out, d_in)
+    if budget < d_out + d_in - 1:
+        with pytest.raises(ValueError, match=f"leaves rank 0 for a {d_out} × {d_in} matrix"):
+            rank_for_ratio(d_out, d_in, percent / 100, "pivoted")
+        return
+    k = rank_for_ratio(d_out, d_in, percent / 100, "pivoted")
+    assert 1 <= k <= least
+    assert k * (d_out + d_in - k) <= budget
+    assert k == least or (k + 1) * (d_out + d_in - k - 1) > budget
+    assert saves_parameters(d_out, d_in, k, "pivoted") == (k < least)
+    if budget >= d_out + d_in:
+        assert k >= rank_for_ratio(d_out, d_in, percent / 100)
+
+
+def test_pivoted_factors_buy_rank():
+    """20 % removed of a square layer: n (1 − √0.2) = 0.553 n in place of 0.4 n; rank n − 1 still saves parameters."""
+    assert rank_for_ratio(4096, 4096, 0.2, "pivoted") == int(4096 * (1 - 0.2**0.5)) == 2264
+    assert saves_parameters(40, 60, 39, "pivoted")
+    assert not saves_parameters(40, 60, 39)
+    assert not saves_parameters(40, 60, 40, "pivoted")
+
+
+def test_there_are_two_ways_to_store_factors():
+    """Any other name is refused, with those there are."""
+    assert FACTORS == ("plain", "pivoted")
+    for refused in (lambda: n_params(8, 8, 2, "sparse"), lambda: rank_for_ratio(8, 8, 0.3, "sparse")):
+        with pytest.raises(ValueError, match="unknown factors 'sparse'; there are plain, pivoted"):
+            refused()
 
 
 @pytest.mark.parametrize(
@@ -112,3 +147,94 @@ def test_a_split_that_loses_a_step_is_refused(k, k1, message):
     """Rounding must not turn NSVD into another method without a word."""
     with pytest.raises(ValueError, match=message):
         split_rank(k, k1)
+
+
+def conditioned(d_out: int, d_in: int, k: int, condition: float = 1.0) -> LowRank:
+    """Random factors, their inner bases stretched against each other: the same kind of matrix, worse factors."""
+    plain, stretch = random_factors(d_out, d_in, k), condition ** torch.linspace(0, 1, k)
+    return LowRank(plain.left * stretch, plain.right / stretch[:, None])
+
+
+@law
+@given(d_out=sizes, d_in=sizes, data=st.data())
+def test_the_pivoted_form_is_the_same_matrix_with_fewer_numbers(d_out, d_in, data):
+    """k of its rows as they are, the others as combinations of them: k (d_out + d_in − k) numbers, k² less."""
+    k = data.draw(st.integers(1, min(d_out, d_in)))
+    plain = conditioned(d_out, d_in, k, data.draw(st.sampled_from([1.0, 1e3, 1e6])))
+    value = pivoted(plain)
+    assert is_close(value.dense(), plain.dense(), 1e-10)
+    assert value.rank == k
+    assert value.n_params == n_params(d_out, d_in, k, "pivoted") == plain.n_params - k**2
+    assert sorted(value.order.tolist()) == list(range(d_out))
+    kept = value.order < k
+    assert torch.equal(value.dense()[kept], value.C[value.order[kept].long()])  # the identity block
+    assert is_close(value.C, plain.dense()[value.order.argsort()[:k]], 1e-10)
+
+
+@law
+@given(d_out=sizes, d_in=sizes, data=st.data())
+def test_the_pivoted_form_of_a_matrix_of_lower_rank(d_out, d_in, data):
+    """Factors wider than the matrix's rank, in either factor, are no obstacle: also the zero matrix."""
+    k = data.draw(st.integers(1, min(d_out, d_in)))
+    r = data.draw(st.integers(0, k - 1))
+    A, B = random_factors(d_out, d_in, r), random_factors(d_out, d_in, k - r)
+    for plain in (
+        LowRank(torch.cat([A.left, 0 * B.left], 1), torch.cat([A.right, B.right])),
+        LowRank(torch.cat([A.left, B.left], 1), torch.cat([A.right, 0 * B.right])),
+    ):
+        value = pivoted(plain)
+        assert (value.dense() - plain.dense()).norm() <= 1e-10 * (1 + plain.dense().norm())
+        assert value.T.isfinite().all()
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_a_rank_without_a_pivoted_form_is_refused(k):
+    """No row at all, or more rows than there are."""
+    with pytest.raises(ValueError, match=f"rank {k} of a 5 × 9 matrix has no pivoted form"):
+        pivoted(LowRank(torch.ones(5, k), torch.ones(k, 9)))
+
+
+def with_rows(value: LowRank, rows: torch.Tensor) -> Pivoted:
+    """The pivoted form on rows of one's own choice."""
+    rest = torch.tensor([i for i in range(value.shape[0]) if i not in rows.tolist()])
+    T = torch.linalg.solve(value.left[rows], value.left[rest], left=False)
+    return Pivoted(value.left[rows] @ value.right, T, torch.cat([rows, rest]).argsort().int())
+
+
+def rounded(value: LowRank | Pivoted, exact: torch.Tensor) -> float:
+    """Relative error of the matrix after its numbers went through bfloat16."""
+    return ((value.to(torch.bfloat16).to(torch.float64).dense() - exact).norm() / exact.norm()).item()
+
+
+def nearly_dependent(k: int) -> LowRank:
+    """Factors whose first two rows are almost one."""
+    Q = torch.linalg.qr(torch.randn(48, k))[0]
+    Q[1] = Q[0] + 1e-3 * torch.randn(k)
+    return LowRank(Q, torch.logspace(0, -2, k)[:, None] * torch.randn(k, 64))
+
+
+@law
+@given(d_out=st.integers(20, 60), d_in=st.integers(20, 60), data=st.data())
+def test_the_coefficients_of_the_other_rows_stay_small(d_out, d_in, data):
+    """Entries of T below 4, however badly the factors are conditioned; in terms of the first k rows some are far larger."""
+    k = data.draw(st.integers(2, 19))
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    plain = conditioned(d_out, d_in, k, data.draw(st.sampled_from([1.0, 1e3, 1e6])))
+    assert pivoted(plain).T.abs().max() < 4
+    close = nearly_dependent(k)
+    assert pivoted(close).T.abs().max() < 4
+    assert with_rows(close, torch.arange(k)).T.abs().max() > 20
+
+
+def test_rounding_the_pivoted_form_costs_about_what_rounding_plain_factors_does():
+    """Through bfloat16: at most three times their error on 30 draws; on the first k rows it is out of all proportion."""
+    ours, first = [], []
+    for k in (4, 12, 24) * 10:
+        plain = nearly_dependent(k)
+        exact, least = plain.dense(), rounded(plain, plain.dense())
+        ours.append(rounded(pivoted(plain), exact) / least)
+        chosen = with_rows(plain, torch.arange(k))
+        assert is_close(chosen.dense(), exact)  # the same matrix before it is rounded
+        first.append(rounded(chosen, exact) / least)
+    assert max(ours) < 3
+    assert min(first) > 4

@@ -16,7 +16,7 @@ OPTIONS = {name: {"k1": 0.5} if name in NESTED else {} for name in METHODS}
 @law
 @given(data=st.data())
 def test_every_method_is_the_formula_of_its_paper(method, data):
-    """Ŵ = [W S]_k S⁻¹ with the method's S; a nested one takes k1 of that, and k2 of the residual."""
+    """Ŵ = [W S]_k S⁻¹ with the method's S, kfac's with another root on the left; nested, k1 of that and k2 of the residual."""
     x = data.draw(layers(k_from=2 if method in NESTED else 1))
     k1 = data.draw(st.integers(1, x.k - 1)) if method in NESTED else 0
     assume(is_determined(method, x, x.k, k1))
@@ -36,9 +36,12 @@ def test_the_pseudo_inverse_answers_for_fewer_tokens_than_channels(method, data)
     assert is_close(answer, naive(method, x, x.k, k1))
 
 
-@pytest.mark.parametrize(("method", "options"), [("asvd", {"alpha": 0.25}), ("ridge", {"mu": 3.0})])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("asvd", {"alpha": 0.25}), ("ridge", {"mu": 3.0}), ("kfac", {"mu": 3.0}), ("kfac", {"eta": 3.0})],
+)
 def test_an_option_is_the_parameter_of_the_formula(method, options):
-    """α of ASVD and μ of the ridge reach S, and matter."""
+    """α of ASVD, μ of the ridge, μ and η of kfac reach the roots, and matter."""
     x = layer(9, 11, 4)
     answer = x.decompose(method, **options)
     assert is_close(answer, naive(method, x, 4, **options))
@@ -71,7 +74,7 @@ def test_a_nested_method_shares_the_preparation_of_its_outer_one(method):
 def test_the_result_is_computed_in_float64_and_comes_back_in_the_weight_s_dtype(method, dtype):
     """One cast, at the border; at G of condition 1e6 the arithmetic of float32 would show."""
     x = layer(7, 9, 4, condition=1e6)
-    W, moments = x.W.to(dtype), {"mean_abs": x.moments.mean_abs, **OPTIONS[method]}
+    W, moments = x.W.to(dtype), {"mean_abs": x.moments.mean_abs, "H": x.H, **OPTIONS[method]}
     cast, exact = (decompose(V, x.G, method=method, k=4, **moments) for V in (W, W.double()))
     assert cast.left.dtype == cast.right.dtype == dtype
     assert exact.left.dtype == torch.float64
@@ -106,6 +109,13 @@ NAN = torch.tensor([float("nan")])
         ({"G": torch.eye(5)}, r"G is \(5, 5\), but W has 6 input channels"),
         ({"G": torch.ones(6, 4)}, r"G is \(6, 4\), but W has 6 input channels"),
         ({"mean_abs": torch.ones(4)}, r"mean_abs is \(4,\), but W has 6 input channels"),
+        ({"H": torch.eye(6)}, r"H is \(6, 6\), but W has 4 output channels"),
+        ({"H": torch.ones(4, 6)}, r"H is \(4, 6\), but W has 4 output channels"),
+        ({"H": torch.ones(4) * NAN}, "H holds NaN or Inf"),
+        ({"method": "kfac"}, r"needs H, from fisher\(\)"),
+        ({"method": "kfac", "H": torch.eye(4), "mu": -1.0}, "mu is -1.0, but a ridge is not negative"),
+        ({"method": "kfac", "H": torch.eye(4), "eta": -1.0}, "eta is -1.0, but a ridge is not negative"),
+        ({"method": "kfac", "G": None}, "needs the second moment G"),
         ({"G": None}, "NSVD-I needs the second moment G"),
         ({"method": "asvd-0"}, "pass mean_abs beside G"),
         ({"method": "asvd"}, "pass mean_abs beside G"),
@@ -138,6 +148,6 @@ def test_a_second_moment_that_is_not_semidefinite_is_refused(method):
     x = layer(9, 9, 4)
     flipped = torch.diag(torch.tensor([-1.0] + [1.0] * 8))
     with pytest.raises(torch.linalg.LinAlgError, match="not positive semidefinite"):
-        decompose(x.W, flipped, method=method, k=4, **OPTIONS[method])
+        decompose(x.W, flipped, method=method, k=4, H=x.H, **OPTIONS[method])
     flipped[0, 0] = -1e-15
-    assert decompose(x.W, flipped, method=method, k=4, **OPTIONS[method]).dense().isfinite().all()
+    assert decompose(x.W, flipped, method=method, k=4, H=x.H, **OPTIONS[method]).dense().isfinite().all()

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import nsvd
+from nsvd.model.layers import CompressedLayer
 from tests.tiny import FAMILIES, K1, logits, tiny_model, tiny_tokenizer, token_ids
 
 
@@ -22,7 +23,7 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def low_rank(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nsvd.LowRankLinear)]
+    return [name for name, module in model.named_modules() if isinstance(module, CompressedLayer)]
 
 
 def assert_same_biases(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
@@ -63,6 +64,33 @@ def test_every_family_is_calibrated_compressed_saved_and_read_again(family, tmp_
     assert torch.equal(logits(reread), logits(plain))
     assert_same_biases(reread, before)
     assert is_tied(reread) == tied
+
+
+@pytest.mark.parametrize("recipe", [{"method": "ridge", "factors": "pivoted"}, {"method": "best"}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_stored_pivoted_too(family, recipe, tmp_path):
+    """Pivoted factors, and the recipe of all ingredients on the model's own text: the same bits read again, a plain model after."""
+    model, folder = tiny_model(family), tmp_path / "low"
+    layers, before, tied, dense = list(nsvd.targets(model)), biases(model), is_tied(model), logits(model)
+    windows = None if recipe["method"] == "best" else token_ids()
+    report = nsvd.compress_(model, windows=windows, ratio=0.3, **recipe)
+    found = low_rank(model)
+    assert {type(model.get_submodule(name)) for name in found} == {nsvd.PivotedLinear}
+    assert found == layers or (windows is None and set(found) < set(layers))  # the search may leave one dense
+    assert report.ratio_reached >= 0.3
+    said = logits(model)
+    assert said.isfinite().all()
+    assert not torch.allclose(said, dense, atol=1e-4)
+    nsvd.save(model, tiny_tokenizer(), folder)
+    for again in (nsvd.load(folder, device="cpu")[0], AutoModelForCausalLM.from_pretrained(folder).eval()):
+        assert low_rank(again) == found
+        assert torch.equal(logits(again), said)
+        assert_same_biases(again, before)
+        assert is_tied(again) == tied
+    plain = again.dequantize()
+    assert low_rank(plain) == []
+    torch.testing.assert_close(logits(plain), said, rtol=0, atol=1e-5)
+    assert_same_biases(plain, before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import nsvd
-from tests.tiny import K1, Q, compressed, logits, tiny_model, tiny_tokenizer, token_ids
+from tests.tiny import K1, PIVOTED, K, Q, compressed, logits, tiny_model, tiny_tokenizer, token_ids
 
 FACTOR = f"{Q}.up.weight"
 READERS = [nsvd.load, AutoModelForCausalLM.from_pretrained]
@@ -27,6 +27,19 @@ def saved(tmp_path_factory):
 def folder(saved, tmp_path):
     """A copy to damage."""
     return shutil.copytree(saved, tmp_path / "low")
+
+
+@pytest.fixture(scope="module")
+def saved_pivoted(tmp_path_factory):
+    """The same with pivoted factors."""
+    folder = tmp_path_factory.mktemp("saved") / "low"
+    nsvd.save(compressed(tiny_model(dtype=torch.float32), **PIVOTED), tiny_tokenizer(), folder)
+    return folder
+
+
+@pytest.fixture
+def pivoted_folder(saved_pivoted, tmp_path):
+    return shutil.copytree(saved_pivoted, tmp_path / "pivoted")
 
 
 def edit_tensors(folder, edit) -> None:
@@ -61,8 +74,59 @@ def test_config_json_is_the_plain_list_of_compressed_layers(saved):
     assert {file.suffix for file in saved.iterdir()} == {".json", ".safetensors"}
 
 
-def test_a_model_read_again_can_be_saved_again(saved, tmp_path):
+def test_config_json_tells_pivoted_layers_apart(saved_pivoted):
+    """Their kind beside the rank, and a tensor more: the order of the outputs, as whole numbers."""
+    config = json.loads((saved_pivoted / "config.json").read_text())["quantization_config"]
+    assert (config["factors"], config["shifted"]) == ("pivoted", False)
+    assert config["modules"][Q] == {"layer": "pivoted", "rank": 14}  # 14 · (64 − 14) ≤ 0.7 · 32² < 15 · 49
+    stored = load_file(saved_pivoted / "model.safetensors")
+    found = {name.removeprefix(f"{Q}."): t for name, t in stored.items() if name.startswith(f"{Q}.")}
+    shapes = {name: tuple(t.shape) for name, t in found.items()}
+    assert shapes == {"down.weight": (14, 32), "up.weight": (18, 14), "order": (32,), "bias": (32,)}
+    assert found["order"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("tensor", ["order", "down.weight", "up.weight", "bias"])
+def test_a_missing_part_of_a_pivoted_layer_is_named(read, tensor, pivoted_folder):
+    """Without its order a layer would be a permutation of itself."""
+    edit_tensors(pivoted_folder, lambda tensors: tensors.pop(f"{K}.{tensor}"))
+    with pytest.raises(nsvd.CheckpointError, match=f"factor {K}.{tensor} is missing"):
+        read(pivoted_folder)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("rank", [0, 16, 17])
+def test_a_rank_that_no_pivoted_layer_has_is_refused(read, rank, pivoted_folder):
+    """Of a 16 × 32 matrix: 1 to 15."""
+    edit_config(pivoted_folder, lambda config: config["modules"].update({K: {"layer": "pivoted", "rank": rank}}))
+    with pytest.raises(nsvd.CheckpointError, match=rf"layer {K} .*: rank {rank} of a 16 × 32 matrix"):
+        read(pivoted_folder)
+
+
+def test_an_unknown_kind_of_layer_is_refused(folder):
+    """One that a later version stores."""
+    edit_config(folder, lambda config: config["modules"].update({Q: {"layer": "sparse", "rank": 3}}))
+    with pytest.raises(nsvd.CheckpointError, match=f"layer {Q} .*'sparse'"):
+        nsvd.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_order_is_no_number_to_be_rounded(dtype, saved_pivoted):
+    """Read in another precision, factors are cast and whole numbers are not; the model runs."""
+    model, _ = nsvd.load(saved_pivoted, dtype=dtype, device="cpu")
+    layer = model.get_submodule(Q)
+    assert layer.down.weight.dtype == getattr(torch, dtype)
+    for cast in (model, model.to(torch.float64)):
+        assert cast.get_submodule(Q).order.dtype == torch.int64
+        assert sorted(layer.order.tolist()) == list(range(32))
+        assert logits(cast).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved_pivoted"])
+def test_a_model_read_again_can_be_saved_again(kind, tmp_path, request):
     """With the same bits, and the same words about where it came from."""
+    saved = request.getfixturevalue(kind)
     model, tokenizer = nsvd.load(saved, device="cpu")
     nsvd.save(model, tokenizer, tmp_path / "again")
     assert torch.equal(logits(nsvd.load(tmp_path / "again", device="cpu")[0]), logits(model))

@@ -5,11 +5,26 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import nsvd
-from nsvd.linalg import LowRank, rank_for_ratio
-from tests.tiny import DOWN, K1, K, Q, assert_same, compressed, logits, poison, state, tiny_model, token_ids
+from nsvd.linalg import Method, rank_for_ratio
+from nsvd import own_text
+from tests.tiny import (
+    DOWN,
+    K1,
+    K,
+    Q,
+    assert_same,
+    compressed,
+    logits,
+    poison,
+    state,
+    statistics,
+    tiny_model,
+    token_ids,
+)
 
 OPTIONS = {"nsvd-1": {"k1": K1}, "nsvd-2": {"k1": K1}, "nid-1": {"k1": K1}, "nid-2": {"k1": K1}}
 IDS = token_ids()
@@ -17,8 +32,8 @@ IDS = token_ids()
 
 @pytest.fixture(scope="module")
 def stats():
-    """Moments of the tiny LLaMA, which every test builds anew."""
-    return nsvd.calibrate(tiny_model(dtype=torch.float32), IDS)
+    """Moments and gradients of the tiny LLaMA, which every test builds anew."""
+    return statistics(tiny_model(dtype=torch.float32), IDS)
 
 
 def held(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,12 +61,13 @@ def relative(error: torch.Tensor, whole: torch.Tensor) -> float:
 def test_every_layer_holds_what_decompose_gives(method, dtype):
     """From the same W and moments, in float64, cast once to the model's dtype; biases are kept."""
     model = tiny_model(dtype=dtype)
-    stats, options = nsvd.calibrate(model, IDS), OPTIONS.get(method, {})
+    stats, options = statistics(model, IDS), OPTIONS.get(method, {})
     dense = copy.deepcopy(model)
     nsvd.compress_(model, stats, method=method, ratio=0.3, **options)
     for name, layer in nsvd.targets(dense).items():
         W, k = layer.weight.detach(), rank_for_ratio(*layer.weight.shape, 0.3)
-        expected = nsvd.decompose(W, stats[name].G, mean_abs=stats[name].mean_abs, method=method, k=k, **options)
+        G, mean_abs, H = stats[name].G, stats[name].mean_abs, stats[name].H
+        expected = nsvd.decompose(W, G, mean_abs=mean_abs, H=H, method=method, k=k, **options)
         new = model.get_submodule(name)
         assert new.rank == k
         assert torch.equal(new.up.weight, expected.left)
@@ -279,15 +295,15 @@ def test_nan_in_an_activation_changes_nothing():
 
 def test_a_failure_in_the_last_layer_leaves_the_first_one_alone(stats, monkeypatch):
     """All layers are decomposed before one is exchanged: whatever is raised, even an interrupt."""
-    model, casts = tiny_model(), []
+    model, cut, cuts = tiny_model(), Method.cut, []
 
-    def interrupted(self, *args):
-        casts.append(self)
-        if len(casts) == 14:
+    def interrupted(self, *args, **options):
+        cuts.append(args)
+        if len(cuts) == 14:
             raise KeyboardInterrupt
-        return LowRank(self.left.to(*args), self.right.to(*args))
+        return cut(self, *args, **options)
 
-    monkeypatch.setattr(LowRank, "to", interrupted)
+    monkeypatch.setattr(Method, "cut", interrupted)
     before = state(model)
     with pytest.raises(KeyboardInterrupt):
         nsvd.compress_(model, stats, ratio=0.3, k1=K1)
@@ -317,7 +333,7 @@ def test_full_rank_compression_leaves_the_outputs_unchanged(stats):
             k, moments = min(layer.weight.shape), stats[name]
             options = {"k1": 0.5} if name.endswith("q_proj") and method in OPTIONS else {}
             value = nsvd.decompose(
-                layer.weight.detach(), moments.G, mean_abs=moments.mean_abs, method=method, k=k, **options
+                layer.weight.detach(), moments.G, mean_abs=moments.mean_abs, H=moments.H, method=method, k=k, **options
             )
             full.set_submodule(name, nsvd.LowRankLinear.from_factors(layer, value))
         torch.testing.assert_close(logits(full), said, rtol=0, atol=1e-5)
@@ -336,3 +352,162 @@ def test_a_float64_model_is_dequantised_in_float64():
     model = compressed(tiny_model(dtype=torch.float64))
     said = logits(model)
     torch.testing.assert_close(logits(model.dequantize()), said, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_report_counts_the_pivoted_tensors_that_are_saved(ratio, dtype, stats, tmp_path):
+    """Of every layer k (d_out + d_in − k) numbers: what lies in the file, biases and the order of the outputs left out."""
+    model = tiny_model(dtype=dtype)
+    report = nsvd.compress_(model, stats, method="asvd-1", ratio=ratio, factors="pivoted")
+    nsvd.save(model, None, tmp_path / "low")
+    stored = load_file(tmp_path / "low" / "model.safetensors")
+    weights = {name: t for name, t in stored.items() if name.endswith((".up.weight", ".down.weight"))}
+    assert report.params_after == sum(t.numel() for t in weights.values()) == report.table.params.sum()
+    assert report.bytes_after == sum(t.numel() * t.element_size() for t in weights.values())
+    assert report.ratio_reached >= ratio
+    for row in report.table.itertuples():
+        assert row.params == row.rank * (row.d_out + row.d_in - row.rank)
+        assert row.rank == rank_for_ratio(row.d_out, row.d_in, ratio, "pivoted")
+    plain = nsvd.compress_(tiny_model(), stats, method="asvd-1", ratio=ratio)
+    more = report.table["rank"] > plain.table["rank"]
+    assert more.any()
+    assert more.all() or ratio == 0.8  # k² is little where k is
+    assert (report.table.weight_error < plain.table.weight_error)[more].all()
+
+
+def test_a_rank_too_large_for_plain_factors_may_fit_pivoted_ones(stats):
+    """Rank 20 of 32 × 32: 1280 numbers in two factors, 880 in the pivoted form."""
+    model = tiny_model()
+    report = nsvd.compress_(model, stats, method="asvd-1", ranks={Q: 20, DOWN: 32}, factors="pivoted")
+    rows = report.table.set_index("layer")
+    assert isinstance(model.get_submodule(Q), nsvd.PivotedLinear)
+    assert rows.loc[Q, "params"] == 880
+    assert rows.dense.drop(Q).all()
+    assert nsvd.compress_(tiny_model(), stats, method="asvd-1", ranks={Q: 20}).table.dense.all()
+
+
+def test_the_best_recipe_is_its_ingredients():
+    """``best`` on a text is ``kfac``, ``fisher``, ``pivoted`` and ``shifted`` on that text, to the bit; the report says so."""
+    ours, theirs = tiny_model(), tiny_model()
+    report = nsvd.compress_(ours, method="best", ratio=0.3, windows=IDS)
+    how = {"allocation": "fisher", "factors": "pivoted", "shifted": True}
+    spelt = nsvd.compress_(theirs, method="kfac", ratio=0.3, windows=IDS, **how)
+    assert_equal_tensors(ours.state_dict(), theirs.state_dict())
+    told = ("allocation", "factors", "shifted", "options", "ratio_reached")
+    assert [getattr(report, name) for name in told] == [getattr(spelt, name) for name in told]
+    assert (report.method, spelt.method) == ("best", "kfac")
+    assert (report.allocation, report.factors, report.shifted) == ("fisher", "pivoted", True)
+    assert report.options == {"mu": 0.03, "eta": 0.03}
+    about = ours.config.quantization_config.to_dict()
+    assert [about[name] for name in ("method", "allocation", "factors", "shifted")] == [
+        "best",
+        "fisher",
+        "pivoted",
+        True,
+    ]
+    assert {"calibrate", "gradients", "decompose", "search", "follow", "cut", "errors"} <= report.seconds.keys()
+    assert "sample" not in report.seconds
+    assert json.loads(json.dumps(report.as_dict()))["shifted"] is True
+
+
+@pytest.mark.parametrize(
+    "change", [{"allocation": "uniform"}, {"factors": "plain"}, {"shifted": False}, {"mu": 0.3}, {"eta": 0.5}]
+)
+def test_every_ingredient_of_a_recipe_can_be_changed(change):
+    """One at a time: the report says it, and the model is another."""
+    best, other = tiny_model(), tiny_model()
+    nsvd.compress_(best, method="best", ratio=0.3, windows=IDS)
+    report = nsvd.compress_(other, method="best", ratio=0.3, windows=IDS, **change)
+    ((name, value),) = change.items()
+    assert (report.options[name] if name in report.options else getattr(report, name)) == value
+    assert report.ratio_reached >= 0.3
+    assert not torch.equal(logits(other), logits(best))
+
+
+def test_a_recipe_with_given_ranks_does_not_search():
+    """The ranks are those given, everything else is the recipe's."""
+    model = tiny_model()
+    report = nsvd.compress_(model, method="best", ranks={Q: 9, DOWN: 9}, windows=IDS)
+    assert (report.allocation, report.factors, report.shifted, report.ratio) == ("given", "pivoted", True, None)
+    assert [name for name, layer in held(model).items() if isinstance(layer, nsvd.PivotedLinear)] == [Q, DOWN]
+
+
+def test_the_best_recipe_needs_no_text_and_follows_the_seed():
+    """It samples its own from the model; the same seed gives the same bits, another seed another model."""
+    said = []
+    for seed in (0, 0, 1):
+        model = tiny_model()
+        report = nsvd.compress_(model, method="best", ratio=0.3, seed=seed)
+        assert report.seconds["sample"] > 0
+        assert report.ratio_reached >= 0.3
+        said.append(logits(model))
+    assert torch.equal(said[0], said[1])
+    assert not torch.equal(said[0], said[2])
+
+
+def test_the_model_s_own_windows_fit_it():
+    """As many as asked for, half as long as the model allows."""
+    assert own_text(tiny_model(), count=3).shape == (3, 32)
+    assert own_text(tiny_model(max_position_embeddings=8), count=2).shape == (2, 4)
+    assert torch.equal(own_text(tiny_model(), count=3, seed=5), nsvd.sample(tiny_model(), 3, 32, seed=5))
+
+
+def test_several_domains_are_mixed_and_not_pooled():
+    """A list of one is the windows themselves; of two it is the mix of their statistics, however many windows each has."""
+    domains = [IDS, token_ids(4, 9, seed=5)]
+    one, alone, ours, theirs, pooled = (tiny_model() for _ in range(5))
+    nsvd.compress_(one, windows=IDS, method="asvd-1", ratio=0.3)
+    nsvd.compress_(alone, windows=[IDS], method="asvd-1", ratio=0.3)
+    assert_equal_tensors(factors(one), factors(alone))
+    nsvd.compress_(ours, windows=domains, method="asvd-1", ratio=0.3)
+    mixed = nsvd.mix([nsvd.calibrate(theirs, ids) for ids in domains])
+    nsvd.compress_(theirs, mixed, method="asvd-1", ratio=0.3)
+    assert_equal_tensors(factors(ours), factors(theirs))
+    nsvd.compress_(pooled, windows=torch.cat([IDS[:, :9], domains[1]]), method="asvd-1", ratio=0.3)
+    assert not torch.equal(factors(pooled)[f"{Q}.up.weight"], factors(ours)[f"{Q}.up.weight"])
+    report = nsvd.compress_(tiny_model(), method="best", windows=domains, ratio=0.3)
+    assert report.ratio_reached >= 0.3
+
+
+def test_gradients_are_taken_from_the_text_only_where_they_are_missing(stats):
+    """Statistics that have them are used as they are; those without get them from the windows."""
+    given, found, seconds = tiny_model(), tiny_model(), []
+    for model, source in ((given, stats), (found, nsvd.calibrate(tiny_model(), IDS))):
+        seconds.append(nsvd.compress_(model, source, windows=IDS, method="kfac", ratio=0.3).seconds)
+    assert "gradients" in seconds[1]
+    assert not {"gradients", "calibrate"} & seconds[0].keys()
+    assert not torch.equal(factors(given)[f"{Q}.up.weight"], factors(found)[f"{Q}.up.weight"])  # of a quarter of them
+
+
+def test_a_metric_of_the_loss_without_gradients_names_the_layer(stats):
+    """Or with those of another model; the model is unchanged."""
+    model, before = tiny_model(), state(tiny_model())
+    plain = nsvd.calibrate(model, IDS)
+    for source, message in (
+        (plain, f"layer {Q} by the loss: pass windows="),
+        (None, "K-FAC needs statistics"),
+        (plain.with_gradients({name: H[:8, :8] for name, H in stats.gradients.items()}), f"layer {Q} has 32 outputs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nsvd.compress_(model, source, method="kfac", ratio=0.3)
+        with pytest.raises(ValueError, match=message):
+            nsvd.prepare(model, source, "kfac")
+        assert_same(before, model)
+
+
+def test_a_recipe_that_fails_leaves_the_model_as_it_was():
+    """NaN in a prediction, before there is a text; NaN on the given text; nothing to start a text from."""
+    model = tiny_model()
+    poison(model, "model.norm.weight")
+    before = state(model)
+    with pytest.raises(FloatingPointError, match="no text can be sampled"):
+        nsvd.compress_(model, method="best", ratio=0.3)
+    with pytest.raises(FloatingPointError, match=f"gradient at layer {Q}"):
+        nsvd.compress_(model, method="best", ratio=0.3, windows=IDS)
+    assert_same(before, model)
+    model = tiny_model(bos_token_id=None)
+    before = state(model)
+    with pytest.raises(ValueError, match="names no token that begins a text"):
+        nsvd.compress_(model, method="best", ratio=0.3)
+    assert_same(before, model)

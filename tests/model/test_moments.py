@@ -1,6 +1,7 @@
 """Streaming second moments: right, shared, and taken without a trace left on the model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,86 @@ def test_statistics_come_back_from_a_file_bit_by_bit(tmp_path):
         assert torch.equal(again[name].mean_abs, ours.mean_abs)
         assert again[name].n == ours.n
     assert again[Q].G is again[K].G  # stored once
+
+
+def test_gradients_come_back_from_the_file_too(tmp_path):
+    """H of every layer, beside moments that may be shared; an older file without any has none."""
+    model = tiny_model()
+    plain = nsvd.calibrate(model, IDS)
+    stats = plain.with_gradients(nsvd.fisher(model, IDS, diagonal=True))
+    assert plain.gradients == {}
+    assert plain[Q].H is None
+    stats.save(tmp_path / "stats")
+    again = nsvd.Statistics.load(tmp_path / "stats")
+    assert list(again.gradients) == list(stats)
+    assert all(torch.equal(again[name].H, stats[name].H) for name in stats)
+    assert again[Q].G is again[K].G
+    assert not torch.equal(again[Q].H[:16], again[K].H)
+    plain.save(tmp_path / "plain")
+    assert nsvd.Statistics.load(tmp_path / "plain")[Q].H is None
+
+
+def test_mixed_domains_count_by_their_weight_and_not_by_their_size():
+    """G = c Σ w_d G_d / mean(diag G_d), c = Σ w_d mean(diag G_d); mean absolute values alike, gradients averaged."""
+    model, weights = tiny_model(), [3, 1]
+    domains = [
+        nsvd.calibrate(model, ids).with_gradients(nsvd.fisher(model, ids)) for ids in (IDS, token_ids(3, 9, seed=5))
+    ]
+    large = {name: nsvd.Moments(100 * m.G, 10 * m.mean_abs, m.n) for name, m in domains[1].moments.items()}
+    small = domains[1]
+    domains[1] = replace(small, moments=large)
+    mixed = nsvd.mix(domains, weights)
+    assert list(mixed) == list(domains[0])
+    for name in (Q, DOWN):
+        first, second = (d[name] for d in domains)
+        sizes = [m.G.diagonal().mean() for m in (first, second)]
+        c = 0.75 * sizes[0] + 0.25 * sizes[1]
+        expected = c * (0.75 * first.G / sizes[0] + 0.25 * second.G / sizes[1])
+        torch.testing.assert_close(mixed[name].G, expected, rtol=1e-12, atol=0)
+        scales = [(c / size).sqrt() for size in sizes]
+        expected = 0.75 * scales[0] * first.mean_abs + 0.25 * scales[1] * second.mean_abs
+        torch.testing.assert_close(mixed[name].mean_abs, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(mixed[name].H, 0.75 * first.H + 0.25 * second.H, rtol=1e-12, atol=0)
+        assert mixed[name].G.diagonal().mean() == pytest.approx(c.item())
+        assert mixed[name].n == 7 * 16 + 3 * 9
+        unscaled = nsvd.mix([domains[0], small], weights)[name].G
+        torch.testing.assert_close(mixed[name].G / c, unscaled / unscaled.diagonal().mean(), rtol=1e-9, atol=0)
+        pooled, before = 0.75 * first.G + 0.25 * second.G, 0.75 * first.G + 0.25 * small[name].G
+        pooled, before = (G / G.diagonal().mean() for G in (pooled, before))
+        assert (pooled - before).norm() > 0.01 * before.norm()  # in a plain average the size does count
+    assert mixed.origin["weights"] == [0.75, 0.25]
+    assert mixed.origin["mixed"] == [d.origin for d in domains]
+
+
+def test_one_domain_mixed_is_itself_and_a_weight_of_zero_is_none():
+    """Equal weights unless some are given; gradients only where every domain has them."""
+    model = tiny_model()
+    first, second = nsvd.calibrate(model, IDS), nsvd.calibrate(model, token_ids(3, 9, seed=5))
+    for alone in (nsvd.mix([first]), nsvd.mix([first, second], [2, 0])):
+        torch.testing.assert_close(alone[Q].G, first[Q].G, rtol=1e-12, atol=0)
+        torch.testing.assert_close(alone[Q].mean_abs, first[Q].mean_abs, rtol=1e-12, atol=0)
+    equal, given = nsvd.mix([first, second]), nsvd.mix([first, second], [0.5, 0.5])
+    assert torch.equal(equal[DOWN].G, given[DOWN].G)
+    assert nsvd.mix([first.with_gradients(nsvd.fisher(model, IDS)), second]).gradients == {}
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1, 2, 3], [1, -1], [0, 0], []])
+def test_weights_that_mix_nothing_are_refused(weights):
+    """One for each domain, none negative, not all zero."""
+    stats = nsvd.calibrate(tiny_model(), IDS)
+    with pytest.raises(ValueError, match="2 domains and the weights"):
+        nsvd.mix([stats, stats], weights)
+    with pytest.raises(ValueError, match="0 domains"):
+        nsvd.mix([])
+
+
+def test_domains_of_different_layers_do_not_mix():
+    """Statistics of another model, or of some of the layers."""
+    model = tiny_model()
+    stats = nsvd.calibrate(model, IDS)
+    for other in (nsvd.calibrate(tiny_model("opt"), IDS), nsvd.calibrate(model, IDS, layers=[Q, DOWN])):
+        with pytest.raises(ValueError, match="not of the same layers"):
+            nsvd.mix([stats, other])
 
 
 def test_a_file_of_something_else_is_no_statistics(tmp_path):

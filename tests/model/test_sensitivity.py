@@ -9,12 +9,12 @@ import torch
 import nsvd
 from nsvd.lab.records import Records
 from nsvd.linalg import Method, rank_for_ratio
-from nsvd.linalg.allocation import n_params
+from nsvd.linalg.allocation import total
 from nsvd.model import allocation
 from nsvd.model import sensitivity as module
 from nsvd.model.layers import exchanged
 from nsvd.model.loss import window_losses
-from tests.tiny import DOWN, K1, K, Q, assert_same, logits, poison, state, tiny_model, token_ids
+from tests.tiny import DOWN, K1, K, Q, assert_same, logits, poison, state, statistics, tiny_model, token_ids
 
 IDS, TEXT, KEPT = token_ids(), token_ids(3, 16, seed=5), (0.3, 0.6)
 FAST = {"method": "asvd-1", "kept": KEPT}
@@ -22,8 +22,8 @@ FAST = {"method": "asvd-1", "kept": KEPT}
 
 @pytest.fixture(scope="module")
 def stats():
-    """Moments of the tiny LLaMA, which every test builds anew."""
-    return nsvd.calibrate(tiny_model(dtype=torch.float32), IDS)
+    """Moments and gradients of the tiny LLaMA, which every test builds anew."""
+    return statistics(tiny_model(dtype=torch.float32), IDS)
 
 
 @pytest.fixture
@@ -198,21 +198,74 @@ def test_a_search_on_part_of_the_text_needs_no_new_measurement(stats):
     assert part.tokens == alone.tokens
 
 
-@pytest.mark.parametrize("choice", ["strs", "spectrum"])
+def test_a_kept_fraction_is_a_larger_rank_of_pivoted_factors(stats, tmp_path):
+    """The loss is measured at the rank that the search will give; of the two tables neither is taken for the other."""
+    records, model = Records(tmp_path / "table.jsonl"), tiny_model()
+    plain, piv = (
+        nsvd.sensitivity(model, stats, TEXT, factors=name, records=records, **FAST).table
+        for name in ("plain", "pivoted")
+    )
+    for tables, name in ((plain, "plain"), (piv, "pivoted")):
+        shapes = allocation.shapes(model)
+        assert list(tables["rank"]) == [rank_for_ratio(*shapes[r.layer], 1 - r.kept, name) for r in tables.itertuples()]
+    more = piv["rank"] > plain["rank"]
+    assert more.any()
+    assert (piv["rank"] >= plain["rank"]).all()
+    assert ((piv.loss == plain.loss) == ~more).all()
+
+
+def test_other_gradients_are_another_table(stats, tmp_path):
+    """As other moments are."""
+    records, model = Records(tmp_path / "table.jsonl"), tiny_model()
+    other = stats.with_gradients(nsvd.fisher(model, TEXT, seed=5))
+    tables = [nsvd.sensitivity(model, s, TEXT, method="kfac", kept=[0.3], records=records) for s in (stats, other)]
+    assert tables[0].scores != tables[1].scores
+
+
+@pytest.mark.parametrize("factors", ["plain", "pivoted"])
+@pytest.mark.parametrize("choice", ["strs", "spectrum", "fisher"])
 @pytest.mark.parametrize(
-    ("method", "options"), [("asvd-1", {}), ("svd", {}), ("asvd", {"alpha": 1.0}), ("nsvd-1", {"k1": K1})]
+    ("method", "options"),
+    [("asvd-1", {}), ("svd", {}), ("asvd", {"alpha": 1.0}), ("nsvd-1", {"k1": K1}), ("kfac", {})],
 )
-def test_compress_meets_the_ratio_from_below_with_searched_ranks(choice, method, options, stats, decompositions):
+def test_compress_meets_the_ratio_from_below_with_searched_ranks(
+    choice, method, options, factors, stats, decompositions
+):
     """One decomposition a layer; the report says the allocation and what the search cost."""
-    model = tiny_model()
-    report = nsvd.compress_(model, stats, method=method, ratio=0.3, allocation=choice, windows=TEXT, **options)
+    model, how = tiny_model(), {"ratio": 0.3, "allocation": choice, "factors": factors}
+    report = nsvd.compress_(model, stats, method=method, windows=TEXT, **how, **options)
     assert 0.3 <= report.ratio_reached < 0.3 + 80 / report.params_before * 1.0001
     assert len(decompositions) == 14
     assert report.allocation == choice == model.config.quantization_config.allocation
     assert (report.search_tokens > 0) == (choice == "strs")
     assert report.seconds["search"] > 0
     assert json.loads(json.dumps(report.as_dict()))["allocation"] == choice
+    assert report.factors == factors == model.config.quantization_config.factors
     assert not report.table.dense.all()
+
+
+def test_the_loss_s_gradients_say_which_layers_to_spare(stats):
+    """Made ten times as large for one layer, its outputs are kept more exactly; relative spectra would not see it."""
+    spared = dict(stats.gradients) | {DOWN: 100 * stats.gradients[DOWN]}
+    for method in ("kfac", "asvd-1"):
+        errors = {"fisher": [], "spectrum": []}
+        for choice, found in errors.items():
+            for gradients in (stats.gradients, spared):
+                how = {"method": method, "ratio": 0.3, "allocation": choice, "factors": "pivoted"}
+                report = nsvd.compress_(tiny_model(), stats.with_gradients(gradients), **how)
+                found.append(report.table.set_index("layer")["rank"].fillna(32)[DOWN])
+        assert errors["fisher"][1] > errors["fisher"][0]
+        assert errors["spectrum"][1] == errors["spectrum"][0]
+
+
+def test_the_fisher_allocation_takes_what_it_needs_from_a_text():
+    """Also for a method that asks for no statistics; without text and gradients the layer is named."""
+    report = nsvd.compress_(tiny_model(), method="svd", ratio=0.3, allocation="fisher", windows=IDS)
+    assert report.ratio_reached >= 0.3
+    assert {"calibrate", "gradients"} <= report.seconds.keys()
+    for stats in (None, nsvd.calibrate(tiny_model(), IDS)):
+        with pytest.raises(ValueError, match=f"needs the gradients of layer {Q}: pass windows="):
+            nsvd.compress_(tiny_model(), stats, method="svd", ratio=0.3, allocation="fisher")
 
 
 def test_the_ranks_follow_from_the_table(stats, tmp_path):
@@ -244,7 +297,7 @@ def test_a_perplexity_target_is_kept(stats):
     measured, target = nsvd.sensitivity(model, stats, TEXT, prepared=prepared, **FAST), 1.02 * dense
     ranks = allocation.strs_within(model, measured, prepared, TEXT, target, method="asvd-1")
     assert_same(before, model)
-    assert 0 < n_params(ranks, allocation.shapes(model)) < n_params({}, allocation.shapes(model))
+    assert 0 < total(ranks, allocation.shapes(model)) < total({}, allocation.shapes(model))
     changed = copy.deepcopy(model)
     nsvd.compress_(changed, stats, method="asvd-1", ranks=ranks)
     assert nsvd.perplexity(changed, TEXT) <= target
@@ -257,6 +310,10 @@ def test_a_perplexity_target_is_kept(stats):
     [
         ({"ratio": 0.3, "allocation": "best"}, "unknown allocation 'best'; there are uniform, strs, spectrum"),
         ({"ratio": 0.3, "allocation": "strs"}, "pass windows="),
+        ({"ratio": 0.3, "allocation": "strs", "windows": []}, "pass windows="),
+        ({"ratio": 0.3, "allocation": "strs", "windows": [IDS, IDS[:, :9]]}, "pass windows=, of one length"),
+        ({"ratio": 0.3, "factors": "sparse"}, "unknown factors 'sparse'; there are plain, pivoted"),
+        ({"ranks": {Q: 3}, "allocation": "fisher"}, "give ratio in place of ranks"),
         ({"ranks": {Q: 3}, "allocation": "spectrum"}, "give ratio in place of ranks"),
         ({"ratio": 0.97, "allocation": "spectrum", "method": "asvd-1"}, "out of reach"),
         ({"ratio": 1.0, "allocation": "spectrum"}, "ratio is 1"),

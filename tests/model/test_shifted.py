@@ -1,0 +1,262 @@
+"""Layers compressed in order: where the target is measured, that it makes up for what is missing, what an error leaves."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nsvd
+from nsvd.linalg import Moments
+from nsvd.model import shifted as module
+from nsvd.model.hooks import evaluating
+from nsvd.model.moments import shared_inputs
+from nsvd.model.shifted import decoder_blocks, replace_in_order_
+from tests.tiny import FAMILIES, Q, assert_same, logits, poison, state, tiny_model, token_ids
+
+IDS = token_ids()
+POSITIONS = [
+    "llama",
+    "gemma2",
+    "opt",
+    "gpt_neox",
+    "phi",
+]  # norms before, on both sides; learned positions; parallel blocks
+
+
+def exact(model: nn.Module, targets: dict):
+    """Stand-ins that hold their targets as they are; the targets are noted."""
+
+    def replace(name: str, target: torch.Tensor, moments: Moments) -> nn.Linear:
+        layer, targets[name] = copy.deepcopy(model.get_submodule(name)), target
+        layer.weight.data.copy_(target)
+        return layer
+
+    return replace
+
+
+def singles(model: nn.Module, block: str) -> list[str]:
+    """The layers of a block whose input no other layer reads."""
+    leaders = shared_inputs(model, list(nsvd.targets(model)), IDS[:1])
+    return [
+        name for name, leader in leaders.items() if name.startswith(block) and list(leaders.values()).count(leader) == 1
+    ]
+
+
+def moved(block: nn.Module, layer: nn.Module, hidden, call, delta) -> list[tuple[nn.Module | None, torch.Tensor]]:
+    """Every module of the block in the order they are called, the block itself as None at the end, with how its input
+    (of None the output) moves when the layer's output moves by delta (tokens, d_out). Only inputs of that size are told."""
+
+    def values() -> list:
+        seen, handles = [], []
+        for inner in block.modules():
+            if inner is not block:
+                hook = inner.register_forward_pre_hook(lambda m, args: seen.append((m, args[0])) if args else None)
+                handles.append(hook)
+        out = block(hidden, *call[0], **call[1])
+        for handle in handles:
+            handle.remove()
+        return [*seen, (None, out[0] if isinstance(out, tuple) else out)]
+
+    plain = values()
+    handle = layer.register_forward_hook(lambda _m, _a, out: out + delta.view_as(out))
+    changed = values()
+    handle.remove()
+    steps = [(m, (after - before).flatten(0, -2)) for (m, before), (_, after) in zip(plain, changed, strict=True)]
+    return [(m, step) for m, step in steps if step.shape == delta.shape]
+
+
+@pytest.mark.parametrize("family", POSITIONS)
+def test_the_landmark_is_the_last_place_that_moves_as_the_layer_s_output_does(family):
+    """By its definition, with directions of our own: there by exactly δ for every δ, nowhere later."""
+    model = tiny_model(family, dtype=torch.float64)
+    prefix, blocks = decoder_blocks(model)
+    for index, block in enumerate(blocks):
+        with torch.no_grad(), evaluating(model):
+            item = module._enter(model, blocks, 0, IDS)
+            for name in singles(model, f"{prefix}.{index}."):
+                layer = model.get_submodule(name)
+                place = module._landmark(block, layer, item, index)
+                for seed in range(2):
+                    torch.manual_seed(seed)
+                    delta = torch.randn(IDS.numel(), layer.out_features, dtype=torch.float64)
+                    steps = moved(block, layer, item.ours, item.calls[index], delta)
+                    same = [m for m, step in steps if torch.allclose(step, delta, atol=1e-9)]
+                    assert place is (same[-1] if same else layer), name
+
+
+@pytest.mark.parametrize("family", POSITIONS)
+def test_what_is_added_to_the_residual_stream_is_measured_there(family):
+    """Each block has two such layers: after the last the stream leaves the block; where a norm follows the layer, it is there."""
+    model = tiny_model(family, dtype=torch.float64)
+    prefix, blocks = decoder_blocks(model)
+    with torch.no_grad(), evaluating(model):
+        item = module._enter(model, blocks, 0, IDS)
+        own, stream, end = 0, 0, 0
+        for name in singles(model, f"{prefix}.0."):
+            layer, said = model.get_submodule(name), []
+            if layer.out_features != model.config.hidden_size:
+                continue
+            handle = layer.register_forward_hook(lambda _m, _a, out, said=said: said.append(out))
+            place = module._landmark(blocks[0], layer, item, 0)
+            there = module._value_at(place, blocks[0], item.ours, item.calls[0])
+            handle.remove()
+            itself = place is layer or torch.allclose(there, said[0].view_as(there))
+            own, stream, end = own + itself, stream + (not itself), end + (place is None)
+    normed_after, parallel = family == "gemma2", family in ("gpt_neox", "phi")
+    assert (own, stream) == ((2, 0) if normed_after else (0, 2))
+    assert end == (0 if normed_after else 2 if parallel else 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_exact_stand_ins_nothing_is_missing(family):
+    """Full-rank copies: every target is the layer's own weight, in forward order, and the model says what it said."""
+    model, targets = tiny_model(family), {}
+    said, names = logits(model), list(nsvd.targets(model))
+    weights = {name: layer.weight.detach().double() for name, layer in nsvd.targets(model).items()}
+    replace_in_order_(model, [IDS, token_ids(seed=7)], names, exact(model, targets), mu=0.1, batch=5)
+    assert targets.keys() == set(names)
+    assert list(dict.fromkeys(name.split("layers.")[1][0] for name in targets)) == ["0", "1"]
+    for name, target in targets.items():
+        assert (target - weights[name]).norm() <= 1e-6 * weights[name].norm()
+    assert (logits(model) - said).abs().max() <= 1e-6 * said.abs().max()
+
+
+def test_what_a_layer_gets_is_what_those_before_it_have_made():
+    """The moments are those of the compressed model's inputs; the target of a lone spoilt layer's successor makes up for it."""
+    model, dense, moments = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64), {}
+
+    def replace(name, target, seen):
+        layer, moments[name] = copy.deepcopy(model.get_submodule(name)), seen.G
+        layer.weight.data.copy_(target)
+        if name == Q:
+            layer.weight.data.mul_(3)
+        return layer
+
+    names = list(nsvd.targets(model))
+    replace_in_order_(model, [IDS], names, replace, mu=1e-9)
+    after = nsvd.calibrate(model, IDS)
+    scale = {name: G.diagonal().mean() / after[name].G.diagonal().mean() for name, G in moments.items()}
+    for name, G in moments.items():
+        torch.testing.assert_close(G, scale[name] * after[name].G, rtol=1e-6, atol=1e-9)
+        assert abs(scale[name] - 1) < 1e-6
+    o_proj = Q.replace("q_proj", "o_proj")
+    change = (model.get_submodule(o_proj).weight - dense.get_submodule(o_proj).weight).norm()
+    assert change > 1e-2 * dense.get_submodule(o_proj).weight.norm()
+    spoilt = copy.deepcopy(dense)
+    spoilt.get_submodule(Q).weight.data.mul_(3)
+    assert final_error(model, dense) < 0.9 * final_error(spoilt, dense)
+
+
+def final_error(model: nn.Module, dense: nn.Module, ids: torch.Tensor = IDS) -> float:
+    """Squared distance of the final hidden states on a text."""
+    with torch.no_grad():
+        ours, theirs = (m.base_model(input_ids=ids).last_hidden_state for m in (model, dense))
+    return (ours - theirs).double().square().sum().item()
+
+
+@pytest.mark.parametrize("method", ["asvd-1", "ridge", "kfac"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_in_order_the_final_hidden_states_are_closer(family, method):
+    """Same ranks, same text: smaller error at the end of the model than with every layer for the dense model's inputs."""
+    ids, errors = token_ids(24, 32), []
+    for shifted in (False, True):
+        model = tiny_model(family, num_hidden_layers=3)
+        nsvd.compress_(model, windows=ids, method=method, ratio=0.3, shifted=shifted)
+        errors.append(final_error(model, tiny_model(family, num_hidden_layers=3), ids[::2]))
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_every_domain_counts_the_same():
+    """However many windows it has: doubled, one of two domains moves no target."""
+    answers = []
+    for domains in ([IDS, token_ids(seed=7)], [IDS, torch.cat([token_ids(seed=7)] * 2)], [torch.cat([IDS] * 2)]):
+        model, targets = tiny_model(dtype=torch.float64), {}
+
+        def replace(name, target, moments, model=model, targets=targets):
+            layer, targets[name] = copy.deepcopy(model.get_submodule(name)), target
+            layer.weight.data.copy_(nsvd.decompose(target, moments.G, method="asvd-1", k=8).dense())
+            return layer
+
+        replace_in_order_(model, domains, list(nsvd.targets(model)), replace, mu=0.1)
+        answers.append(targets)
+    last = list(answers[0])[-1]
+    torch.testing.assert_close(answers[1][last], answers[0][last], rtol=1e-6, atol=1e-9)
+    assert (answers[2][last] - answers[0][last]).norm() > 1e-3 * answers[0][last].norm()
+
+
+@pytest.mark.parametrize("method", ["asvd-1", "kfac"])
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(method):
+    """NaN in an activation of block 1, after block 0 was exchanged: the layer is named, all are put back, no hook stays."""
+    model = tiny_model().train()
+    stats = nsvd.calibrate(model, IDS).with_gradients(nsvd.fisher(model, IDS))
+    poison(model, "model.layers.1.post_attention_layernorm.weight")
+    before = state(model)
+    with pytest.raises(FloatingPointError, match=r"model\.layers\.1\.mlp\.gate_proj holds NaN or Inf"):
+        nsvd.compress_(model, stats, windows=IDS, method=method, ratio=0.3, shifted=True)
+    assert_same(before, model)
+
+
+def test_an_interrupt_in_the_middle_does_too(monkeypatch):
+    """Whatever is raised, wherever."""
+    model, cut, cuts = tiny_model(), nsvd.linalg.Method.cut, []
+
+    def interrupted(self, *args, **options):
+        cuts.append(args)
+        if len(cuts) == 9:
+            raise KeyboardInterrupt
+        return cut(self, *args, **options)
+
+    monkeypatch.setattr(nsvd.linalg.Method, "cut", interrupted)
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        nsvd.compress_(model, windows=IDS, method="asvd-1", ratio=0.3, shifted=True)
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize("method", ["asvd-1", "nsvd-1", "kfac"])
+def test_fewer_tokens_than_channels_leave_no_target_open(method):
+    """Every method's targets have a ridge, so that they stay near the weight where nothing was seen; without one they need not."""
+    options, ids = {"k1": 0.8} if method == "nsvd-1" else {}, token_ids(2, 8)
+    model, dense, targets = tiny_model(), tiny_model(), {}
+    nsvd.compress_(model, windows=ids, method=method, ratio=0.3, shifted=True, **options)
+    for name, layer in nsvd.targets(dense).items():
+        assert model.get_submodule(name).to_linear().weight.norm() < 1.2 * layer.weight.norm()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"model\.layers\.0\.self_attn\.q_proj.*singular"):
+        replace_in_order_(zero_input(dense), [ids], [Q], exact(dense, targets), mu=0.0)
+
+
+def zero_input(model: nn.Module) -> nn.Module:
+    """The model, its first channel silenced at the first layers."""
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[0] = 0
+    return model
+
+
+def test_a_layer_outside_the_blocks_is_named():
+    """OPT's projections around its blocks are no part of the order, and are not passed over in silence."""
+    model = tiny_model("opt", word_embed_proj_dim=16)
+    before = state(model)
+    with pytest.raises(
+        ValueError, match=r"layer model\.decoder\.project_\w+ is in none of the blocks model\.decoder\.layers"
+    ):
+        nsvd.compress_(model, windows=IDS, method="asvd-1", ratio=0.3, shifted=True)
+    assert_same(before, model)
+    inside = {name: 5 for name in nsvd.targets(model) if "layers" in name}
+    nsvd.compress_(model, windows=IDS, method="asvd-1", ranks=inside, shifted=True)
+    assert logits(model).isfinite().all()
+
+
+def test_a_model_without_blocks_is_refused():
+    """There is no order to go in."""
+    with pytest.raises(ValueError, match="no list of blocks"):
+        decoder_blocks(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_shifted_inputs_need_a_text():
+    """Statistics alone do not say what the next layer gets."""
+    model = tiny_model()
+    stats, before = nsvd.calibrate(model, IDS), state(model)
+    with pytest.raises(ValueError, match="pass windows="):
+        nsvd.compress_(model, stats, method="asvd-1", ratio=0.3, shifted=True)
+    assert_same(before, model)
