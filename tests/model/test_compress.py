@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import nsvd
-from nsvd.linalg import Method, rank_for_ratio
 from nsvd import own_text
+from nsvd.linalg import Method, rank_for_ratio
 from tests.tiny import (
     DOWN,
     K1,
