@@ -57,7 +57,8 @@ def compress(chosen: argparse.Namespace) -> None:
     method = nsvd.METHODS.get(chosen.method, None)
     if method is None:
         raise ValueError(f"unknown method {chosen.method!r}; the methods are {', '.join(nsvd.METHODS)}")
-    options = {name: getattr(chosen, name) for name in ("k1", "alpha", "mu") if getattr(chosen, name) is not None}
+    names = ("k1", "alpha", "mu", *nsvd.METHODS["sola"].options)
+    options = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
     method.resolve(options)
     if chosen.ratio is None and chosen.cache_ratio is None:
         raise ValueError("give --ratio, --cache-ratio or both")
@@ -95,7 +96,7 @@ def compress(chosen: argparse.Namespace) -> None:
             model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, windows=searched,
             progress=bar, **options,
         )  # fmt: skip
-        about |= _as_json(report)
+        about |= _as_json(report) | ({"moves": report.moves} if report.moves else {})
         dense = int(report.table.dense.sum())
         said.append(
             f"{report.ratio_reached:.1%} of {report.params_before:,} parameters removed ({report.params_after:,} left), "
@@ -236,9 +237,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--k1", type=float, help="fraction of the rank for the outer step (nsvd-*, nid-*)")
     sub.add_argument("--alpha", type=float, help="exponent of the channel scales (asvd)")
     sub.add_argument("--mu", type=float, help="ridge, as a multiple of mean(diag G) (ridge)")
+    sub.add_argument("--prime", type=float, help="fraction of the neurons that stay dense (sola)")
+    sub.add_argument("--inner", help="method of the blocks that are factored (sola)")
+    sub.add_argument("--grid", type=int, help="ranks are multiples of it (sola)")
+    sub.add_argument("--floor", type=float, help="share of its energy below which a block is left alone (sola)")
+    sub.add_argument("--keep-outer", type=int, help="blocks at each end that stay dense (sola)")
+    sub.add_argument("--compress-v", action="store_true", default=None, help="compress value projections, too (sola)")
+    sub.add_argument("--o-from", type=float, help="ratio from which on output projections are compressed (sola)")
     sub.add_argument("--calibration", default="mini/encyclopedia", metavar="CORPUS")
     sub.add_argument(
-        "--allocation", choices=["uniform", "strs", "spectrum"], default="uniform", help="how ranks are shared out"
+        "--allocation",
+        choices=["uniform", "strs", "spectrum", "sola"],
+        help="how ranks are shared out (default: uniform; for sola: sola)",
     )
     sub.add_argument(
         "--search-count", type=int, default=32, help="calibration windows for strs to search on (default: 32)"
