@@ -23,7 +23,7 @@ def blocks(
     """
     chosen = dict.fromkeys(layers, WHOLE)
     for last, first in found.neurons.items():
-        prime = n_prime(layers[last].in_features, settings["prime"])
+        prime = n_prime(layers[last].in_features, float(settings["prime"]))
         if prime:
             order = by_size(stats[last].mean_abs)
             chosen |= {name: Block(order, prime, ROWS) for name in first} | {last: Block(order, prime, COLUMNS)}

@@ -141,7 +141,7 @@ def allocate(
     if allocation == "spectrum":
         return cut(spectrum_steps(spectra, shapes, least=least), shapes, 1 - budget / sum(sizes.values())), []
     try:
-        ranks, moves = search(spectra, shapes, budget, grid=grid, least=least, floor=settings["floor"])
+        ranks, moves = search(spectra, shapes, budget, grid=grid, least=least, floor=float(settings["floor"]))
     except ValueError as error:
         raise ValueError(f"ratio {ratio} is out of reach: {error}; lower floor or {advice}") from error
     return common(ranks, {name: kind(name) for name in ranks}, spectra, shapes, budget, grid=grid), moves
