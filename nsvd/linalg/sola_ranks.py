@@ -3,7 +3,8 @@ r"""SoLA's adaptive component-wise ranks (AAAI 2025, arXiv 2604.03258), for the 
 With s = σ(W S) a block of rank r retains f(r) = Σ_{i≤r} s_i² / Σ s_i². ``search`` lowers ranks on a grid, greedily; ``common``
 gives all layers of one kind the same rank. Both hold Σ params ≤ budget, where r (d_out + d_in) parameters that would not be
 fewer than d_out d_in count as the dense block. The paper does not say which quantile is the common rank; here it is the largest
-one that fits, and what is then left of the budget buys further grid steps, so that not one more step of a kind would fit.
+one that fits, the same for all kinds, and what is then left of the budget buys further grid steps, so that not one more step
+of a kind would fit.
 ``even`` is the reference: the same fraction removed from every layer.
 """
 
@@ -97,7 +98,7 @@ def search(
 def common(
     ranks: Mapping[str, int], kinds: Mapping[str, str], spectra: Spectra, shapes: Shapes, budget: int, *, grid: int = 16
 ) -> dict[str, int]:
-    """One rank for all layers of a kind: the largest quantile of their ranks that fits, then the best steps up that fit.
+    """One rank for all layers of a kind: the largest quantile q of their ranks that fits, then the best steps up that fit.
 
     ``budget`` is at least what ``ranks`` take. Of the steps up the one that retains most for each parameter comes first.
     """
@@ -110,13 +111,17 @@ def common(
         return sum(stored(shapes[layer], k) for layer in groups[kind])
 
     def at(q: float) -> dict[str, int]:
-        return {
-            kind: sorted(ranks[n] for n in names)[int(q * (len(names) - 1) + 1e-9)] for kind, names in groups.items()
-        }
+        return {kind: _quantile(sorted(ranks[layer] for layer in names), q, grid) for kind, names in groups.items()}
 
-    places = sorted({i / max(len(names) - 1, 1) for names in groups.values() for i in range(len(names))}, reverse=True)
-    chosen = next(at(q) for q in places if sum(cost(*item) for item in at(q).items()) <= budget)
-    room = budget - sum(cost(*item) for item in chosen.items())
+    def spare(chosen: Mapping[str, int]) -> int:
+        return budget - sum(cost(kind, k) for kind, k in chosen.items())
+
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        q = (low + high) / 2
+        low, high = (q, high) if spare(at(q)) >= 0 else (low, q)
+    chosen = at(1.0) if spare(at(1.0)) >= 0 else at(low)
+    room = spare(chosen)
 
     def worth(kind: str) -> tuple[float, int]:
         """What a step up of a kind retains for each parameter, and its parameters."""
@@ -130,6 +135,14 @@ def common(
         chosen[kind] += grid
         room -= price
     return {layer: chosen[kinds[layer]] for layer in ranks}
+
+
+def _quantile(ordered: list[int], q: float, grid: int) -> int:
+    """The interpolated q-quantile, rounded down to the grid, but not below the smallest."""
+    place = q * (len(ordered) - 1)
+    i = int(place)
+    between = ordered[i] + (place - i) * (ordered[min(i + 1, len(ordered) - 1)] - ordered[i])
+    return max(ordered[0], grid * int(between / grid + 1e-9))
 
 
 def even(shapes: Shapes, whole: Mapping[str, int], budget: int) -> dict[str, int]:

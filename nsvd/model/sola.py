@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import pandas as pd
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from nsvd.linalg import Decomposition, Method, saves_parameters
+from nsvd.linalg import Decomposition, LowRank, saves_parameters
 from nsvd.linalg.allocation import cut, spectrum_steps
 from nsvd.linalg.methods import SplitMethod
 from nsvd.linalg.sola import COLUMNS, Block, Split
@@ -56,44 +57,47 @@ def split(
     settings, (inner, rest) = method.resolve(options), method.inner(options)
     found = roles(model)
     parts = blocks(layers, found, stats, settings, ratio)
+    if unknown := [name for name in ranks or () if name not in parts]:
+        raise ValueError(f"layer {unknown[0]} is not one that SoLA compresses with {_exclusions(settings)}")
     clock.lap("roles")
     if prepared is None:
-        bars = tqdm(parts.items() if ratio != 0 else (), "decompose", disable=not progress, leave=False)
-        prepared = {
-            name: prepare_layer(layers[name], name, stats, inner, rest, block).to("cpu") for name, block in bars
-        }
+        wanted = {name: parts[name] for name in (parts if ratio else ranks or ())}
+        bars = tqdm(wanted.items(), "decompose", disable=not progress, leave=False)
+        prepared = {n: prepare_layer(layers[n], n, stats, inner, rest, block).to("cpu") for n, block in bars}
         clock.lap("decompose")
     moves: list[Move] = []
     if ranks is None:
         spectra = {name: prepared[name].s for name in parts} if ratio else {}
         ranks, moves = allocate(layers, parts, spectra, ratio, allocation, settings, inner.least_rank(rest))
         clock.lap("search")
-    elif unknown := [name for name in ranks if name not in parts]:
-        raise ValueError(f"layer {unknown[0]} is not one that SoLA compresses with {_exclusions(settings)}")
-
-    values = _values(layers, parts, prepared, ranks, inner, rest)
-    clock.lap("cut")
-    table = _table(layers, parts, ranks, values, stats)
-    clock.lap("errors")
+    cut = {name: partial(inner.cut, prepared[name], k, **rest) for name, k in ranks.items()}
+    table, values = _factor(layers, parts, ranks, cut, stats, clock)
     return Outcome(table, _exchanges(layers, found, parts, values), moves)
 
 
-def _values(
+def _factor(
     layers: Mapping[str, nn.Linear],
     parts: Mapping[str, Block],
-    prepared: Mapping[str, Decomposition],
     ranks: Mapping[str, int],
-    inner: Method,
-    options: dict,
-) -> dict[str, Split]:
-    """Those blocks factored, in float64, that become smaller."""
-    values = {}
-    for name, k in ranks.items():
-        W = layers[name].weight.double()
-        if saves_parameters(*parts[name].shape(*W.shape), k):
+    cut: Mapping[str, Callable[[], LowRank]],
+    stats: Statistics,
+    clock: Clock,
+) -> tuple[pd.DataFrame, dict[str, Split]]:
+    """A row a layer for the report, and in the model's dtype those layers split whose blocks become smaller."""
+    rows, values = [], {}
+    for name, layer in layers.items():
+        d_out, d_in, k = *layer.weight.shape, ranks.get(name)
+        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": k, "dense": True}
+        row |= {"prime": parts[name].prime if name in parts else 0, "params": d_out * d_in}
+        if k is not None and saves_parameters(*parts[name].shape(d_out, d_in), k):
             with naming(name):
-                values[name] = parts[name].join(W, inner.cut(prepared[name].to(W.device), k, **options))
-    return values
+                value = parts[name].join(layer.weight.double(), cut[name]().to(layer.weight.device))
+            values[name] = value.to(layer.weight.dtype)
+            clock.lap("cut")
+            row |= {"dense": False, "params": value.n_params} | relative_errors(layer, value, stats, name)
+            clock.lap("errors")
+        rows.append(row)
+    return pd.DataFrame(rows).astype({"rank": "Int64"}), values
 
 
 def _exchanges(
@@ -152,7 +156,6 @@ def _exclusions(settings: Mapping) -> str:
 
 
 def _factored(layer: nn.Linear, value: Split) -> nn.Module:
-    value = value.to(layer.weight.dtype)
     if not value.block.prime:
         return LowRankLinear.from_factors(layer, value.marginal)
     return (SplitColumns if value.block.dim == COLUMNS else SplitRows).from_split(layer, value)
@@ -166,21 +169,3 @@ def _permuted(layer: nn.Linear, block: Block) -> nn.Linear:
     if layer.bias is not None and block.dim != COLUMNS:
         new.bias.copy_(block.permute(layer.bias))
     return new
-
-
-def _table(
-    layers: Mapping[str, nn.Linear],
-    parts: Mapping[str, Block],
-    ranks: Mapping[str, int],
-    values: Mapping[str, Split],
-    stats: Statistics,
-) -> pd.DataFrame:
-    rows = []
-    for name, layer in layers.items():
-        d_out, d_in = layer.weight.shape
-        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": ranks.get(name), "dense": name not in values}
-        row |= {"prime": parts[name].prime if name in parts else 0, "params": d_out * d_in}
-        if name in values:
-            row |= {"params": values[name].n_params} | relative_errors(layer, values[name], stats, name)
-        rows.append(row)
-    return pd.DataFrame(rows).astype({"rank": "Int64"})
