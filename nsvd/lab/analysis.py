@@ -107,5 +107,6 @@ def prime_overlap(texts: Mapping[str, Statistics], layers: Iterable[str], prime:
 
 def rescored(stats: Statistics, scores: Mapping[str, Tensor]) -> Statistics:
     """The same statistics with other scores in the place of the mean |h| by which neurons are ranked, by layer."""
-    changed = {stats.inputs[layer]: replace(stats[layer], mean_abs=score) for layer, score in scores.items()}
-    return Statistics(stats.moments | changed, stats.inputs, stats.origin)
+    leaders = {stats.inputs[layer]: score for layer, score in scores.items()}
+    changed = {leader: replace(stats.moments[leader], mean_abs=score) for leader, score in leaders.items()}
+    return replace(stats, moments=stats.moments | changed)

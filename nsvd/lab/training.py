@@ -2,7 +2,8 @@
 
     python -m nsvd.lab.training data/recipes/mini-llama.json --text TEXT --work WORK --out data/models/mini-llama
 
-``TEXT`` holds the files the recipe names, gzipped JSON lines with a ``text`` field. Stop the program at any time and
+``TEXT`` holds the files the recipe names, gzipped JSON lines with a ``text`` field; those it lacks are looked for in
+``data/text``. Stop the program at any time and
 start it again with the same arguments: it goes on from the last checkpoint in ``WORK`` and, on the same machine with
 the same number of threads, ends in the same bytes as a run that was never stopped.
 """
@@ -69,8 +70,12 @@ class Recipe:
         return cls(**json.loads(Path(file).read_text()))
 
 
-def documents(file: Path, recipe: Recipe) -> list[str]:
+def documents(text: Path, name: str, recipe: Recipe) -> list[str]:
     """The source's documents in seeded order, up to ``max_characters`` in all and 60 000 each."""
+    places = [folder / f"{name}.jsonl.gz" for folder in (text, data() / "text")]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"recipe {recipe.name} needs {places[0]}")
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"][:60_000] for line in lines]
     random.Random(recipe.seed).shuffle(texts)
@@ -89,7 +94,7 @@ def train_tokenizer(recipe: Recipe, text: Path) -> PreTrainedTokenizerFast:
     def sample():
         for name in recipe.text:
             size = 0
-            for document in documents(text / f"{name}.jsonl.gz", recipe):
+            for document in documents(text, name, recipe):
                 if size >= recipe.tokenizer_characters:
                     break
                 size += len(document[:20_000])
@@ -144,7 +149,7 @@ class Batches:
         for name in recipe.text:
             file = work / f"{name}.npy"
             if not file.exists():
-                ids = encode(tokenizer, documents(text / f"{name}.jsonl.gz", recipe))
+                ids = encode(tokenizer, documents(text, name, recipe))
                 with replacing(file) as part, open(part, "wb") as stream:
                     np.save(stream, ids)
             self.sources.append(np.load(file, mmap_mode="r"))

@@ -1,7 +1,7 @@
 """Mathematics on tensors. Nothing here knows a model, a file or a device string."""
 
 from nsvd.linalg.decomposition import Decomposition, from_metric, from_whitener
-from nsvd.linalg.factors import LowRank, least_rank, rank_for_ratio, saves_parameters, split_rank
+from nsvd.linalg.factors import LowRank, Pivoted, least_rank, pivoted, rank_for_ratio, saves_parameters, split_rank
 from nsvd.linalg.methods import METHODS, Method, by_name, decompose
 from nsvd.linalg.moments import Moments
 from nsvd.linalg.whiteners import NumericalWarning, cholesky, scaled_rotation, spectral
@@ -13,12 +13,14 @@ __all__ = [
     "Method",
     "Moments",
     "NumericalWarning",
+    "Pivoted",
     "by_name",
     "cholesky",
     "decompose",
     "from_metric",
     "from_whitener",
     "least_rank",
+    "pivoted",
     "rank_for_ratio",
     "saves_parameters",
     "scaled_rotation",

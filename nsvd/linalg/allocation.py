@@ -12,9 +12,10 @@ more than one rank of that layer, and with one step less it would be missed. The
 | name | a step is harmless if | costs |
 |---|---|---|
 | ``strs_steps`` | the model's calibration loss is low with this one layer truncated | a forward pass over the text a step |
-| ``spectrum_steps`` | it adds little relative truncation error for each parameter it removes | nothing beyond the decompositions |
+| ``spectrum_steps`` | it adds little truncation error for each parameter it removes | nothing beyond the decompositions |
 
-The first is the sensitivity-based truncation rank searching of the ASVD paper (arXiv 2312.05821, section 3.4).
+The first is the sensitivity-based truncation rank searching of the ASVD paper (arXiv 2312.05821, section 3.4). What a rank
+costs depends on how the factors are stored, see ``nsvd.linalg.factors``.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsvd.linalg.factors import rank_for_ratio, saves_parameters
+from nsvd.linalg.factors import n_params, rank_for_ratio, saves_parameters
 
 Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) of every layer
 Step = tuple[str, int]  # a layer and its rank from here on
 
 
-def strs_steps(table: Iterable[tuple[str, float, float]], shapes: Shapes) -> list[Step]:
+def strs_steps(table: Iterable[tuple[str, float, float]], shapes: Shapes, factors: str = "plain") -> list[Step]:
     """The order of STRS: all (layer, kept fraction of its parameters, score) by score, ascending.
 
     The score is the calibration perplexity with this one layer truncated, or anything that grows with it, such as the
@@ -50,35 +52,56 @@ def strs_steps(table: Iterable[tuple[str, float, float]], shapes: Shapes) -> lis
             raise ValueError(f"layer {layer}: kept fraction {kept} is not in (0, 1)")
         if math.isnan(score):
             raise ValueError(f"layer {layer}: the score at kept fraction {kept} is NaN")
-    return [(layer, rank_for_ratio(*shapes[layer], 1 - kept)) for layer, kept, _ in rows]
+    return [(layer, rank_for_ratio(*shapes[layer], 1 - kept, factors)) for layer, kept, _ in rows]
 
 
-def spectrum_steps(spectra: Mapping[str, Float[Tensor, " _"]], shapes: Shapes, *, least: int = 1) -> list[Step]:
-    r"""The order of a Lagrange multiplier: steps by relative error added for each parameter removed, ascending.
+def spectrum_steps(
+    spectra: Mapping[str, Float[Tensor, " _"]],
+    shapes: Shapes,
+    factors: str = "plain",
+    *,
+    least: int = 1,
+    relative: bool = True,
+) -> list[Step]:
+    r"""The order of a Lagrange multiplier: steps by error added for each parameter removed, ascending.
 
-    With s = σ(W S) a layer of rank k has the relative error e(k) = Σ_{i>k} s_i² / Σ s_i² and k (d_out + d_in) parameters;
-    dense it has none and d_out d_in. Descending s make e convex in k, so the lower convex hull of these points goes from
-    the dense layer straight to one rank k*, and from there in single ranks down to ``least``. After any number of steps
-    Σ e is minimal among all choices of ranks with no more parameters (Everett's theorem); the ranks that ``cut`` gives
-    back keep the target, at most one layer off the hull.
+    With s = σ(W S) a layer of rank k has the error e(k) = Σ_{i>k} s_i², relative to Σ s_i² unless ``relative`` is off, because
+    the squares are in one unit for all layers already. Dense it has none. The lower convex hull of all (parameters, error) of a
+    layer is walked from the dense layer down to rank ``least``; its edges, of all layers, are sorted by slope. After any
+    number of steps Σ e is minimal among all choices of ranks with no more parameters (Everett's theorem); the ranks that
+    ``cut`` gives back keep the target, at most one layer off the hull.
     """
     scored = []
     for layer, s in spectra.items():
         (d_out, d_in), squares = shapes[layer], s.double().square().cpu()
-        most = math.ceil(d_out * d_in / (d_out + d_in)) - 1  # the largest rank that saves parameters
-        if most < least:
-            continue
-        tails = squares.flip(0).cumsum(0).flip(0)  # Σ_{i>k} s_i² at k
-        error = tails[least : most + 1] / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)
-        k = torch.arange(least, most + 1, dtype=torch.float64)
-        chord = error / (d_out * d_in - k * (d_out + d_in))
-        first = int(chord.argmin())
-        slopes = torch.cat([(error[:first] - error[1 : first + 1]) / (d_out + d_in), chord[first, None]])
-        scored += [(slope, -rank, layer) for rank, slope in enumerate(slopes.tolist(), least)]
+        tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+        unit = tails[0].clamp(min=torch.finfo(tails.dtype).tiny) if relative else 1.0
+        errors = (tails / unit).tolist()
+        saving = [k for k in range(least, len(s)) if saves_parameters(d_out, d_in, k, factors)]
+        points = [(d_out * d_in, 0.0, 0)] + [
+            (n_params(d_out, d_in, k, factors), errors[k], k) for k in reversed(saving)
+        ]
+        corners = _hull(points)
+        for (size, error, _), (less, more, k) in pairwise(corners):
+            scored.append(((more - error) / (size - less), -k, layer))
     return [(layer, -rank) for _, rank, layer in sorted(scored)]
 
 
-def cut(steps: Sequence[Step], shapes: Shapes, ratio: float) -> dict[str, int]:
+def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+    """Those of the points, (size, error, …) by falling size, that lie on the lower convex hull."""
+
+    def slope(a, b) -> float:
+        return (b[1] - a[1]) / (a[0] - b[0])
+
+    corners: list[tuple[int, float, int]] = []
+    for point in points:
+        while len(corners) > 1 and slope(corners[-1], point) < slope(corners[-2], corners[-1]):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+def cut(steps: Sequence[Step], shapes: Shapes, ratio: float, factors: str = "plain") -> dict[str, int]:
     """Ranks after the fewest steps that remove at least ``ratio`` of all parameters; layers not named stay dense.
 
     Raises:
@@ -86,20 +109,23 @@ def cut(steps: Sequence[Step], shapes: Shapes, ratio: float) -> dict[str, int]:
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
-    before = n_params({}, shapes)
+    before = total({}, shapes)
     budget = math.floor(round(before * (1 - ratio), 6))  # 1 − 0.3 is not exactly 0.7
 
     def met(c: int) -> bool:
-        return n_params(after(steps[:c]), shapes) <= budget
+        return total(after(steps[:c]), shapes, factors) <= budget
 
     c = bisect_left(range(len(steps) + 1), True, key=met)
     ranks = after(steps[:c])
     if c > len(steps):
-        most = 1 - n_params(ranks, shapes) / before
+        most = 1 - total(ranks, shapes, factors) / before
         raise ValueError(f"ratio {ratio} is out of reach: the smallest candidate ranks remove {most:.4f}")
     if c:
         layer = steps[c - 1][0]
-        ranks[layer] += (budget - n_params(ranks, shapes)) // sum(shapes[layer])
+        shape = shapes[layer]
+        limit = budget - total(ranks, shapes, factors) + n_params(*shape, ranks[layer], factors)
+        while saves_parameters(*shape, k := ranks[layer] + 1, factors) and n_params(*shape, k, factors) <= limit:
+            ranks[layer] = k
     return ranks
 
 
@@ -132,7 +158,10 @@ def after(steps: Iterable[Step]) -> dict[str, int]:
     return ranks
 
 
-def n_params(ranks: Mapping[str, int], shapes: Shapes) -> int:
+def total(ranks: Mapping[str, int], shapes: Shapes, factors: str = "plain") -> int:
     """Parameters of all layers; one without a rank, or whose factors would not be smaller, counts as dense."""
-    factored = {layer: k for layer, k in ranks.items() if saves_parameters(*shapes[layer], k)}
-    return sum(factored[layer] * (o + i) if layer in factored else o * i for layer, (o, i) in shapes.items())
+    factored = {layer: k for layer, k in ranks.items() if saves_parameters(*shapes[layer], k, factors)}
+    return sum(
+        n_params(*shape, factored[layer], factors) if layer in factored else math.prod(shape)
+        for layer, shape in shapes.items()
+    )

@@ -14,6 +14,8 @@ Each function returns the ``Decomposition`` of all ranks; ``.truncate(k)`` is th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -79,7 +81,25 @@ def ridge(W: Weight, moments: Moments, *, mu: float = 0.1) -> Decomposition:
     As the exact minimiser of a weighted sum it is Pareto-optimal in calibration loss and weight error, the two errors
     that the nested methods trade. μ = 0 is ASVD-I, μ → ∞ the plain SVD.
     """
-    if mu < 0:
-        raise ValueError(f"mu is {mu}, but a ridge is not negative")
-    G = moments.G
-    return from_metric(W, G + mu * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device))
+    return from_metric(W, ridged(moments.G, mu))
+
+
+def ridged(G: Tensor, mu: float, name: str = "mu") -> Tensor:
+    """G + μ mean(diag G) I, for a matrix or the vector of a diagonal one; raises ``ValueError`` for a negative μ."""
+    if not mu >= 0:
+        raise ValueError(f"{name} is {mu}, but a ridge is not negative")
+    if G.ndim == 1:
+        return G + mu * G.mean()
+    return G + mu * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
+
+
+def oas(G: Float[Tensor, "d_in d_in"], n: int) -> float:
+    r"""The μ of ``ridge`` that oracle-approximating shrinkage gives a second moment of n independent normal inputs.
+
+    It answers for sampling noise only: G + μ mean(diag G) I is, up to a factor, the estimate (1 − ρ) G + ρ mean(diag G) I of least
+    expected squared error, μ = ρ / (1 − ρ) (Chen, Wiesel, Eldar and Hero 2010, equation 23). Text of another domain is
+    another matter.
+    """
+    d, trace, square = len(G), G.trace().item(), G.square().sum().item()
+    rho = ((1 - 2 / d) * square + trace**2) / ((n + 1 - 2 / d) * (square - trace**2 / d))
+    return math.inf if rho >= 1 else rho / (1 - rho)

@@ -1,11 +1,21 @@
-"""The value every method returns, and how many parameters it costs."""
+"""The value every method returns, the two ways to store it, and how many parameters each costs.
+
+| factors | stored | parameters at rank k |
+|---|---|---|
+| ``plain`` | left (d_out, k), right (k, d_in) | k (d_out + d_in) |
+| ``pivoted`` | k rows of the matrix itself, and how the others combine from them | k (d_out + d_in − k) |
+"""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.linalg import qr, solve_triangular
 from torch import Tensor
 
 
@@ -55,26 +65,107 @@ class LowRank:
         return LowRank(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs))
 
 
-def rank_for_ratio(d_out: int, d_in: int, ratio: float) -> int:
-    """Largest k whose factors hold at most (1 − ratio) d_out d_in numbers: ⌊(1 − ratio) d_out d_in / (d_out + d_in)⌋.
+@dataclass(frozen=True)
+class Pivoted:
+    """The same rank-k matrix as k of its own rows, C, and T, the others in terms of them: rows [C; T C] in some order.
 
-    ``ratio`` is the fraction of parameters removed, in [0, 1). This is SVD-LLM's rule (arXiv 2403.07378).
+    Row i of the matrix is row ``order[i]`` of [C; T C]. Nothing is lost, and k² numbers of the plain factors, a square
+    block that only chose a basis of the latent space, are not stored (PIFA, Zhao et al., ICML 2025).
+    """
+
+    C: Float[Tensor, "k d_in"]
+    T: Float[Tensor, "rest k"]
+    order: Int[Tensor, " d_out"]
+
+    @property
+    def rank(self) -> int:
+        """k, the number of rows kept as they are."""
+        return len(self.C)
+
+    @property
+    def n_params(self) -> int:
+        """k (d_out + d_in − k); the d_out indices of ``order`` are not counted."""
+        return self.C.numel() + self.T.numel()
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        """The matrix, multiplied out."""
+        return torch.cat([self.C, self.T @ self.C])[self.order.long()]
+
+    def to(self, *args, **kwargs) -> Pivoted:
+        """Both factors moved or cast as ``Tensor.to`` does."""
+        C, T = self.C.to(*args, **kwargs), self.T.to(*args, **kwargs)
+        return Pivoted(C, T, self.order.to(C.device))
+
+
+def pivoted(value: LowRank) -> Pivoted:
+    """The pivoted form of a rank-k matrix, k ≤ d_out; the same matrix up to rounding.
+
+    The rows are chosen by QR with column pivoting of the orthonormalised left factor, which keeps the entries of T small, so
+    that rounding T and C to a short format costs about what rounding the plain factors does.
+    """
+    if value.rank > value.shape[0]:
+        raise ValueError(f"rank {value.rank} of a {value.shape[0]} × {value.shape[1]} matrix has no pivoted form")
+    Q, R = torch.linalg.qr(value.left)
+    rows, Z = interpolative_decomposition(Q.mT, value.rank)
+    rest = torch.ones(value.shape[0], dtype=torch.bool, device=rows.device)
+    rest[rows] = False
+    order = torch.cat([rows, rest.nonzero()[:, 0]]).argsort()
+    return Pivoted(Q[rows] @ (R @ value.right), Z[:, rest].mT, order.int())
+
+
+FACTORS = ("plain", "pivoted")
+
+
+def n_params(d_out: int, d_in: int, k: int, factors: str = "plain") -> int:
+    """What factors of rank k hold: k (d_out + d_in), pivoted k (d_out + d_in − k)."""
+    check_factors(factors)
+    return k * (d_out + d_in - (k if factors == "pivoted" else 0))
+
+
+def check_factors(factors: str) -> None:
+    """Raise ``ValueError`` for a way of storing that there is not."""
+    if factors not in FACTORS:
+        raise ValueError(f"unknown factors {factors!r}; there are {', '.join(FACTORS)}")
+
+
+def rank_for_ratio(d_out: int, d_in: int, ratio: float, factors: str = "plain") -> int:
+    """Largest k whose factors hold at most (1 − ratio) d_out d_in numbers.
+
+    ``ratio`` is the fraction of parameters removed, in [0, 1). For plain factors this is SVD-LLM's rule (arXiv 2403.07378),
+    k = ⌊(1 − ratio) d_out d_in / (d_out + d_in)⌋; for pivoted ones of a square matrix k ≈ n (1 − √ratio).
 
     Raises:
         ValueError: if ``ratio`` is outside [0, 1), or removes so much that not even rank 1 is left.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
+    check_factors(factors)
     # 1 − 0.3 is not exactly 0.7: the rounding keeps a rank that is whole in exact arithmetic
-    k = int(round(d_out * d_in * (1 - ratio) / (d_out + d_in), 9))
+    budget = math.floor(round(d_out * d_in * (1 - ratio), 6))
+    k = bisect_right(range(1, min(d_out, d_in) + 1), budget, key=lambda k: n_params(d_out, d_in, k, factors))
     if k == 0:
         raise ValueError(f"ratio {ratio} leaves rank 0 for a {d_out} × {d_in} matrix")
     return k
 
 
-def saves_parameters(d_out: int, d_in: int, k: int) -> bool:
-    """Whether rank-k factors are smaller than the dense matrix, k (d_out + d_in) < d_out d_in."""
-    return k * (d_out + d_in) < d_out * d_in
+def saves_parameters(d_out: int, d_in: int, k: int, factors: str = "plain") -> bool:
+    """Whether rank-k factors are smaller than the dense matrix."""
+    return k < min(d_out, d_in) and n_params(d_out, d_in, k, factors) < d_out * d_in
+
+
+def interpolative_decomposition(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(columns, Z): A ≈ A[:, columns] Z with k columns of A, by QR with column pivoting; Z is the identity on them.
+
+    Columns beyond the numerical rank of A stand for themselves only.
+    """
+    _, R, order = qr(A.detach().cpu().double().numpy(), mode="economic", pivoting=True)
+    diagonal = np.abs(R.diagonal())
+    r = min(k, int((diagonal > max(A.shape) * np.finfo(float).eps * diagonal[0]).sum()))
+    Z = np.zeros((k, A.shape[1]))
+    Z[np.arange(k), order[:k]] = 1
+    Z[:r, order[k:]] = solve_triangular(R[:r, :r], R[:r, k:])
+    columns = torch.from_numpy(order[:k].astype(np.int64))
+    return columns.to(A.device), torch.from_numpy(Z).to(A)
 
 
 def split_rank(k: int, k1: float) -> tuple[int, int]:

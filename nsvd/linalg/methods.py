@@ -14,6 +14,7 @@ from nsvd.linalg.factors import LowRank, least_rank
 from nsvd.linalg.moments import Moments
 from nsvd.linalg.nested import nid, nsvd
 from nsvd.linalg.sola import PUBLISHED
+from nsvd.linalg.two_sided import kfac
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Method:
     def needs_moments(self) -> bool:
         """Whether the outer step looks at the inputs at all."""
         return self.outer is not family.svd
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the outer step weighs the outputs by the loss (``Moments.H``)."""
+        return self.outer is kfac
 
     def resolve(self, options: dict) -> dict:
         """The method's options, the given ones in place of the defaults; raises ``ValueError`` for one it has not."""
@@ -99,6 +105,7 @@ METHODS: dict[str, Method] = {
     "nid-2": Method("NID-II", family.asvd_2, nid, {"k1": 0.95}),
     "asvd": Method("ASVD", family.asvd, None, {"alpha": 0.5}),
     "ridge": Method("Ridge", family.ridge, None, {"mu": 0.1}),
+    "kfac": Method("K-FAC", kfac, None, {"mu": 0.03, "eta": 0.03}),
     "sola": SplitMethod("SoLA", family.asvd_1, options=PUBLISHED),
 }
 
@@ -117,6 +124,7 @@ def decompose(
     method: str = "nsvd-1",
     k: int,
     mean_abs: Float[Tensor, " d_in"] | None = None,
+    H: Float[Tensor, d_out * d_out] | None = None,
     **options: float | str,
 ) -> LowRank:
     """Rank-k factors of W by a named method, computed in float64 and returned in W's dtype.
@@ -127,10 +135,11 @@ def decompose(
         method: a name of ``METHODS``.
         k: rank of the result.
         mean_abs: mean absolute value of each input channel, (d_in,), for ``asvd-0`` and ``asvd``.
-        options: the method's own (``k1``, ``alpha``, ``mu``).
+        H: second moment of the loss's gradient with respect to the outputs, (d_out, d_out) or its diagonal, for ``kfac``.
+        options: the method's own (``k1``, ``alpha``, ``mu``, ``eta``).
 
     Raises:
-        ValueError: unknown method or option, wrong shape, rank out of range, NaN or Inf in W, G or mean_abs.
+        ValueError: unknown method or option, wrong shape, rank out of range, NaN or Inf in W, G, mean_abs or H.
         torch.linalg.LinAlgError: G is clearly not positive semidefinite.
     """
     chosen = by_name(method)
@@ -146,7 +155,11 @@ def decompose(
             if mean_abs.shape != (W.shape[1],):
                 raise ValueError(f"mean_abs is {tuple(mean_abs.shape)}, but W has {W.shape[1]} input channels")
             check_finite("mean_abs", mean_abs)
-        moments = Moments(G.double(), None if mean_abs is None else mean_abs.double())
+        if H is not None:
+            if set(H.shape) != {W.shape[0]}:
+                raise ValueError(f"H is {tuple(H.shape)}, but W has {W.shape[0]} output channels")
+            check_finite("H", H)
+        moments = Moments(*(t if t is None else t.double() for t in (G, mean_abs)), H=H if H is None else H.double())
     return chosen(W.double(), moments, k, **options).to(W.dtype)
 
 

@@ -10,17 +10,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moment G = X Xᵀ / n and mean absolute value of every input channel, over n tokens."""
+    """Second moment G = X Xᵀ / n and mean absolute value of every input channel, over n tokens.
+
+    H, where a method asks for it, is the second moment of the loss's gradient with respect to the layer's outputs, a
+    matrix or its diagonal.
+    """
 
     G: Float[Tensor, "d_in d_in"]
     mean_abs: Float[Tensor, " d_in"] | None = None
     n: int | None = None
+    H: Float[Tensor, d_out * d_out] | None = None
 
     def to(self, *args, **kwargs) -> Moments:
         """Moved or cast as ``Tensor.to`` does."""
-        return Moments(
-            self.G.to(*args, **kwargs), None if self.mean_abs is None else self.mean_abs.to(*args, **kwargs), self.n
-        )
+        G, mean_abs, H = (t if t is None else t.to(*args, **kwargs) for t in (self.G, self.mean_abs, self.H))
+        return Moments(G, mean_abs, self.n, H)
 
     def scale(self) -> Float[Tensor, " d_in"]:
         """The mean absolute values, for the methods that scale channels by them.

@@ -9,13 +9,8 @@ m − k1 coordinates only, and a sweep over k1 repeats nothing large.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from scipy.linalg import qr, solve_triangular
-from torch import Tensor
-
 from nsvd.linalg.decomposition import Decomposition, leading
-from nsvd.linalg.factors import LowRank, split_rank
+from nsvd.linalg.factors import LowRank, interpolative_decomposition, split_rank
 
 
 def nsvd(outer: Decomposition, k: int, *, k1: float = 0.95) -> LowRank:
@@ -41,18 +36,3 @@ def nid(outer: Decomposition, k: int, *, k1: float = 0.95) -> LowRank:
 def _steps(outer: Decomposition, k: int, k1: float) -> tuple[int, int]:
     outer.check_rank(k)  # with a small k1, k may exceed what W has although k1 · k does not
     return split_rank(k, k1)
-
-
-def interpolative_decomposition(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(columns, Z): A ≈ A[:, columns] Z with k columns of A, by QR with column pivoting; Z is the identity on them.
-
-    Columns beyond the numerical rank of A stand for themselves only.
-    """
-    _, R, order = qr(A.detach().cpu().double().numpy(), mode="economic", pivoting=True)
-    diagonal = np.abs(R.diagonal())
-    r = min(k, int((diagonal > max(A.shape) * np.finfo(float).eps * diagonal[0]).sum()))
-    Z = np.zeros((k, A.shape[1]))
-    Z[np.arange(k), order[:k]] = 1
-    Z[:r, order[k:]] = solve_triangular(R[:r, :r], R[:r, k:])
-    columns = torch.from_numpy(order[:k].astype(np.int64))
-    return columns.to(A.device), torch.from_numpy(Z).to(A)

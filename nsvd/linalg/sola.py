@@ -12,7 +12,7 @@ Everything else of a model is a block without primes. ``nsvd.linalg.sola_ranks``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -50,11 +50,13 @@ class Block:
         return self.permute(W).narrow(self.dim, self.prime, W.shape[self.dim] - self.prime)
 
     def moments(self, moments: Moments) -> Moments:
-        """What the block sees of the inputs: all of them, or for marginal columns only their own."""
-        if self.order is None or self.dim == ROWS:
+        """What the block sees: marginal columns their own inputs, marginal rows the gradients of their own outputs."""
+        if self.order is None:
             return moments
-        rest, scales = self.order[self.prime :].to(moments.G.device), moments.mean_abs
-        return Moments(moments.G[rest][:, rest], None if scales is None else scales[rest], moments.n)
+        G, scales, H, rest = moments.G, moments.mean_abs, moments.H, self.order[self.prime :].to(moments.G.device)
+        if self.dim == COLUMNS:
+            return replace(moments, G=G[rest][:, rest], mean_abs=None if scales is None else scales[rest])
+        return moments if H is None else replace(moments, H=H[rest] if H.ndim == 1 else H[rest][:, rest])
 
     def shape(self, d_out: int, d_in: int) -> tuple[int, int]:
         """(rows, columns) of the block of a d_out × d_in matrix."""

@@ -16,7 +16,7 @@ from nsvd.model.moments import Statistics
 from nsvd.model.prepare import naming
 from nsvd.model.sensitivity import Sensitivity, losses_with, sensitivity
 
-ALLOCATIONS = ("uniform", "strs", "spectrum")
+ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher")
 
 
 def check_allocation(
@@ -49,14 +49,17 @@ def searched(
     windows: Tensor | None,
     *,
     method: str,
+    factors: str = "plain",
     progress: bool = False,
     **options: float,
 ) -> tuple[dict[str, int], int]:
-    """Ranks by ``strs`` or ``spectrum``, and the tokens that went through the model to find them."""
+    """Ranks by ``strs``, ``spectrum`` or ``fisher``, and the tokens that went through the model to find them."""
     if allocation == "spectrum":
-        return spectrum(model, prepared, ratio, method=method, **options), 0
+        return spectrum(model, prepared, ratio, method=method, factors=factors, **options), 0
+    if allocation == "fisher":
+        return fisher(model, stats, prepared, ratio, method=method, factors=factors, **options), 0
     measured = sensitivity(model, stats, windows, method=method, prepared=prepared, progress=progress, **options)
-    return strs(model, measured, ratio), measured.tokens
+    return strs(model, measured, ratio, factors), measured.tokens
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -64,27 +67,67 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: tuple(layer.weight.shape) for name, layer in targets(model).items()}
 
 
-def uniform(model: nn.Module, ratio: float) -> dict[str, int]:
+def uniform(model: nn.Module, ratio: float, factors: str = "plain") -> dict[str, int]:
     """The same fraction of parameters removed from every layer; none at ratio 0."""
     ranks = {}
     for name, shape in shapes(model).items() if ratio else ():
         with naming(name):
-            ranks[name] = rank_for_ratio(*shape, ratio)
+            ranks[name] = rank_for_ratio(*shape, ratio, factors)
     return ranks
 
 
-def strs(model: nn.Module, measured: Sensitivity, ratio: float) -> dict[str, int]:
+def strs(model: nn.Module, measured: Sensitivity, ratio: float, factors: str = "plain") -> dict[str, int]:
     """The ASVD paper's rank search, from its table: see ``nsvd.linalg.allocation``."""
     sizes = shapes(model)
-    return cut(strs_steps(measured.scores, sizes), sizes, ratio)
+    return cut(strs_steps(measured.scores, sizes, factors), sizes, ratio, factors)
 
 
 def spectrum(
-    model: nn.Module, prepared: Mapping[str, Decomposition], ratio: float, *, method: str, **options: float
+    model: nn.Module,
+    prepared: Mapping[str, Decomposition],
+    ratio: float,
+    *,
+    method: str,
+    factors: str = "plain",
+    **options: float,
 ) -> dict[str, int]:
     """Equal relative truncation error per parameter at the margin, from the decompositions alone."""
     sizes, spectra = shapes(model), {name: one.s for name, one in prepared.items()}
-    return cut(spectrum_steps(spectra, sizes, least=by_name(method).least_rank(options)), sizes, ratio)
+    return cut(
+        spectrum_steps(spectra, sizes, factors, least=by_name(method).least_rank(options)), sizes, ratio, factors
+    )
+
+
+def fisher(
+    model: nn.Module,
+    stats: Statistics | None,
+    prepared: Mapping[str, Decomposition],
+    ratio: float,
+    *,
+    method: str,
+    factors: str = "plain",
+    **options: float,
+) -> dict[str, int]:
+    """Equal rise of the model's loss per parameter at the margin, as the output gradients predict it to second order.
+
+    The squared singular values of ``kfac`` are twice that rise, in nats a token; those of the other methods are errors of
+    the layer's output and are multiplied by mean(diag H).
+    """
+    sizes, chosen = shapes(model), by_name(method)
+    spectra = {name: one.s for name, one in prepared.items()}
+    if not chosen.needs_gradients:
+        missing = [name for name in spectra if stats is None or name not in stats or stats[name].H is None]
+        if missing:
+            raise ValueError(
+                f"allocation 'fisher' needs the gradients of layer {missing[0]}: pass windows=, or stats with them"
+            )
+        spectra = {name: s * _mean_square(stats[name].H).to(s) ** 0.5 for name, s in spectra.items()}
+    steps = spectrum_steps(spectra, sizes, factors, least=chosen.least_rank(options), relative=False)
+    return cut(steps, sizes, ratio, factors)
+
+
+def _mean_square(H: Tensor) -> Tensor:
+    return (H if H.ndim == 1 else H.diagonal()).mean()
 
 
 @torch.no_grad()

@@ -127,7 +127,8 @@ def _check_shapes(model: nn.Module, modules: dict, files: list[str]) -> None:
             keys = tensors.keys()  # safe_open itself cannot be iterated
             stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
     for name in modules:
-        for key, parameter in model.get_submodule(name).named_parameters(prefix=name):
+        layer = model.get_submodule(name)
+        for key, parameter in (*layer.named_parameters(prefix=name), *layer.named_buffers(prefix=name)):
             if key in model.all_tied_weights_keys:
                 continue
             if stored.get(key) != tuple(parameter.shape):
@@ -240,7 +241,9 @@ class _quiet:
     def __enter__(self):
         from transformers.utils import logging as hf
 
-        self.level, self.bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
+        self.hub = logging.getLogger("huggingface_hub")
+        self.level, self.bar, self.hub_level = hf.get_verbosity(), hf.is_progress_bar_enabled(), self.hub.level
+        self.hub.setLevel(logging.ERROR)  # a hub that cannot be reached is told of once, by what is raised
         hf.set_verbosity(logging.ERROR)
         hf.disable_progress_bar()
 
@@ -248,5 +251,6 @@ class _quiet:
         from transformers.utils import logging as hf
 
         hf.set_verbosity(self.level)
+        self.hub.setLevel(self.hub_level)
         if self.bar:
             hf.enable_progress_bar()

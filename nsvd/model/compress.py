@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from nsvd.linalg import Decomposition, LowRank, Method, by_name, saves_parameters
+from nsvd.linalg import METHODS, Decomposition, Method, by_name, saves_parameters
+from nsvd.linalg.factors import check_factors
 from nsvd.linalg.methods import SplitMethod
 from nsvd.model import sola
 from nsvd.model.allocation import ALLOCATIONS, check_allocation, searched, uniform
 from nsvd.model.checkpoint import is_compressed, mark_compressed
-from nsvd.model.layers import CompressedLayer, LowRankLinear, targets
-from nsvd.model.moments import Statistics, calibrate
-from nsvd.model.prepare import check_statistics, check_weights, naming, prepare, prepare_layer
-from nsvd.model.report import Clock, peak_memory, relative_errors, versions
+from nsvd.model.exchange import Exchange, layer_table
+from nsvd.model.fisher import fisher
+from nsvd.model.layers import CompressedLayer, targets
+from nsvd.model.moments import Statistics, calibrate, mix
+from nsvd.model.prepare import check_statistics, check_weights, prepare
+from nsvd.model.report import Clock, peak_memory, versions
+from nsvd.model.sampling import own_text
+
+RECIPES: dict[str, dict] = {  # what a name of several ingredients stands for; each can be overridden
+    "best": {"method": "kfac", "allocation": "fisher", "factors": "pivoted", "shifted": True},
+}
+GRADIENTS_EVERY = 4  # every fourth window is enough for the gradients
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,9 @@ class Report:
     method: str
     options: dict
     allocation: str  # of ALLOCATIONS, or "given"
+    factors: str  # of FACTORS
+    shifted: bool
+    refine: int  # steps a block
     search_tokens: int  # that went through the model to find the ranks
     ratio: float | None  # asked
     ratio_reached: float
@@ -55,56 +66,83 @@ def compress_(
     ratio: float | None = None,
     ranks: Mapping[str, int] | None = None,
     allocation: str | None = None,
-    windows: Tensor | None = None,
+    factors: str | None = None,
+    shifted: bool | None = None,
+    refine: int = 0,
+    windows: Tensor | Sequence[Tensor] | None = None,
     prepared: Mapping[str, Decomposition] | None = None,
+    seed: int = 0,
     progress: bool = False,
     **options: float | str,
 ) -> Report:
     """Replace every target layer by rank-k factors, in place, and report.
 
-    All layers are decomposed, in float64, before the first is exchanged: when something raises, the model is unchanged.
-    A layer whose factors would not be smaller than its weight stays dense and is reported so; the model's dtype is kept.
+    All layers are decomposed, in float64, before the first is exchanged (with ``shifted`` those already exchanged are put
+    back): when something raises, the model is unchanged. A layer whose factors would not be smaller than its weight stays
+    dense and is reported so; the model's dtype is kept.
 
     Args:
         model: a model with ``nn.Linear`` layers.
         stats: moments from ``calibrate`` (not needed for ``svd``).
-        method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``; for ``sola`` those of
-            ``nsvd.linalg.sola.PUBLISHED`` and of its ``inner`` method).
+        method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``, ``eta``; for ``sola`` those
+            of ``nsvd.linalg.sola.PUBLISHED`` and of its ``inner`` method). Or ``best``: ``kfac``
+            with the allocation ``fisher``, pivoted factors and shifted inputs, on text that the model samples from itself
+            where no ``windows`` are given.
         ratio: fraction of the target layers' parameters to remove, in [0, 1); 0 leaves all dense.
         ranks: in place of ``ratio``, the rank of each layer to compress; layers that are not named stay dense.
-        allocation: how ``ratio`` is shared out: ``uniform``, the default, the same for every layer; ``strs``, the ASVD paper's rank
-            search, some nine passes over ``windows`` a layer; ``spectrum``, from the singular values. The last two hold
-            all decompositions in memory at once. See ``nsvd.linalg.allocation``. For ``sola``: ``sola``, the default, or
-            ``uniform`` or ``spectrum`` over the layers that it compresses.
-        windows: token ids to search on with ``strs``, and to calibrate on when ``stats`` is not given.
+        allocation: how ``ratio`` is shared out: ``uniform`` (the default), the same for every layer; ``strs``, the ASVD
+            paper's rank search, some nine passes over ``windows`` a layer; ``spectrum``, from the singular values; ``fisher``,
+            from them and the gradients of the loss. The last three hold all decompositions in memory at once.
+            For ``sola``: ``sola`` (its default), or ``uniform`` or ``spectrum`` over the layers that it compresses.
+        factors: how they are stored: ``plain`` (the default), or ``pivoted``, which buys more rank for the same parameters.
+        shifted: take the layers in order, each for the inputs it gets after those before it are compressed.
+        refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
+            dense block gave out; goes with ``shifted``. A hundred or two are what it takes.
+        windows: token ids (count, length), or one such tensor for each of several domains that count equally: to calibrate on
+            when ``stats`` is not given, to search on with ``strs``, to take gradients from, to follow with ``shifted``.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.
+        seed: of what is sampled.
 
     Raises:
         ValueError: unknown method, option, allocation or layer; ratio or k1 out of range or rounding to nothing (the layer
             is named); NaN or Inf in a weight (the layer is named); statistics that do not fit; a model compressed before.
         FloatingPointError: NaN or Inf in an activation, from ``calibrate``, or in a loss of the search.
     """
-    chosen, settings = by_name(method), by_name(method).resolve(options)
+    chosen = base_method(method)
     splits = isinstance(chosen, SplitMethod)
-    allocation = allocation or ("sola" if splits and ranks is None else "uniform")
+    recipe = RECIPES.get(method, {"method": method, "allocation": "sola" if splits else "uniform"})
+    settings = chosen.resolve(options)
+    allocation = allocation or recipe.get("allocation" if ranks is None else "", "uniform")
+    factors = factors or recipe.get("factors", "plain")
+    shifted = recipe.get("shifted", False) if shifted is None else shifted
+    domains = [windows] if isinstance(windows, Tensor) else list(windows or ())
+    check_factors(factors)
     check_allocation(allocation, ratio, ranks, windows, among=sola.ALLOCATIONS if splits else ALLOCATIONS)
+    if splits and (factors != "plain" or shifted or refine):
+        raise ValueError(f"{chosen.label} has no pivoted factors, shifted inputs or refinement")
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
     layers, clock, tokens = targets(model), Clock(), 0
     search = allocation != "uniform" and ratio > 0 and not splits
-    wanted = _given(layers, ranks) if ranks is not None else {} if search or splits else uniform(model, ratio)
+    wanted = _given(layers, ranks) if ranks is not None else {} if search or splits else uniform(model, ratio, factors)
     check_weights(layers)
-    if stats is None and windows is not None and chosen.needs_moments:
-        stats = calibrate(model, windows, progress=progress)
-        clock.lap("calibrate")
+    if method in RECIPES and not domains:
+        domains = [own_text(model, seed=seed)]
+        clock.lap("sample")
+    judge = inner if splits and (inner := chosen.inner(options)[0]).needs_gradients else chosen
+    stats = _statistics(model, stats, domains, judge, allocation, clock, seed, progress)
+    if shifted and not domains:
+        raise ValueError("shifted inputs are followed on a text: pass windows=")
+    if refine and not shifted:
+        raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
     check_statistics(layers if search or splits else {name: layers[name] for name in wanted}, stats, chosen)
     if search:
         if prepared is None:
-            prepared = prepare(model, stats, method, progress=progress, **options)
+            prepared = prepare(model, stats, recipe["method"], progress=progress, **options)
             clock.lap("decompose")
-        wanted, tokens = searched(
-            model, stats, prepared, ratio, allocation, windows, method=method, progress=progress, **options
-        )
+        how = {"method": recipe["method"], "factors": factors, "progress": progress, **options}
+        text = torch.cat(domains) if allocation == "strs" else None
+        wanted, tokens = searched(model, stats, prepared, ratio, allocation, text, **how)
         clock.lap("search")
 
     if splits:
@@ -112,24 +150,62 @@ def compress_(
             model, layers, stats, chosen, options, ratio=ratio, ranks=ranks, allocation=allocation, prepared=prepared,
             clock=clock, progress=progress,
         )  # fmt: skip
+        for name, layer in new.items():
+            model.set_submodule(name, layer)
+        clock.lap("exchange")
+        changed = [name for name, layer in new.items() if isinstance(layer, CompressedLayer)]
     else:
-        table, factors = _factor(layers, wanted, prepared, stats, chosen, options, clock, progress)
-        new, moves = {name: LowRankLinear.from_factors(layers[name], value) for name, value in factors.items()}, []
-    for name, layer in new.items():
-        model.set_submodule(name, layer)
-    clock.lap("exchange")
+        smaller = {name: k for name, k in wanted.items() if saves_parameters(*layers[name].weight.shape, k, factors)}
+        job = Exchange(layers, stats, chosen, settings, factors, clock)
+        errors = (
+            job.in_order(model, smaller, domains, refine, progress)
+            if shifted
+            else job.at_once(model, smaller, prepared, progress)
+        )
+        table = layer_table(layers, wanted, smaller, factors, errors)
+        changed, moves = list(smaller), []
 
     before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
     size = next(iter(layers.values())).weight.element_size()
     report = Report(
-        method, settings, allocation if ranks is None else "given", tokens, ratio, 1 - after / before, before, after,
-        before * size, after * size, clock.seconds, peak_memory(), versions(), table, moves,
+        method=method, options=settings, allocation=allocation if ranks is None else "given", factors=factors,
+        shifted=shifted, refine=refine, search_tokens=tokens, ratio=ratio, ratio_reached=1 - after / before,
+        params_before=before, params_after=after, bytes_before=before * size, bytes_after=after * size,
+        seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table, moves=moves,
     )  # fmt: skip
-    if new:
-        told = ("method", "options", "allocation", "ratio", "ratio_reached")
-        details = {name: getattr(report, name) for name in told}
-        mark_compressed(model, [name for name in new if isinstance(new[name], CompressedLayer)], **details)
+    if changed:
+        told = ("method", "options", "allocation", "factors", "shifted", "refine", "ratio", "ratio_reached")
+        mark_compressed(model, changed, **{name: getattr(report, name) for name in told})
     return report
+
+
+def base_method(name: str) -> Method:
+    """The method of that name, or the one that a recipe is built on; raises ``ValueError`` with the known names."""
+    if name not in RECIPES and name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; the methods are {', '.join((*METHODS, *RECIPES))}")
+    return by_name(RECIPES.get(name, {"method": name})["method"])
+
+
+def _statistics(
+    model: nn.Module,
+    stats: Statistics | None,
+    domains: Sequence[Tensor],
+    method: Method,
+    allocation: str,
+    clock: Clock,
+    seed: int,
+    progress: bool,
+) -> Statistics | None:
+    """The given ones, or those of the windows; with gradients where they are asked for and not there yet."""
+    if stats is None and domains and method.needs_moments:
+        each = [calibrate(model, ids, progress=progress) for ids in domains]
+        stats = each[0] if len(each) == 1 else mix(each)
+        clock.lap("calibrate")
+    if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
+        each = [fisher(model, ids[::GRADIENTS_EVERY], seed=seed, progress=progress) for ids in domains]
+        stats = stats.with_gradients({name: sum(H[name] for H in each) / len(each) for name in each[0]})
+        clock.lap("gradients")
+    return stats
 
 
 def _given(layers: dict[str, nn.Linear], ranks: Mapping[str, int]) -> dict[str, int]:
@@ -139,32 +215,3 @@ def _given(layers: dict[str, nn.Linear], ranks: Mapping[str, int]) -> dict[str, 
         if not 1 <= k <= min(layers[name].weight.shape):
             raise ValueError(f"layer {name}: rank {k} is not in 1 … {min(layers[name].weight.shape)}")
     return dict(ranks)
-
-
-def _factor(
-    layers: dict[str, nn.Linear],
-    wanted: Mapping[str, int],
-    prepared: Mapping[str, Decomposition] | None,
-    stats: Statistics | None,
-    method: Method,
-    options: dict,
-    clock: Clock,
-    progress: bool,
-) -> tuple[pd.DataFrame, dict[str, LowRank]]:
-    """A row a layer for the report, and the factors, in the model's dtype, of those that become smaller."""
-    rows, factors = [], {}
-    for name, layer in tqdm(layers.items(), "compress", disable=not progress, leave=False):
-        d_out, d_in, k = *layer.weight.shape, wanted.get(name)
-        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": k, "dense": True, "params": d_out * d_in}
-        if k is not None and saves_parameters(d_out, d_in, k):
-            have = None if prepared is None else prepared[name].to(layer.weight.device)
-            one = have or prepare_layer(layer, name, stats, method, options)
-            clock.lap("decompose")
-            with naming(name):
-                value = method.cut(one, k, **options)
-            factors[name] = value.to(layer.weight.dtype)
-            clock.lap("cut")
-            row |= {"dense": False, "params": value.n_params} | relative_errors(layer, value, stats, name)
-            clock.lap("errors")
-        rows.append(row)
-    return pd.DataFrame(rows).astype({"rank": "Int64"}), factors

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nsvd.linalg import LowRank
+from nsvd.linalg import LowRank, Pivoted, pivoted
 from nsvd.linalg.sola import COLUMNS, ROWS, Split
 
 
@@ -91,6 +91,64 @@ class LowRankLinear(CompressedLayer):
         dense.weight.copy_(left.to(exact) @ right.to(exact))
         if bias is not None:
             dense.bias.copy_(bias)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.rank} -> {self.out_features}"
+
+
+class PivotedLinear(CompressedLayer):
+    """z = down x; y = [z; up z] in some order, + bias: k outputs are computed as they were, the others from them.
+
+    ``down`` holds C (k, d_in), ``up`` T (d_out − k, k), the buffer ``order`` (d_out,) where each output stands. See
+    ``nsvd.linalg.Pivoted``: the same matrix as rank-k factors, with k² numbers less to store and to multiply.
+    """
+
+    kind = "pivoted"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, *, device=None, dtype=None):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("order", torch.empty(out_features, device=device, dtype=torch.int32))
+
+    @classmethod
+    def like(cls, layer: nn.Linear, rank: int) -> PivotedLinear:
+        if not 1 <= rank < min(layer.weight.shape):
+            raise ValueError(f"rank {rank} of a {layer.out_features} × {layer.in_features} matrix")
+        weight, bias = layer.weight, layer.bias is not None
+        return cls(layer.in_features, layer.out_features, rank, bias, device=weight.device, dtype=weight.dtype)
+
+    @classmethod
+    @torch.no_grad()
+    def from_factors(cls, layer: nn.Linear, factors: Pivoted) -> PivotedLinear:
+        """The layer with its weight replaced by the factors, its bias kept."""
+        new = cls.like(layer, factors.rank).requires_grad_(layer.weight.requires_grad)
+        new.down.weight.copy_(factors.C)
+        new.up.weight.copy_(factors.T)
+        new.order.copy_(factors.order)
+        if layer.bias is not None:
+            new.bias.copy_(layer.bias)
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.down(x)
+        y = torch.cat([z, self.up(z)], dim=-1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias
+
+    def spec(self) -> dict[str, int]:
+        return {"rank": self.rank}
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        C, T = self.down.weight, self.up.weight
+        exact = torch.promote_types(C.dtype, torch.float32)
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=C.device, dtype=C.dtype)
+        dense.weight.copy_(Pivoted(C.to(exact), T.to(exact), self.order).dense())
+        if self.bias is not None:
+            dense.bias.copy_(self.bias)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:
@@ -181,7 +239,15 @@ class SplitColumns(SplitLinear):
         return self.prime(x[..., :p]) + self.up(self.down(x[..., p:]))
 
 
-LAYERS: dict[str, type[CompressedLayer]] = {layer.kind: layer for layer in (LowRankLinear, SplitRows, SplitColumns)}
+KINDS = (LowRankLinear, PivotedLinear, SplitRows, SplitColumns)
+LAYERS: dict[str, type[CompressedLayer]] = {layer.kind: layer for layer in KINDS}
+
+
+def stand_in(layer: nn.Linear, value: LowRank, factors: str) -> CompressedLayer:
+    """What takes the place of a layer: the factors as they are (``plain``) or ``pivoted``, in the layer's dtype."""
+    if factors == "pivoted":
+        return PivotedLinear.from_factors(layer, pivoted(value))
+    return LowRankLinear.from_factors(layer, value)
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -45,19 +45,22 @@ class Statistics(Mapping[str, Moments]):
     """The moments of every layer's inputs: a mapping from layer name, in forward order.
 
     Layers that read one and the same input (queries, keys and values, say) share one entry of ``moments``;
-    ``inputs`` says which, by the name of the first layer that reads it. ``origin`` tells what was measured.
+    ``inputs`` says which, by the name of the first layer that reads it. ``origin`` tells what was measured. ``gradients``
+    holds, for the methods that ask for it, H of every layer, from ``fisher``.
     """
 
     moments: dict[str, Moments]
     inputs: dict[str, str]
     origin: dict = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, layer: str) -> Moments:
         if layer not in self.inputs:
             raise KeyError(
                 f"the statistics hold no layer {layer!r}; they were taken from {self.origin.get('model', '?')}"
             )
-        return self.moments[self.inputs[layer]]
+        moments = self.moments[self.inputs[layer]]
+        return replace(moments, H=self.gradients[layer]) if layer in self.gradients else moments
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.inputs)
@@ -65,11 +68,17 @@ class Statistics(Mapping[str, Moments]):
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def with_gradients(self, gradients: Mapping[str, Tensor]) -> Statistics:
+        """The same with H of every layer, as ``fisher`` returns it."""
+        return replace(self, gradients=dict(gradients))
+
     def save(self, file: str | Path) -> None:
         """Write everything to one safetensors file."""
         tensors = {f"{name}.G": m.G.contiguous() for name, m in self.moments.items()}
         tensors |= {f"{name}.mean_abs": m.mean_abs.contiguous() for name, m in self.moments.items()}
+        tensors |= {f"{name}.H": H.contiguous() for name, H in self.gradients.items()}
         about = {"inputs": self.inputs, "n": {name: m.n for name, m in self.moments.items()}, "origin": self.origin}
+        about["gradients"] = list(self.gradients)
         with replacing(file) as part:
             save_file(tensors, part, metadata={"nsvd_statistics": json.dumps(about)})
 
@@ -85,9 +94,38 @@ class Statistics(Mapping[str, Moments]):
                     name: Moments(stored.get_tensor(f"{name}.G"), stored.get_tensor(f"{name}.mean_abs"), n)
                     for name, n in about["n"].items()
                 }
+                gradients = {name: stored.get_tensor(f"{name}.H") for name in about.get("gradients", [])}
         except (SafetensorError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is not a statistics file: {error}") from error
-        return cls(moments, about["inputs"], about["origin"])
+        return cls(moments, about["inputs"], about["origin"], gradients)
+
+
+def mix(domains: Sequence[Statistics], weights: Sequence[float] | None = None) -> Statistics:
+    """Statistics of several domains as one metric: G = c Σ_d w_d G_d / mean(diag G_d), of equal or given weights w.
+
+    c = Σ_d w_d mean(diag G_d) gives the metric the average scale back; mean absolute values are mixed alike, and gradients,
+    where all domains have them, averaged. All must be of the same layers, weights at least 0 and not all 0.
+    """
+    weights = [1.0] * len(domains) if weights is None else list(weights)
+    if len(weights) != len(domains) or not domains or min(weights) < 0 or sum(weights) == 0:
+        raise ValueError(f"{len(domains)} domains and the weights {weights}: give one weight, not negative, for each")
+    shares = [w / sum(weights) for w in weights]
+    first = domains[0]
+    if any(other.inputs != first.inputs for other in domains):
+        raise ValueError("the statistics to mix are not of the same layers")
+    moments = {name: _mixed([d.moments[name] for d in domains], shares) for name in first.moments}
+    gradients = {}
+    if all(d.gradients for d in domains):
+        gradients = {n: sum(w * d.gradients[n] for w, d in zip(shares, domains, strict=True)) for n in first.gradients}
+    return Statistics(moments, first.inputs, {"mixed": [d.origin for d in domains], "weights": shares}, gradients)
+
+
+def _mixed(parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
+    scales = [m.G.diagonal().mean().clamp(min=torch.finfo(m.G.dtype).tiny) for m in parts]
+    scale = sum(w * s for w, s in zip(shares, scales, strict=True))
+    G = sum(w * scale / s * m.G for w, s, m in zip(shares, scales, parts, strict=True))
+    mean_abs = sum(w * (scale / s).sqrt() * m.mean_abs for w, s, m in zip(shares, scales, parts, strict=True))
+    return Moments(G, mean_abs, sum(m.n for m in parts))
 
 
 @torch.no_grad()

@@ -62,6 +62,10 @@ def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, 
     if stats is None:
         raise ValueError(f"{method.label} needs statistics: pass stats= from calibrate(), or windows= to calibrate on")
     for name, layer in layers.items():
+        if method.needs_gradients and name not in stats.gradients:
+            raise ValueError(
+                f"{method.label} weighs the outputs of layer {name} by the loss: pass windows=, or stats with gradients"
+            )
         if name not in stats:
             raise ValueError(f"the statistics hold no layer {name}; were they taken from another model?")
         if len(stats[name].G) != layer.in_features:

@@ -24,7 +24,7 @@ from nsvd.linalg.sola_ranks import Move, common, even, on_grid, search
 from nsvd.model.blocks import blocks, kind
 from nsvd.model.layers import LowRankLinear, SplitColumns, SplitRows
 from nsvd.model.moments import Statistics
-from nsvd.model.prepare import naming, prepare_layer
+from nsvd.model.prepare import check_statistics, naming, prepare_layer
 from nsvd.model.report import Clock, relative_errors
 from nsvd.model.roles import Roles, roles
 
@@ -57,6 +57,7 @@ def split(
     settings, (inner, rest) = method.resolve(options), method.inner(options)
     found = roles(model)
     parts = blocks(layers, found, stats, settings, ratio)
+    check_statistics({name: layers[name] for name in parts}, stats, inner)
     if unknown := [name for name in ranks or () if name not in parts]:
         raise ValueError(f"layer {unknown[0]} is not one that SoLA compresses with {_exclusions(settings)}")
     clock.lap("roles")

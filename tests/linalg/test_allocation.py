@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsvd.linalg import rank_for_ratio, saves_parameters
-from nsvd.linalg.allocation import after, cut, cut_where, n_params, spectrum_steps, strs_steps
+from nsvd.linalg.allocation import after, cut, cut_where, spectrum_steps, strs_steps, total
 from nsvd.linalg.factors import least_rank, split_rank
 
 KEPT = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -39,21 +39,19 @@ def spectra(draw, layers: int = 5, largest: int = 40):
 
 
 def reachable(steps, shapes, ratio) -> bool:
-    return n_params(after(steps), shapes) <= (1 - ratio) * n_params({}, shapes)
+    return total(after(steps), shapes) <= (1 - ratio) * total({}, shapes)
 
 
 def assert_met(steps, shapes, ratio):
     """From below, and by less than a rank of the layer that moved last."""
-    ranks, target = cut(steps, shapes, ratio), (1 - ratio) * n_params({}, shapes)
-    assert n_params(ranks, shapes) <= target + 1e-6
+    ranks, target = cut(steps, shapes, ratio), (1 - ratio) * total({}, shapes)
+    assert total(ranks, shapes) <= target + 1e-6
     if ranks:
-        best = after(
-            steps[: next(c for c in itertools.count(1) if n_params(after(steps[:c]), shapes) <= target + 1e-6)]
-        )
+        best = after(steps[: next(c for c in itertools.count(1) if total(after(steps[:c]), shapes) <= target + 1e-6)])
         moved = [layer for layer in ranks if ranks[layer] != best[layer]]
         assert len(moved) <= 1
         assert all(ranks[layer] >= best[layer] for layer in ranks)
-        assert target - n_params(ranks, shapes) < max(sum(shapes[layer]) for layer in moved or ranks)
+        assert target - total(ranks, shapes) < max(sum(shapes[layer]) for layer in moved or ranks)
     assert all(saves_parameters(*shapes[layer], k) for layer, k in ranks.items())
 
 
@@ -82,14 +80,14 @@ def test_spectrum_meets_the_target_from_below(drawn, ratio):
 def test_bisection_finds_what_trying_every_cut_finds(table, ratio):
     """The best cut of all that meet the target, not the last one looked at."""
     rows, shapes = table
-    steps, target = strs_steps(rows, shapes), (1 - ratio) * n_params({}, shapes) + 1e-6
-    admissible = [c for c in range(len(steps) + 1) if n_params(after(steps[:c]), shapes) <= target]
+    steps, target = strs_steps(rows, shapes), (1 - ratio) * total({}, shapes) + 1e-6
+    admissible = [c for c in range(len(steps) + 1) if total(after(steps[:c]), shapes) <= target]
     if not admissible:
         return
     ranks, brute = cut(steps, shapes, ratio), after(steps[: admissible[0]])
     if admissible[0]:
         last = steps[admissible[0] - 1][0]
-        while n_params(brute | {last: brute[last] + 1}, shapes) <= target:
+        while total(brute | {last: brute[last] + 1}, shapes) <= target:
             brute[last] += 1
     assert ranks == brute
 
@@ -156,16 +154,16 @@ def test_a_measured_target_gets_the_most_steps_that_are_admitted(table, most):
     """For a monotone measurement the last admitted cut, in few probes; the answer itself was probed and admitted."""
     rows, shapes = table
     steps, probed = strs_steps(rows, shapes), []
-    limit = n_params(after(steps[:most]), shapes)
+    limit = total(after(steps[:most]), shapes)
 
     def admissible(ranks):
-        probed.append((dict(ranks), n_params(ranks, shapes) >= limit))
+        probed.append((dict(ranks), total(ranks, shapes) >= limit))
         return probed[-1][1]
 
     ranks = cut_where(steps, admissible)
     assert (ranks, True) in probed
     assert len(probed) <= 2 + math.ceil(math.log2(len(steps) + 1))
-    later = [c for c in range(len(steps) + 1) if n_params(after(steps[:c]), shapes) >= limit]
+    later = [c for c in range(len(steps) + 1) if total(after(steps[:c]), shapes) >= limit]
     assert ranks == after(steps[: later[-1]])
 
 
@@ -193,7 +191,7 @@ def test_no_choice_of_ranks_is_better_than_a_cut_of_the_spectrum(drawn):
     everything = [(sum(o[1] for o in c), sum(o[2] for o in c)) for c in itertools.product(*options.values())]
     for c in range(len(steps) + 1):
         ranks = after(steps[:c])
-        size = n_params(ranks, shapes)
+        size = total(ranks, shapes)
         ours = sum(errors(values[layer], shapes[layer], ranks.get(layer)) for layer in shapes)
         assert ours <= min(error for n, error in everything if n <= size) + 1e-9
 

@@ -1,5 +1,7 @@
 """SoLA's sentences: neurons change places freely, the block sees its own inputs, the search keeps to its rules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -122,9 +124,13 @@ def test_marginal_columns_are_factored_for_their_own_inputs():
         assert loss < x.loss(block.join(x.W, wrong).dense())
 
 
-def test_marginal_rows_are_factored_for_all_inputs():
-    moments = layer(NEURONS, 9, 3).moments
-    assert Block(order(), PRIME, ROWS).moments(moments) is moments
+def test_marginal_rows_are_factored_for_all_inputs_and_their_own_gradients():
+    moments, block = layer(NEURONS, 9, 3).moments, Block(order(), PRIME, ROWS)
+    assert block.moments(moments) is moments
+    H, rest = torch.randn(NEURONS, NEURONS), block.order[PRIME:]
+    assert torch.equal(block.moments(replace(moments, H=H)).H, H[rest][:, rest])
+    assert torch.equal(block.moments(replace(moments, H=H[0])).H, H[0, rest])
+    assert block.moments(replace(moments, H=H)).G is moments.G
 
 
 def test_prime_neurons_are_the_largest():

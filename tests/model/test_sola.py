@@ -179,11 +179,12 @@ def test_a_dense_layer_beside_a_split_one_follows_its_neurons(stats):
     torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("inner", ["svd", "nsvd-1", "ridge"])
-def test_another_method_factors_the_blocks(inner, stats):
+@pytest.mark.parametrize("inner", ["svd", "nsvd-1", "ridge", "kfac"])
+def test_another_method_factors_the_blocks(inner):
+    """One that weighs outputs by the loss included: its gradients are those of the marginal neurons."""
     options = {"k1": 0.5} if inner == "nsvd-1" else {}
     model, ours = tiny_model(), compressed(tiny_model(), IDS, k1=0.5, **SMALL, inner="nsvd-1")
-    report = nsvd.compress_(model, stats, ratio=0.3, inner=inner, **SMALL, **options)
+    report = nsvd.compress_(model, windows=IDS, ratio=0.3, inner=inner, **SMALL, **options)
     assert report.options["inner"] == inner
     assert torch.equal(logits(model), logits(ours)) == (inner == "nsvd-1")
 
@@ -273,6 +274,9 @@ def test_the_same_model_with_equal_neurons_is_split(mix):
         ({"ratio": 0.3, "keep_outer": 0, "grid": 0}, "grid is 0"),
         ({"ratio": 0.3, "allocation": "strs"}, "unknown allocation 'strs'"),
         ({"ratio": 0.3, "inner": "sola"}, "inner is 'sola'"),
+        ({"ratio": 0.3, "inner": "kfac", "keep_outer": 0}, "K-FAC weighs the outputs"),
+        ({"ratio": 0.3, "factors": "pivoted"}, "SoLA has no pivoted factors"),
+        ({"ratio": 0.3, "shifted": True}, "SoLA has no pivoted factors, shifted"),
         ({"ratio": 0.3, "k1": 0.5}, "no option k1"),
         ({"ranks": {"model.layers.0.self_attn.v_proj": 4}, "keep_outer": 0}, "not one that SoLA compresses"),
         ({"ranks": {"nonsense": 4}}, "no layer 'nonsense'"),

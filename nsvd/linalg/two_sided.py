@@ -1,0 +1,73 @@
+r"""A metric on both sides of the weight: what the inputs look like, and what the loss makes of the outputs.
+
+The ASVD family asks how far Ŵ X is from W X, every output channel counting the same. To second order the model's loss
+changes by
+
+    ½ E[(gᵀ (W − Ŵ) x)²]  ≈  ½ tr(H (W − Ŵ) G (W − Ŵ)ᵀ),    G = E[x xᵀ],  H = E[g gᵀ],
+
+with g the gradient of the loss with respect to the layer's output and the expectation over labels drawn from the model
+itself (the Fisher information; its Kronecker factors, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671). The right side
+is again the truncation of one singular value decomposition. Its squared singular values are losses, in nats a token, of
+whatever layer they come from, so one threshold on them shares out a budget over all layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nsvd.linalg.asvd import ridged
+from nsvd.linalg.decomposition import Decomposition, from_metric
+from nsvd.linalg.moments import Moments
+
+
+def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.03, eta: float = 0.03) -> Decomposition:
+    """Minimise tr(H_η (W − Ŵ) G_μ (W − Ŵ)ᵀ) at every rank, with ridges G_μ = G + μ mean(diag G) I and H_η likewise.
+
+    The minimum is Σ_{i>k} s_i², half of it the predicted rise of the loss. H may be a matrix (d_out, d_out) or the
+    vector of a diagonal one; a multiple of the identity gives ``ridge``.
+
+    Raises:
+        ValueError: if the moments carry no H, or a ridge is negative.
+        torch.linalg.LinAlgError: if H_η is not positive definite.
+    """
+    if moments.H is None:
+        raise ValueError("this method weighs outputs by the loss: it needs H, from fisher()")
+    return from_metrics(W, ridged(moments.G, mu, "mu"), ridged(moments.H, eta, "eta"))
+
+
+def from_metrics(
+    W: Float[Tensor, "d_out d_in"], M: Float[Tensor, "d_in d_in"], N: Float[Tensor, d_out * d_out]
+) -> Decomposition:
+    r"""Minimise ‖N^{1/2} (W − Ŵ) M^{1/2}‖_F at every rank: Ŵ = N^{-1/2} [N^{1/2} W M^{1/2}]_k M^{-1/2}.
+
+    As with one metric no root or inverse of M is needed, Ŵ = N^{-1/2} U_k U_kᵀ N^{1/2} W: a projection of the outputs,
+    oblique now. The columns of ``U`` in the result are those of N^{-1/2} U at unit length, not orthogonal.
+    """
+    if N.ndim == 1:
+        if not (N > 0).all():
+            raise torch.linalg.LinAlgError("the output metric has an entry that is not positive")
+        root = N.sqrt()
+        weighted = from_metric(root[:, None] * W, M)
+        U = weighted.U / root[:, None]
+    else:
+        L = torch.linalg.cholesky(N)
+        weighted = from_metric(L.mT @ W, M)
+        U = torch.linalg.solve_triangular(L.mT, weighted.U, upper=True)
+    length = U.norm(dim=0)
+    coords = length[:, None] * weighted.coords
+    return Decomposition(U / length, weighted.s, coords, coords)
+
+
+def shifted(
+    W: Float[Tensor, "d_out d_in"], G: Float[Tensor, "d_in d_in"], E: Float[Tensor, "d_out d_in"], *, mu: float
+) -> Float[Tensor, "d_out d_in"]:
+    r"""The full-rank minimiser of ‖W X' + D − B X'‖² / n + λ ‖W − B‖², λ = μ mean(diag G): B* = W + E (G + λI)⁻¹.
+
+    X' (d_in, n) are the inputs that the layer gets once what lies before it is compressed, D (d_out, n) is what is missing at
+    its output, G = X' X'ᵀ / n and E = D X'ᵀ / n. With D = W (X − X') the target is the dense layer's output W X (AA-SVD,
+    arXiv 2604.02119); with nothing missing B* = W. For any B the objective is tr((B − B*) (G + λI) (B − B*)ᵀ) plus a
+    constant, so the best B of rank k is the truncation of B* in the metric G + λI.
+    """
+    return W + torch.linalg.solve(ridged(G, mu), E, left=False)

@@ -1,0 +1,70 @@
+"""What the loss makes of every layer's outputs: the output side of the Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from nsvd.model.hooks import evaluating
+from nsvd.model.layers import targets
+from nsvd.model.sampling import draw
+
+
+def fisher(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    layers: Iterable[str] | None = None,
+    diagonal: bool = False,
+    seed: int = 0,
+    batch: int = 8,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """H = E[g gᵀ] by layer name, (d_out, d_out), g the gradient of a window's loss with respect to the layer's output.
+
+    The loss is the summed negative log-likelihood, in nats, of labels drawn from the model's own predictions at every
+    position, which makes H the Fisher information of the outputs and not an accident of the text. One forward and one
+    backward pass, no gradient of a parameter; float64 sums, averaged over tokens. ``diagonal=True`` keeps E[g²] only, (d_out,).
+
+    Raises:
+        FloatingPointError: if a gradient holds NaN or Inf; the layer is named.
+    """
+    names = list(targets(model) if layers is None else layers)
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        g = gradient.reshape(-1, gradient.shape[-1]).double()
+        new = g.square().sum(0) if diagonal else g.mT @ g
+        sums[name] = sums[name] + new if name in sums else new
+
+    device = next(model.parameters()).device
+    generator, frozen = torch.Generator(device).manual_seed(seed), [p for p in model.parameters() if p.requires_grad]
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.enable_grad())
+        stack.callback(lambda: [p.requires_grad_(True) for p in frozen])
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        embedding = model.get_input_embeddings()
+        leaf = embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_(True).clone())
+        stack.callback(leaf.remove)
+        for name in names:
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda _m, _a, out, name=name: out.register_hook(lambda g: add(name, g)) and None
+            )
+            stack.callback(hook.remove)
+        for ids in tqdm(windows.split(batch), "fisher", disable=not progress, leave=False):
+            logits = model(input_ids=ids.to(device), use_cache=False).logits.float().flatten(0, 1)
+            labels = draw(logits.detach().softmax(-1), generator)[:, 0]
+            cross_entropy(logits, labels, reduction="sum").backward()
+    for name in names:
+        if name not in sums:
+            raise ValueError(f"no gradient reached layer {name}")
+        if not sums[name].isfinite().all():
+            raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
+    return {name: (sums[name] / windows.numel()).cpu() for name in names}

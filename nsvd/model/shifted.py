@@ -1,0 +1,251 @@
+"""Layer after layer, each for the inputs it will really get: two streams of hidden states, one pass over the blocks.
+
+The dense stream is what the model was, the compressed stream what it has become so far. Every layer is replaced by the best
+factors for its inputs in the compressed stream, with the dense stream as the target (AA-SVD, arXiv 2604.02119). The target is
+what the dense stream holds at the *landmark* of the layer: the last place in the block that moves by exactly what the layer's
+output is moved by. For a projection that is added to the residual stream this is the stream after the addition, so that the
+error of everything before is made up for as far as the rank allows; for others it is the layer's own output. Landmarks are found by
+trying, not by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.linalg import Moments
+from nsvd.linalg.two_sided import shifted
+from nsvd.model.hooks import evaluating, watch_calls
+from nsvd.model.layers import exchanged
+from nsvd.model.moments import shared_inputs
+
+Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
+
+
+@dataclass
+class Batch:
+    """Windows of one domain on their way through the blocks."""
+
+    domain: int
+    dense: Tensor  # hidden states (count, length, d) before the block
+    ours: Tensor
+    calls: list[tuple[tuple, dict]]  # the other arguments of every block
+    after: Tensor | None = None  # the dense stream behind the block, once a measurement has come by there
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer that was waited for."""
+
+
+@torch.no_grad()
+def replace_in_order_(
+    model: nn.Module,
+    domains: Sequence[Tensor],
+    names: Sequence[str],
+    replace: Replace,
+    *,
+    mu: float,
+    finish: Callable[[int, nn.Module, Sequence[Batch]], None] | None = None,
+    batch: int = 16,
+    progress: bool = False,
+) -> None:
+    """Exchange the named layers, block by block and in forward order, for what ``replace`` makes of target and moments.
+
+    All ``domains`` (token ids, count × length each) have equal weight, as in ``moments.mix``; ``mu`` is the ridge that keeps a
+    target near the layer's own weight where its inputs say nothing. One block runs at a time; the hidden states of the
+    calibration text, twice, are all that is held besides. ``finish`` is called with every block once its layers are exchanged and
+    the dense stream behind it is known. What was exchanged stays exchanged when something raises.
+
+    Raises:
+        ValueError: if a layer is in none of the model's blocks; it is named.
+        FloatingPointError: if an input holds NaN or Inf; the layer is named.
+    """
+    name, blocks = decoder_blocks(model)
+    leaders = shared_inputs(model, names, domains[0][:1, :8])
+    lost = [layer for layer in names if layer not in leaders or not layer.startswith(f"{name}.")]
+    if lost:
+        raise ValueError(f"layer {lost[0]} is in none of the blocks {name}, so it cannot be compressed in their order")
+    with evaluating(model):
+        batches = [_enter(model, blocks, domain, ids) for domain, ids in _batches(domains, batch)]
+        for index, block in enumerate(tqdm(blocks, "shifted", disable=not progress, leave=False)):
+            here = [layer for layer in names if layer.startswith(f"{name}.{index}.")]
+            before = {layer: model.get_submodule(layer) for layer in here}
+            for leader in dict.fromkeys(leaders[layer] for layer in here):
+                group = [layer for layer in here if leaders[layer] == leader]
+                _replace_group(model, index, block, leader, group, before, batches, len(domains), replace, mu)
+            for item in batches:
+                if item.after is None:
+                    with exchanged(model, before):
+                        item.after = run_block(block, item.dense, item.calls[index])
+            if finish is not None:
+                finish(index, block, batches)
+            for item in batches:
+                item.dense, item.ours, item.after = item.after, run_block(block, item.ours, item.calls[index]), None
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of blocks that hidden states go through, and its name: the longest of the model's module lists."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of blocks to go through in order")
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def _replace_group(
+    model: nn.Module,
+    index: int,
+    block: nn.Module,
+    leader: str,
+    group: Sequence[str],
+    before: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    domains: int,
+    replace: Replace,
+    mu: float,
+) -> None:
+    """Measure what arrives at one input, and what is missing at the landmark; exchange the layers that read it."""
+    layer = model.get_submodule(leader)
+    place = _landmark(block, layer, batches[0], index) if len(group) == 1 else layer
+    sums = [_Sums() for _ in range(domains)]
+    for item in batches:
+        call = item.calls[index]
+        with exchanged(model, before):
+            at = before[leader] if place is layer else place
+            wanted = _value_at(at, block, item.dense, call)
+        item.after = wanted if place is None else item.after
+        with _inputs_of(layer) as seen:
+            have = _value_at(place, block, item.ours, call)
+        sums[item.domain].add(seen[0], wanted - have)
+    G, missing = _mixed(sums)
+    if not (G.isfinite().all() and missing.isfinite().all()):
+        raise FloatingPointError(f"the input of layer {leader} holds NaN or Inf on the calibration text")
+    for name in group:
+        W = before[name].weight.double()
+        target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
+        model.set_submodule(name, replace(name, target, Moments(G)))
+
+
+class _Sums:
+    """Σ x' x'ᵀ and Σ y x'ᵀ over tokens; products in the streams' precision (float32 at least), summed in float64."""
+
+    def __init__(self) -> None:
+        self.n, self.outer, self.cross = 0, 0.0, 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = (t.flatten(0, -2).to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
+        self.outer, self.cross = self.outer + (x.mT @ x).double(), self.cross + (y.mT @ x).double()
+        self.n += len(x)
+
+
+def _mixed(sums: Sequence[_Sums]) -> tuple[Tensor, Tensor]:
+    """G and C of all domains, each weighed by 1 / mean(diag G_d) as in ``moments.mix``."""
+    scales = [s.outer.diagonal().mean() for s in sums]
+    scale = sum(t / s.n for t, s in zip(scales, sums, strict=True)) / len(sums)
+    outer, cross = (
+        sum(getattr(s, part) / t for t, s in zip(scales, sums, strict=True)) * scale / len(sums)
+        for part in ("outer", "cross")
+    )
+    return outer, cross
+
+
+def _batches(domains: Sequence[Tensor], batch: int) -> Iterator[tuple[int, Tensor]]:
+    for domain, windows in enumerate(domains):
+        for ids in windows.split(batch):
+            yield domain, ids
+
+
+def _enter(model: nn.Module, blocks: nn.ModuleList, domain: int, ids: Tensor) -> Batch:
+    """Hidden states before the first block and the other arguments of every block, from one pass of the dense model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    calls: dict[str, tuple[tuple, dict]] = {}
+    wanted = [names[id(block)] for block in blocks]
+    with watch_calls(model, wanted, lambda name, args, kwargs: calls.__setitem__(name, (args, dict(kwargs)))):
+        body = getattr(model, "base_model", model)
+        body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    states, rest = None, []
+    for name in wanted:
+        args, kwargs = calls[name]
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        states = hidden if states is None else states
+        rest.append((args[1:], kwargs))
+    return Batch(domain, states, states, rest)
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
+    """The block's output (count, length, d) for hidden states and its other arguments."""
+    args, kwargs = call
+    out = block(hidden, *args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
+    """The input of a module of the block, which is run no further than that; None is the block's output."""
+    if place is None:
+        return run_block(block, hidden, call)
+
+    def reached(_module: nn.Module, _args: tuple) -> None:
+        raise _Reached
+
+    with _inputs_of(place) as seen:
+        handle = place.register_forward_pre_hook(reached)
+        try:
+            run_block(block, hidden, call)
+        except _Reached:
+            return seen[0]
+        finally:
+            handle.remove()
+    raise RuntimeError("a module that ran before did not run again")
+
+
+def _landmark(block: nn.Module, layer: nn.Module, item: Batch, index: int) -> nn.Module | None:
+    """The last module whose input, or None if the block's output, moves by exactly what the layer's output is moved by.
+
+    Where there is none it is the layer itself.
+    """
+    hidden, call, moves = item.ours, item.calls[index], []
+
+    def move(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:
+        moves.append(out.flip(-1))  # some direction of the output's own size
+        return out + moves[0]
+
+    plain = _arrivals(block, hidden, call)
+    handle = layer.register_forward_hook(move)
+    try:
+        moved = _arrivals(block, hidden, call)
+    finally:
+        handle.remove()
+    close = max(1e-3, 8 * torch.finfo(hidden.dtype).eps) * moves[0].norm()
+    for place in reversed(plain):
+        same = place in moved and moved[place].shape == moves[0].shape == plain[place].shape
+        if same and (moved[place] - plain[place] - moves[0]).norm() <= close:
+            return place
+    return layer
+
+
+def _arrivals(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> dict[nn.Module | None, Tensor]:
+    """The input of every module of the block in the order they run, and at last, under None, the block's output."""
+    inputs: dict[nn.Module | None, Tensor] = {}
+    inner = {name: module for name, module in block.named_modules() if module is not block}
+
+    def observe(name: str, args: tuple, _kwargs: dict) -> None:
+        if args and isinstance(args[0], Tensor):
+            inputs[inner[name]] = args[0]
+
+    with watch_calls(block, inner, observe):
+        out = run_block(block, hidden, call)
+    return inputs | {None: out}
