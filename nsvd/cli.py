@@ -57,7 +57,8 @@ def compress(chosen: argparse.Namespace) -> None:
     from nsvd.model.compress import RECIPES, base_method
 
     method = base_method(chosen.method)
-    options = {name: value for name in ("k1", "alpha", "mu", "eta") if (value := getattr(chosen, name)) is not None}
+    names = ("k1", "alpha", "mu", "eta", *nsvd.METHODS["sola"].options)
+    options = {name: value for name in names if (value := getattr(chosen, name)) is not None}
     method.resolve(options)
     if chosen.ratio is None and chosen.cache_ratio is None:
         raise ValueError("give --ratio, --cache-ratio or both")
@@ -88,7 +89,7 @@ def compress(chosen: argparse.Namespace) -> None:
             model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, factors=chosen.factors,
             shifted=chosen.shifted, refine=chosen.refine, windows=windows, seed=chosen.seed, progress=bar, **options,
         )  # fmt: skip
-        about |= _as_json(report)
+        about |= _as_json(report) | ({"moves": report.moves} if report.moves else {})
         dense = int(report.table.dense.sum())
         said.append(
             f"{report.ratio_reached:.1%} of {report.params_before:,} parameters removed ({report.params_after:,} left), "
@@ -231,12 +232,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--alpha", type=float, help="exponent of the channel scales (asvd)")
     sub.add_argument("--mu", type=float, help="ridge, as a multiple of mean(diag G) (ridge, kfac, best)")
     sub.add_argument("--eta", type=float, help="ridge on the output side, as a multiple of mean(diag H) (kfac, best)")
+    sub.add_argument("--prime", type=float, help="fraction of the neurons that stay dense (sola)")
+    sub.add_argument("--inner", help="method of the blocks that are factored (sola)")
+    sub.add_argument("--grid", type=int, help="ranks are multiples of it (sola)")
+    sub.add_argument("--floor", type=float, help="share of its energy below which a block is left alone (sola)")
+    sub.add_argument("--keep-outer", type=int, help="blocks at each end that stay dense (sola)")
+    sub.add_argument("--compress-v", action="store_true", default=None, help="compress value projections, too (sola)")
+    sub.add_argument("--o-from", type=float, help="ratio from which on output projections are compressed (sola)")
     sub.add_argument(
         "--calibration", metavar="CORPUS",
         help="a corpus, self (sampled from the model), random, or a sum such as self+wikitext2 "
         "(default: self for best, else mini/encyclopedia)",
     )  # fmt: skip
-    sub.add_argument("--allocation", choices=["uniform", "strs", "spectrum", "fisher"], help="how ranks are shared out")
+    sub.add_argument(
+        "--allocation", choices=["uniform", "strs", "spectrum", "fisher", "sola"], help="how ranks are shared out"
+    )
     sub.add_argument("--factors", choices=["plain", "pivoted"], help="how factors are stored")
     sub.add_argument(
         "--shifted", action=argparse.BooleanOptionalAction, help="fit every layer to the inputs it will really get"

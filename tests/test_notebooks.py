@@ -22,6 +22,10 @@ TINY = {
     "cache_ratios": [0.5],
     "lengths": [16, 64],
     "new_tokens": 4,
+    "held_count": 2,
+    "primes": [0.0, 0.15],
+    "sizes": [4],
+    "seeds": [0],
     "check": False,
 }
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsvd.linalg import Decomposition, from_metric, rank_for_ratio
 from nsvd.linalg.errors import calibration_loss, condition_number, effective_rank, principal_cosines
+from nsvd.linalg.sola import overlap
 from nsvd.model.layers import targets
 from nsvd.model.moments import Statistics
 
@@ -88,3 +90,23 @@ def transfer(
             error = (calibration_loss(W, chosen, G) / whole) ** 0.5
             rows.append(place(name) | {"text": text, "error": error, "optimum": (optimum / whole) ** 0.5})
     return pd.DataFrame(rows)
+
+
+def prime_overlap(texts: Mapping[str, Statistics], layers: Iterable[str], prime: float) -> pd.DataFrame:
+    """Share of the prime neurons of one text that are prime on another, too; a row a layer and pair, ``prime`` by chance.
+
+    ``layers`` are those that read neurons, the last of each feed-forward.
+    """
+    return pd.DataFrame(
+        place(layer) | {"ours": a, "theirs": b, "overlap": overlap(texts[a][layer].mean_abs, texts[b][layer].mean_abs, prime)}
+        for layer in layers
+        for a in texts
+        for b in texts
+    )  # fmt: skip
+
+
+def rescored(stats: Statistics, scores: Mapping[str, Tensor]) -> Statistics:
+    """The same statistics with other scores in the place of the mean |h| by which neurons are ranked, by layer."""
+    leaders = {stats.inputs[layer]: score for layer, score in scores.items()}
+    changed = {leader: replace(stats.moments[leader], mean_abs=score) for leader, score in leaders.items()}
+    return replace(stats, moments=stats.moments | changed)

@@ -86,6 +86,25 @@ def measure(build: Callable[[], nn.Module], corpora: Mapping[str, Tensor], recor
     return [row | records.find(**row) for row in rows.values()]
 
 
+def trial(
+    model: nn.Module, stats: Statistics, corpora: Mapping[str, Tensor], records: Records, about: dict, **how
+) -> list[dict]:
+    """A copy of the model compressed by ``compress_(…, **how)``, on every corpus: a row each, with the fraction ``removed``.
+
+    ``about`` says what ``how`` does not: of which model and which statistics.
+    """
+    about = about | how
+    size = about | {"measure": "compression"}
+
+    def build() -> nn.Module:
+        changed = copy.deepcopy(model)
+        records.add(size, {"removed": compress_(changed, stats, **how).ratio_reached})
+        return changed
+
+    rows = measure(build, corpora, records, about)
+    return [row | records.find(**size) for row in rows]
+
+
 def _outer(cell: tuple[str, float, dict]) -> str | None:
     """What one preparation serves: the outer step and its options."""
     method, _, options = cell

@@ -13,6 +13,7 @@ from nsvd.linalg.decomposition import Decomposition
 from nsvd.linalg.factors import LowRank, least_rank
 from nsvd.linalg.moments import Moments
 from nsvd.linalg.nested import nid, nsvd
+from nsvd.linalg.sola import PUBLISHED
 from nsvd.linalg.two_sided import kfac
 
 
@@ -27,7 +28,7 @@ class Method:
     label: str  # the papers' spelling
     outer: Callable[..., Decomposition]
     nest: Callable[..., LowRank] | None = None
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, float | str] = field(default_factory=dict)
 
     @property
     def needs_moments(self) -> bool:
@@ -68,6 +69,30 @@ class Method:
         return self.cut(self.prepare(W, moments, **options), k, **options)
 
 
+@dataclass(frozen=True)
+class SplitMethod(Method):
+    """A method of whole models: it splits their feed-forwards, and leaves the blocks it factors to an ``inner`` method.
+
+    Its options are its own and those of the inner method. It has no answer for a single matrix.
+    """
+
+    def inner(self, options: dict) -> tuple[Method, dict]:
+        """The method of the blocks, and its part of the options; raises ``ValueError`` if it is a splitting one itself."""
+        chosen = by_name(options.get("inner", self.options["inner"]))
+        if isinstance(chosen, SplitMethod):
+            raise ValueError(f"inner is {options['inner']!r}, but it has to be a method of single matrices")
+        return chosen, {name: value for name, value in options.items() if name not in self.options}
+
+    def resolve(self, options: dict) -> dict:
+        return Method(self.label, self.outer, options=self.options | self.inner(options)[0].options).resolve(options)
+
+    def prepare(self, W: Float[Tensor, "d_out d_in"], moments: Moments | None, **options) -> Decomposition:
+        raise ValueError(
+            f"{self.label} splits the feed-forwards of a model and has no answer for a single matrix: "
+            f"give the model to compress_, or take a method of matrices such as {self.options['inner']}"
+        )
+
+
 METHODS: dict[str, Method] = {
     "svd": Method("SVD", family.svd),
     "asvd-0": Method("ASVD-0", family.asvd_0),
@@ -81,6 +106,7 @@ METHODS: dict[str, Method] = {
     "asvd": Method("ASVD", family.asvd, None, {"alpha": 0.5}),
     "ridge": Method("Ridge", family.ridge, None, {"mu": 0.1}),
     "kfac": Method("K-FAC", kfac, None, {"mu": 0.03, "eta": 0.03}),
+    "sola": SplitMethod("SoLA", family.asvd_1, options=PUBLISHED),
 }
 
 
@@ -99,7 +125,7 @@ def decompose(
     k: int,
     mean_abs: Float[Tensor, " d_in"] | None = None,
     H: Float[Tensor, "d_out ..."] | None = None,
-    **options: float,
+    **options: float | str,
 ) -> LowRank:
     """Rank-k factors of W by a named method, computed in float64 and returned in W's dtype.
 

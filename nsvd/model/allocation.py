@@ -19,12 +19,19 @@ from nsvd.model.sensitivity import Sensitivity, losses_with, sensitivity
 ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher")
 
 
-def check_allocation(allocation: str, ratio: float | None, ranks: Mapping | None, windows: Sequence[Tensor]) -> None:
+def check_allocation(
+    allocation: str,
+    ratio: float | None,
+    ranks: Mapping | None,
+    windows: Sequence[Tensor],
+    *,
+    among: tuple[str, ...] = ALLOCATIONS,
+) -> None:
     """Raise ``ValueError`` unless these say in one way which rank each layer gets, with what that needs."""
     if (ratio is None) == (ranks is None):
         raise ValueError("give either ratio or ranks")
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"unknown allocation {allocation!r}; there are {', '.join(ALLOCATIONS)}")
+    if allocation not in among:
+        raise ValueError(f"unknown allocation {allocation!r}; there are {', '.join(among)}")
     if ranks is not None and allocation != "uniform":
         raise ValueError(f"allocation {allocation!r} chooses the ranks; give ratio in place of ranks")
     if ratio is not None and not 0 <= ratio < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from nsvd.linalg import METHODS, Decomposition, Method, by_name, saves_parameters
 from nsvd.linalg.factors import check_factors
-from nsvd.model.allocation import check_allocation, searched, uniform
+from nsvd.linalg.methods import SplitMethod
+from nsvd.model import sola
+from nsvd.model.allocation import ALLOCATIONS, check_allocation, searched, uniform
 from nsvd.model.checkpoint import is_compressed, mark_compressed
 from nsvd.model.exchange import Exchange, layer_table
 from nsvd.model.fisher import fisher
-from nsvd.model.layers import targets
+from nsvd.model.layers import CompressedLayer, targets
 from nsvd.model.moments import Statistics, calibrate, mix
 from nsvd.model.prepare import check_statistics, check_weights, prepare
 from nsvd.model.report import Clock, peak_memory, versions
@@ -48,10 +50,11 @@ class Report:
     peak_memory: int  # bytes: of the GPU where there is one, else of the process so far
     versions: dict[str, str]
     table: pd.DataFrame  # a row a layer; errors are those of the float64 factors, before the cast to the model's dtype
+    moves: list = field(default_factory=list)  # of SoLA's search, see ``nsvd.linalg.sola_ranks``
 
     def as_dict(self) -> dict:
-        """Everything but the table, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "table"}
+        """Everything but the table and the moves, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("table", "moves")}
 
 
 @torch.no_grad()
@@ -70,7 +73,7 @@ def compress_(
     prepared: Mapping[str, Decomposition] | None = None,
     seed: int = 0,
     progress: bool = False,
-    **options: float,
+    **options: float | str,
 ) -> Report:
     """Replace every target layer by rank-k factors, in place, and report.
 
@@ -81,7 +84,8 @@ def compress_(
     Args:
         model: a model with ``nn.Linear`` layers.
         stats: moments from ``calibrate`` (not needed for ``svd``).
-        method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``, ``eta``). Or ``best``: ``kfac``
+        method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``, ``eta``; for ``sola`` those
+            of ``nsvd.linalg.sola.PUBLISHED`` and of its ``inner`` method). Or ``best``: ``kfac``
             with the allocation ``fisher``, pivoted factors and shifted inputs, on text that the model samples from itself
             where no ``windows`` are given.
         ratio: fraction of the target layers' parameters to remove, in [0, 1); 0 leaves all dense.
@@ -89,6 +93,7 @@ def compress_(
         allocation: how ``ratio`` is shared out: ``uniform`` (the default), the same for every layer; ``strs``, the ASVD
             paper's rank search, some nine passes over ``windows`` a layer; ``spectrum``, from the singular values; ``fisher``,
             from them and the gradients of the loss. The last three hold all decompositions in memory at once.
+            For ``sola``: ``sola`` (its default), or ``uniform`` or ``spectrum`` over the layers that it compresses.
         factors: how they are stored: ``plain`` (the default), or ``pivoted``, which buys more rank for the same parameters.
         shifted: take the layers in order, each for the inputs it gets after those before it are compressed.
         refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
@@ -103,30 +108,34 @@ def compress_(
             is named); NaN or Inf in a weight (the layer is named); statistics that do not fit; a model compressed before.
         FloatingPointError: NaN or Inf in an activation, from ``calibrate``, or in a loss of the search.
     """
-    recipe = RECIPES.get(method, {"method": method})
     chosen = base_method(method)
+    splits = isinstance(chosen, SplitMethod)
+    recipe = RECIPES.get(method, {"method": method, "allocation": "sola" if splits else "uniform"})
     settings = chosen.resolve(options)
     allocation = allocation or recipe.get("allocation" if ranks is None else "", "uniform")
     factors = factors or recipe.get("factors", "plain")
     shifted = recipe.get("shifted", False) if shifted is None else shifted
     domains = [windows] if isinstance(windows, Tensor) else list(windows or ())
     check_factors(factors)
-    check_allocation(allocation, ratio, ranks, domains)
+    check_allocation(allocation, ratio, ranks, domains, among=sola.ALLOCATIONS if splits else ALLOCATIONS)
+    if splits and (factors != "plain" or shifted or refine):
+        raise ValueError(f"{chosen.label} has no pivoted factors, shifted inputs or refinement")
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
     layers, clock, tokens = targets(model), Clock(), 0
-    search = allocation != "uniform" and ratio > 0
-    wanted = _given(layers, ranks) if ranks is not None else {} if search else uniform(model, ratio, factors)
+    search = allocation != "uniform" and ratio > 0 and not splits
+    wanted = _given(layers, ranks) if ranks is not None else {} if search or splits else uniform(model, ratio, factors)
     check_weights(layers)
     if method in RECIPES and not domains:
         domains = [own_text(model, seed=seed)]
         clock.lap("sample")
-    stats = _statistics(model, stats, domains, chosen, allocation, clock, seed, progress)
+    judge = inner if splits and (inner := chosen.inner(options)[0]).needs_gradients else chosen
+    stats = _statistics(model, stats, domains, judge, allocation, clock, seed, progress)
     if shifted and not domains:
         raise ValueError("shifted inputs are followed on a text: pass windows=")
     if refine and not shifted:
         raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
-    check_statistics(layers if search else {name: layers[name] for name in wanted}, stats, chosen)
+    check_statistics(layers if search or splits else {name: layers[name] for name in wanted}, stats, chosen)
     if search:
         if prepared is None:
             prepared = prepare(model, stats, recipe["method"], progress=progress, **options)
@@ -136,14 +145,25 @@ def compress_(
         wanted, tokens = searched(model, stats, prepared, ratio, allocation, text, **how)
         clock.lap("search")
 
-    smaller = {name: k for name, k in wanted.items() if saves_parameters(*layers[name].weight.shape, k, factors)}
-    job = Exchange(layers, stats, chosen, settings, factors, clock)
-    errors = (
-        job.in_order(model, smaller, domains, refine, progress)
-        if shifted
-        else job.at_once(model, smaller, prepared, progress)
-    )
-    table = layer_table(layers, wanted, smaller, factors, errors)
+    if splits:
+        table, new, moves = sola.split(
+            model, layers, stats, chosen, options, ratio=ratio, ranks=ranks, allocation=allocation, prepared=prepared,
+            clock=clock, progress=progress,
+        )  # fmt: skip
+        for name, layer in new.items():
+            model.set_submodule(name, layer)
+        clock.lap("exchange")
+        changed = [name for name, layer in new.items() if isinstance(layer, CompressedLayer)]
+    else:
+        smaller = {name: k for name, k in wanted.items() if saves_parameters(*layers[name].weight.shape, k, factors)}
+        job = Exchange(layers, stats, chosen, settings, factors, clock)
+        errors = (
+            job.in_order(model, smaller, domains, refine, progress)
+            if shifted
+            else job.at_once(model, smaller, prepared, progress)
+        )
+        table = layer_table(layers, wanted, smaller, factors, errors)
+        changed, moves = list(smaller), []
 
     before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
     size = next(iter(layers.values())).weight.element_size()
@@ -151,11 +171,11 @@ def compress_(
         method=method, options=settings, allocation=allocation if ranks is None else "given", factors=factors,
         shifted=shifted, refine=refine, search_tokens=tokens, ratio=ratio, ratio_reached=1 - after / before,
         params_before=before, params_after=after, bytes_before=before * size, bytes_after=after * size,
-        seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table,
+        seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table, moves=moves,
     )  # fmt: skip
-    if smaller:
+    if changed:
         told = ("method", "options", "allocation", "factors", "shifted", "refine", "ratio", "ratio_reached")
-        mark_compressed(model, smaller, **{name: getattr(report, name) for name in told})
+        mark_compressed(model, changed, **{name: getattr(report, name) for name in told})
     return report
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -30,6 +30,23 @@ def watch_calls(model: nn.Module, names: Iterable[str], observe: Callable[[str, 
         for name in names:
             handle = model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
             stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def intervening(
+    model: nn.Module,
+    inputs: Mapping[str, Callable[[Tensor], Tensor]],
+    outputs: Mapping[str, Callable[[Tensor], Tensor]],
+) -> Iterator[None]:
+    """Put f(x) in the place of the input x, or f(y) of the output y, of named layers while in the context."""
+    with ExitStack() as stack:
+        for name, f in inputs.items():
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda _m, args, f=f: (f(args[0]), *args[1:]))
+            stack.callback(hook.remove)
+        for name, f in outputs.items():
+            hook = model.get_submodule(name).register_forward_hook(lambda _m, _args, y, f=f: f(y))
+            stack.callback(hook.remove)
         yield
 
 

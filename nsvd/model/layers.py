@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsvd.linalg import LowRank, Pivoted, pivoted
+from nsvd.linalg.sola import COLUMNS, ROWS, Split
 
 
 class CompressedLayer(nn.Module):
@@ -157,7 +158,92 @@ class PivotedLinear(CompressedLayer):
         return f"{self.in_features} -> {self.rank} -> {self.out_features}"
 
 
-LAYERS: dict[str, type[CompressedLayer]] = {layer.kind: layer for layer in (LowRankLinear, PivotedLinear)}
+class SplitLinear(CompressedLayer):
+    """A linear layer whose first rows or columns are dense, the others low-rank; SoLA's, with prime neurons in front.
+
+    Three ``nn.Linear`` children: ``prime`` holds the dense part, ``down`` and ``up`` the factors of the rest.
+    """
+
+    dim: ClassVar[int]
+
+    def __init__(
+        self, in_features: int, out_features: int, prime: int, rank: int, bias: bool, *, device=None, dtype=None
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        rows, columns = (prime, 0) if self.dim == ROWS else (0, prime)
+        to = {"device": device, "dtype": dtype}
+        self.prime = nn.Linear(columns or in_features, rows or out_features, bias=bias, **to)
+        self.down = nn.Linear(in_features - columns, rank, bias=False, **to)
+        self.up = nn.Linear(rank, out_features - rows, bias=bias and self.dim == ROWS, **to)
+
+    @classmethod
+    def like(cls, layer: nn.Linear, prime: int, rank: int) -> SplitLinear:
+        weight, sizes = layer.weight, list(layer.weight.shape)
+        if not 1 <= prime < sizes[cls.dim]:
+            raise ValueError(f"{prime} prime neurons of {sizes[cls.dim]}")
+        sizes[cls.dim] -= prime
+        if not 1 <= rank <= min(sizes):
+            raise ValueError(f"rank {rank} of a {sizes[0]} × {sizes[1]} block")
+        shape = (layer.in_features, layer.out_features)
+        return cls(*shape, prime, rank, layer.bias is not None, device=weight.device, dtype=weight.dtype)
+
+    @classmethod
+    @torch.no_grad()
+    def from_split(cls, layer: nn.Linear, value: Split) -> SplitLinear:
+        """The layer with its weight replaced by the split one, its bias kept, both with prime neurons in front."""
+        new = cls.like(layer, value.block.prime, value.rank).requires_grad_(layer.weight.requires_grad)
+        new.prime.weight.copy_(value.prime)
+        new.down.weight.copy_(value.marginal.right)
+        new.up.weight.copy_(value.marginal.left)
+        if layer.bias is not None:
+            new._set_bias(value.block.permute(layer.bias) if cls.dim == ROWS else layer.bias)
+        return new.train(layer.training)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        prime, left, right = self.prime.weight, self.up.weight, self.down.weight
+        exact = torch.promote_types(left.dtype, torch.float32)
+        bias = self.prime.bias is not None
+        dense = nn.Linear(self.in_features, self.out_features, bias, device=left.device, dtype=left.dtype)
+        dense.weight.copy_(torch.cat([prime.to(exact), left.to(exact) @ right.to(exact)], self.dim))
+        if bias:
+            dense.bias.copy_(torch.cat([self.prime.bias, self.up.bias]) if self.dim == ROWS else self.prime.bias)
+        return dense.train(self.training)
+
+    def _set_bias(self, bias: Tensor) -> None:
+        self.prime.bias.copy_(bias[: self.prime.out_features])
+        if self.up.bias is not None:
+            self.up.bias.copy_(bias[self.prime.out_features :])
+
+    def spec(self) -> dict[str, int]:
+        return {"prime": self.prime.weight.shape[self.dim], "rank": self.rank}
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, " + ", ".join(f"{k} {v}" for k, v in self.spec().items())
+
+
+class SplitRows(SplitLinear):
+    """y = [prime x; up (down x)] + bias: the outputs are neurons (gate and up, or the first layer of a plain feed-forward)."""
+
+    kind, dim = "split-rows", ROWS
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.prime(x), self.up(self.down(x))], dim=-1)
+
+
+class SplitColumns(SplitLinear):
+    """y = prime x₁ + up (down x₂) + bias: the inputs x = [x₁; x₂] are neurons (the last layer of a feed-forward)."""
+
+    kind, dim = "split-columns", COLUMNS
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.prime.in_features
+        return self.prime(x[..., :p]) + self.up(self.down(x[..., p:]))
+
+
+KINDS = (LowRankLinear, PivotedLinear, SplitRows, SplitColumns)
+LAYERS: dict[str, type[CompressedLayer]] = {layer.kind: layer for layer in KINDS}
 
 
 def stand_in(layer: nn.Linear, value: LowRank, factors: str) -> CompressedLayer:

@@ -9,35 +9,42 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, Method, by_name
-from nsvd.linalg.methods import check_finite
+from nsvd.linalg.methods import SplitMethod, check_finite
+from nsvd.linalg.sola import WHOLE, Block
+from nsvd.model.blocks import blocks
 from nsvd.model.layers import targets
 from nsvd.model.moments import Statistics
+from nsvd.model.roles import roles
 
 
 @torch.no_grad()
 def prepare(
-    model: nn.Module, stats: Statistics | None, method: str, *, progress: bool = False, **options: float
+    model: nn.Module, stats: Statistics | None, method: str, *, progress: bool = False, **options: float | str
 ) -> dict[str, Decomposition]:
     """The method's outer decomposition of every target layer, for all ranks at once.
 
     Give it to ``compress_(…, prepared=…)`` again and again: a sweep over ratios, over k1, or over methods with one outer
-    step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. Computed in float64 on the layer's device, kept
-    in the host's memory.
+    step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. For ``sola``, of the blocks that it factors. Computed
+    in float64 on the layer's device, kept in the host's memory.
     """
     chosen, layers = by_name(method), targets(model)
     check_weights(layers)
     check_statistics(layers, stats, chosen)
-    bars = tqdm(layers.items(), "decompose", disable=not progress, leave=False)
-    return {name: prepare_layer(layer, name, stats, chosen, options).to("cpu") for name, layer in bars}
+    parts = dict.fromkeys(layers, WHOLE)
+    if isinstance(chosen, SplitMethod):
+        parts = blocks(layers, roles(model), stats, chosen.resolve(options))
+        chosen, options = chosen.inner(options)
+    bars = tqdm(parts.items(), "decompose", disable=not progress, leave=False)
+    return {name: prepare_layer(layers[name], name, stats, chosen, options, part).to("cpu") for name, part in bars}
 
 
 def prepare_layer(
-    layer: nn.Linear, name: str, stats: Statistics | None, method: Method, options: dict
+    layer: nn.Linear, name: str, stats: Statistics | None, method: Method, options: dict, part: Block = WHOLE
 ) -> Decomposition:
-    """The same for one layer; what raises names it."""
-    W, moments = layer.weight.double(), None
+    """The same for one layer, or a block of it; what raises names the layer."""
+    W, moments = part.take(layer.weight.double()), None
     if method.needs_moments:
-        moments = stats[name].to(W.device)
+        moments = part.moments(stats[name].to(W.device))
     with naming(name):
         return method.prepare(W, moments, **options)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from nsvd.linalg import LowRank
 from nsvd.linalg.errors import calibration_loss, weight_error
+from nsvd.linalg.sola import Split
 from nsvd.model.moments import Statistics
 from nsvd.version import __version__
 
@@ -27,7 +28,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def relative_errors(layer: nn.Linear, value: LowRank, stats: Statistics | None, name: str) -> dict[str, float]:
+def relative_errors(layer: nn.Linear, value: LowRank | Split, stats: Statistics | None, name: str) -> dict[str, float]:
     """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖."""
     W, dense = layer.weight.double(), value.dense()
     row = {"weight_error": (weight_error(W, dense) / W.square().sum().item()) ** 0.5}

@@ -77,9 +77,10 @@ def replace_in_order_(
             for layer in names:
                 if layer.startswith(f"{name}.{index}."):
                     groups.setdefault(leaders[layer], []).append(layer)
-            places = {
-                leader: _landmark(model, block, leader, group, batches[0], index) for leader, group in groups.items()
-            }
+            places: dict[str, nn.Module | None] = {}
+            for leader, group in groups.items():  # a layer stands for its own output, where several share the input
+                layer = model.get_submodule(leader)
+                places[leader] = _landmark(block, layer, batches[0], index) if len(group) == 1 else layer
             for item in batches:
                 item.wanted = _arrivals(block, item.dense, item.calls[index], set(places.values()))
             for leader, group in groups.items():

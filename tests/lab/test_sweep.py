@@ -7,7 +7,7 @@ import pytest
 import nsvd
 from nsvd.lab import sweep as module
 from nsvd.lab.records import Records
-from nsvd.lab.sweep import DENSE, measure, sweep
+from nsvd.lab.sweep import DENSE, measure, sweep, trial
 from tests.tiny import K1, assert_same, state, tiny_model, token_ids
 
 CALIBRATION = token_ids(6, 16, seed=1)
@@ -167,3 +167,32 @@ def test_one_model_on_all_corpora_is_built_only_where_something_is_missing(tmp_p
     measure(build, CORPORA, records, {"model": "another"})
     measure(build, CORPORA | {"first": token_ids(4, 12, seed=9)}, records, {"model": "tiny"})
     assert len(built) == 3
+
+
+def test_a_trial_is_a_compression_measured_and_counted_once(tmp_path, calls):
+    """As by hand, with the fraction removed; recorded, so that the second time nothing is computed."""
+    model = tiny_model()
+    before, stats = state(model), nsvd.calibrate(model, CALIBRATION)
+    how = {"method": "sola", "ratio": 0.2, "grid": 1, "floor": 0.0, "keep_outer": 0}
+    rows = trial(model, stats, CORPORA, Records(tmp_path / "r.jsonl"), {"model": "tiny"}, **how)
+    assert_same(before, model)
+    changed = copy.deepcopy(model)
+    report = nsvd.compress_(changed, stats, **how)
+    assert {row["removed"] for row in rows} == {report.ratio_reached}
+    for row, (corpus, windows) in zip(rows, CORPORA.items(), strict=True):
+        assert (row["corpus"], row["model"], row["grid"]) == (corpus, "tiny", 1)
+        assert row["perplexity"] == pytest.approx(nsvd.perplexity(changed, windows), rel=1e-6)
+    done = calls["evaluate"]
+    assert trial(model, stats, CORPORA, Records(tmp_path / "r.jsonl"), {"model": "tiny"}, **how) == rows
+    assert calls["evaluate"] == done == len(CORPORA)
+
+
+def test_sola_can_be_swept(swept):
+    """Its blocks are prepared as the layers of other methods are."""
+    options = {"grid": 1, "floor": 0.0, "keep_outer": 0}
+    frame = swept([("sola", 0.2, options), ("sola", 0.3, options)])
+    changed = copy.deepcopy(swept.model)
+    nsvd.compress_(changed, swept.stats, method="sola", ratio=0.3, **options)
+    found = frame[(frame.method == "sola") & (frame.ratio == 0.3)].set_index("corpus").perplexity
+    for corpus, windows in CORPORA.items():
+        assert found[corpus] == pytest.approx(nsvd.perplexity(changed, windows), rel=1e-6)

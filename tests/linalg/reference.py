@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsvd.linalg import METHODS, LowRank, Moments
+from nsvd.linalg.methods import SplitMethod
 
+MATRIX = [
+    name for name, method in METHODS.items() if not isinstance(method, SplitMethod)
+]  # of one matrix and its inputs
 law = settings(max_examples=25, deadline=None, derandomize=True)  # the same examples in every run
 
 

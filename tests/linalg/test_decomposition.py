@@ -6,9 +6,9 @@ from hypothesis import assume, given
 
 from nsvd.linalg import METHODS, NumericalWarning, cholesky, from_metric, from_whitener, scaled_rotation, spectral
 from nsvd.linalg.whiteners import Diagonal
-from tests.linalg.reference import is_close, law, layer, layers, naive, spectrum
+from tests.linalg.reference import MATRIX, is_close, law, layer, layers, naive, spectrum
 
-OUTER = [name for name, method in METHODS.items() if method.nest is None]
+OUTER = [name for name in MATRIX if METHODS[name].nest is None]
 
 
 @pytest.mark.parametrize("whiten", [cholesky, spectral, lambda G: Diagonal(G.diagonal())])

@@ -6,13 +6,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nsvd.linalg import METHODS, by_name, decompose
-from tests.linalg.reference import is_close, is_determined, law, layer, layers, naive, unchecked
+from tests.linalg.reference import MATRIX, is_close, is_determined, law, layer, layers, naive, unchecked
 
 NESTED = [name for name, method in METHODS.items() if method.nest is not None]
-OPTIONS = {name: {"k1": 0.5} if name in NESTED else {} for name in METHODS}
+OPTIONS = {name: {"k1": 0.5} if name in NESTED else {} for name in MATRIX}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MATRIX)
 @law
 @given(data=st.data())
 def test_every_method_is_the_formula_of_its_paper(method, data):
@@ -48,7 +48,7 @@ def test_an_option_is_the_parameter_of_the_formula(method, options):
     assert not is_close(answer, x.decompose(method), 1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MATRIX)
 def test_one_decomposition_serves_every_rank(method):
     """Cutting one preparation at rank k is the method at rank k."""
     x = layer(7, 9, 0)
@@ -69,7 +69,7 @@ def test_a_nested_method_shares_the_preparation_of_its_outer_one(method):
     assert not is_close(cuts[1], cuts[0], 1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MATRIX)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_is_computed_in_float64_and_comes_back_in_the_weight_s_dtype(method, dtype):
     """One cast, at the border; at G of condition 1e6 the arithmetic of float32 would show."""
@@ -133,7 +133,7 @@ def test_what_cannot_be_answered_is_refused_by_name(change, message):
         decompose(arguments.pop("W"), arguments.pop("G"), **arguments)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MATRIX)
 @pytest.mark.parametrize("k", [-1, 8, 14])
 def test_a_rank_that_no_approximation_has_is_refused(method, k):
     """k lies in 0 … min(d_out, d_in); for nested methods the whole k counts, not k1."""
@@ -142,7 +142,7 @@ def test_a_rank_that_no_approximation_has_is_refused(method, k):
         x.decompose(method, **OPTIONS[method])
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("svd", "asvd-0", "asvd")])
+@pytest.mark.parametrize("method", [name for name in MATRIX if name not in ("svd", "asvd-0", "asvd")])
 def test_a_second_moment_that_is_not_semidefinite_is_refused(method):
     """A clearly negative eigenvalue raises; one of the size of rounding does not."""
     x = layer(9, 9, 4)

@@ -11,6 +11,7 @@ from torch import nn
 import nsvd
 from nsvd import own_text
 from nsvd.linalg import Method, rank_for_ratio
+from tests.linalg.reference import MATRIX
 from tests.tiny import (
     DOWN,
     K1,
@@ -57,7 +58,7 @@ def relative(error: torch.Tensor, whole: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", nsvd.METHODS)
+@pytest.mark.parametrize("method", MATRIX)
 def test_every_layer_holds_what_decompose_gives(method, dtype):
     """From the same W and moments, in float64, cast once to the model's dtype; biases are kept."""
     model = tiny_model(dtype=dtype)
@@ -325,7 +326,7 @@ def test_full_rank_compression_leaves_the_outputs_unchanged(stats):
     """Factors of rank min(d_out, d_in) are W itself, for every method; the layer's mode and gradients are kept."""
     model = tiny_model()
     said = logits(model)
-    for method in nsvd.METHODS:
+    for method in MATRIX:
         full = copy.deepcopy(model)
         full.get_submodule(Q).weight.requires_grad_(False)
         full.get_submodule(DOWN).train()

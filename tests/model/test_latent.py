@@ -11,6 +11,7 @@ import nsvd
 from nsvd.model.attention import examine
 from nsvd.model.compress_kv import split_share
 from nsvd.model.latent import DIGITS, bytes_per_token, decode_positions, encode_positions, latent_layers
+from tests.linalg.reference import MATRIX
 from tests.tiny import K1, K, assert_same, logits, poison, state, tiny_model, tiny_tokenizer, token_ids
 
 WINDOW = {"sliding_window": 8}  # shorter than the text
@@ -115,7 +116,7 @@ def test_a_static_cache_holds_latents_too(family, joint):
     assert held(cached.past_key_values) == held(generate(model).past_key_values)
 
 
-@pytest.mark.parametrize("method", nsvd.METHODS)
+@pytest.mark.parametrize("method", MATRIX)
 @pytest.mark.parametrize("joint", [False, True])
 def test_every_method_is_a_metric(method, joint):
     """Whichever chose the factors, cached text is uncached text."""
