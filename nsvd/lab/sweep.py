@@ -39,7 +39,7 @@ def sweep(
     is not measured again, so an interrupted sweep goes on where it stopped. ``frame.attrs["seconds"]`` tells the time
     by stage.
     """
-    weights, moments = fingerprint(model.parameters()), fingerprint(m.G for m in stats.moments.values())
+    weights, moments = fingerprint(model.parameters()), stats.fingerprint()
     prepared, seconds, rows = {}, {"prepare": 0.0, "compress": 0.0, "evaluate": 0.0}, []
 
     def build(method: str, ratio: float, options: dict) -> nn.Module:

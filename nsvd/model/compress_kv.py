@@ -14,6 +14,7 @@ of the stacked matrix [W_k / ‖W_k S‖; W_v / ‖W_v S‖], whose latent takes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -25,8 +26,9 @@ from nsvd.linalg import LowRank, Method, Moments, by_name
 from nsvd.linalg.methods import check_finite
 from nsvd.model.attention import by_kind, examine, key_value_layers
 from nsvd.model.checkpoint import mark_compressed
+from nsvd.model.fisher import fisher
 from nsvd.model.latent import DIGITS, attach, bytes_per_token, latent_layers
-from nsvd.model.layers import LowRankLinear
+from nsvd.model.layers import CompressedLayer, LowRankLinear
 from nsvd.model.moments import Statistics, calibrate
 from nsvd.model.prepare import check_statistics, naming
 from nsvd.model.report import Clock, peak_memory, relative_errors, versions
@@ -81,8 +83,9 @@ def compress_kv_(
         windows: token ids to calibrate on when ``stats`` is not given.
 
     Raises:
-        ValueError: unknown method or option; ``cache_ratio`` out of range or leaving nothing to a layer; an attention layer
-            that latents cannot be cached for (it is named); NaN or Inf in a weight; statistics that do not fit; done before.
+        ValueError: unknown method or option; one that weighs outputs with ``joint``; ``cache_ratio`` out of range or leaving
+            nothing to a layer; an attention layer that latents cannot be cached for (it is named); NaN or Inf in a weight;
+            statistics that do not fit; done before.
         FloatingPointError: NaN or Inf in an activation; the layer is named.
     """
     chosen, settings, clock = by_name(method), by_name(method).resolve(options), Clock()
@@ -90,19 +93,23 @@ def compress_kv_(
         raise ValueError(f"cache_ratio is {cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
     if latent_layers(model):
         raise ValueError("this model caches latents already; dequantize() it first")
+    if joint and chosen.needs_gradients:
+        raise ValueError(f"{chosen.label} weighs the outputs of one layer, a joint latent has those of two; use asvd-1")
     projections = _projections(model)
     rotated = examine(model)
     clock.lap("examine")
     if stats is None and windows is not None and chosen.needs_moments:
         names = [name for pair in projections.values() for name in pair]
         stats = calibrate(model, windows, layers=names)
+        if chosen.needs_gradients:
+            stats = stats.with_gradients(fisher(model, windows, layers=names))
         clock.lap("calibrate")
     check_statistics({n: layer for pair in projections.values() for n, layer in pair.items()}, stats, chosen)
     shares = _shares(model, projections, rotated, cache_ratio)
 
     rows, factored = [], {}
     for attention, pair in projections.items():
-        moments = stats[next(iter(pair))].to(model.device) if chosen.needs_moments else None
+        moments = [stats[name].to(model.device) if chosen.needs_moments else None for name in pair]
         with naming(attention):
             W_k, W_v = (layer.weight.double() for layer in pair.values())
             values = (_joint if joint else _separate)(chosen, settings, W_k, W_v, moments, shares[attention])
@@ -139,7 +146,7 @@ def _projections(model: nn.Module) -> dict[str, dict[str, nn.Linear]]:
             for weight in _weights(layer):
                 check_finite(f"the weight of layer {name}", weight)
         found[attention] = {
-            name: layer.to_linear() if isinstance(layer, LowRankLinear) else layer for name, layer in pair.items()
+            name: layer.to_linear() if isinstance(layer, CompressedLayer) else layer for name, layer in pair.items()
         }
     return found
 
@@ -162,10 +169,10 @@ def _shares(model: PreTrainedModel, projections: dict, rotated: dict[str, int], 
 
 
 def _separate(
-    method: Method, options: dict, W_k: Tensor, W_v: Tensor, moments: Moments | None, share: int
+    method: Method, options: dict, W_k: Tensor, W_v: Tensor, moments: Sequence[Moments | None], share: int
 ) -> tuple[LowRank, LowRank]:
     """W_k and W_v each by its own decomposition; the ranks add up to ``share`` at most."""
-    one, other = (method.prepare(W, moments, **options) for W in (W_k, W_v))
+    one, other = (method.prepare(W, m, **options) for W, m in zip((W_k, W_v), moments, strict=True))
     r_k, r_v = split_share(one.s, other.s, share, least=method.least_rank(options))
     return method.cut(one, r_k, **options), method.cut(other, r_v, **options)
 
@@ -191,13 +198,14 @@ def _relative_tails(s: Tensor) -> Tensor:
 
 
 def _joint(
-    method: Method, options: dict, W_k: Tensor, W_v: Tensor, moments: Moments | None, share: int
+    method: Method, options: dict, W_k: Tensor, W_v: Tensor, moments: Sequence[Moments | None], share: int
 ) -> tuple[LowRank, LowRank]:
     """Two up-projections on one down-projection of rank ``share`` (or all there is)."""
-    norms = [method.prepare(W, moments, **options).s.norm() for W in (W_k, W_v)]
+    inputs = moments[0]  # both read the same
+    norms = [method.prepare(W, inputs, **options).s.norm() for W in (W_k, W_v)]
     if not all(norms):
         raise ValueError("keys or values are zero")
-    stacked = method.prepare(torch.cat([W_k / norms[0], W_v / norms[1]]), moments, **options)
+    stacked = method.prepare(torch.cat([W_k / norms[0], W_v / norms[1]]), inputs, **options)
     both = method.cut(stacked, min(share, len(stacked.s)), **options)
     left_k, left_v = both.left.split([len(W_k), len(W_v)])
     return LowRank(norms[0] * left_k, both.right), LowRank(norms[1] * left_v, both.right)

@@ -54,7 +54,7 @@ class LowRankLinear(CompressedLayer):
 
     @classmethod
     def like(cls, layer: nn.Linear, rank: int) -> LowRankLinear:
-        if not 1 <= rank <= min(layer.weight.shape):
+        if not 1 <= rank <= layer.in_features:  # that of keys and values together may exceed the outputs of one of them
             raise ValueError(f"rank {rank} of a {layer.out_features} × {layer.in_features} matrix")
         weight = layer.weight
         return cls(

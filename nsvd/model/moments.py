@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
-from nsvd.model.files import replacing
+from nsvd.model.files import fingerprint, replacing
 from nsvd.model.hooks import evaluating, watch_inputs
 from nsvd.model.layers import targets
 
@@ -71,6 +71,10 @@ class Statistics(Mapping[str, Moments]):
     def with_gradients(self, gradients: Mapping[str, Tensor]) -> Statistics:
         """The same with H of every layer, as ``fisher`` returns it."""
         return replace(self, gradients=dict(gradients))
+
+    def fingerprint(self) -> str:
+        """Digits that change with any second moment, of inputs or gradients."""
+        return fingerprint([*(m.G for m in self.moments.values()), *self.gradients.values()])
 
     def save(self, file: str | Path) -> None:
         """Write everything to one safetensors file."""

@@ -164,7 +164,7 @@ def _about(model: nn.Module, stats: Statistics | None, windows: Tensor, method: 
     return {
         "measure": "sensitivity",
         "weights": fingerprint(model.parameters()),
-        "statistics": stats and fingerprint([*(m.G for m in stats.moments.values()), *stats.gradients.values()]),
+        "statistics": stats and stats.fingerprint(),
         "windows": fingerprint([windows]),
         "method": method,
         **settings,

@@ -144,13 +144,19 @@ def test_windows_depend_on_seed_and_step_alone(text, tmp_path):
 
 def test_documents_come_in_seeded_order_up_to_a_limit(text):
     """All of them, or the first that fill it."""
-    file = text / "prose.jsonl.gz"
-    everything = documents(file, TOY)
+    everything = documents(text, "prose", TOY)
     assert len(everything) == len(set(everything)) == 20
-    assert documents(file, TOY) == everything
+    assert documents(text, "prose", TOY) == everything
     short = Recipe("r", ARCHITECTURE, TOY.text, tokens=0, max_characters=300)
-    assert documents(file, short) == everything[:3]
-    assert documents(file, Recipe("r", ARCHITECTURE, TOY.text, tokens=0, seed=1)) != everything
+    assert documents(text, "prose", short) == everything[:3]
+    assert documents(text, "prose", Recipe("r", ARCHITECTURE, TOY.text, tokens=0, seed=1)) != everything
+
+
+def test_a_text_that_ships_is_found_where_the_folder_lacks_it(text):
+    """The folder's own file comes first; one that is nowhere is named."""
+    assert len(documents(text, "instructions", TOY)) > 20
+    with pytest.raises(FileNotFoundError, match=r"recipe .* needs .*nothing\.jsonl\.gz"):
+        documents(text, "nothing", TOY)
 
 
 def test_the_recipe_of_the_embedded_model_is_the_one_that_ships():

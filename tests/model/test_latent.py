@@ -120,7 +120,34 @@ def test_a_static_cache_holds_latents_too(family, joint):
 @pytest.mark.parametrize("joint", [False, True])
 def test_every_method_is_a_metric(method, joint):
     """Whichever chose the factors, cached text is uncached text."""
+    if joint and nsvd.METHODS[method].needs_gradients:
+        with pytest.raises(ValueError, match="a joint latent has those of two"):
+            latent("qwen2", method=method, joint=joint)
+        return
     model = latent("qwen2", method=method, joint=joint)
+    assert_same_text(generate(model, length=6), generate(model, length=6, use_cache=False))
+
+
+def test_keys_and_values_are_each_weighed_by_their_own_gradients():
+    """The answer of ``decompose`` with each layer's own H, not with that of the keys for both."""
+    model, dense = tiny_model("qwen2"), tiny_model("qwen2")
+    stats = nsvd.calibrate(dense, IDS).with_gradients(nsvd.fisher(dense, IDS))
+    nsvd.compress_kv_(model, stats, method="kfac")
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"):
+        W, new = dense.get_submodule(name).weight.detach(), model.get_submodule(name)
+        expected = nsvd.decompose(W, stats[name].G, H=stats[name].H, method="kfac", k=new.rank)
+        torch.testing.assert_close(new.to_linear().weight, expected.dense(), rtol=0, atol=1e-6)
+
+
+def test_a_model_of_pivoted_layers_is_welcome():
+    """What is factored for the cache is the product of the pivoted factors."""
+    model = tiny_model()
+    nsvd.compress_(model, windows=token_ids(), method="asvd-1", ratio=0.2, factors="pivoted")
+    before = copy.deepcopy(model).dequantize()
+    nsvd.compress_kv_(model, windows=token_ids(), cache_ratio=1.0)
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=IDS, use_cache=False).logits for m in (model, before))
+    assert (ours - theirs).norm() < 0.1 * theirs.norm()
     assert_same_text(generate(model, length=6), generate(model, length=6, use_cache=False))
 
 
