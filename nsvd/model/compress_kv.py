@@ -63,6 +63,7 @@ def compress_kv_(
     cache_ratio: float = 0.5,
     method: str = "asvd-1",
     joint: bool = False,
+    absorb: bool | str = "auto",
     windows: Tensor | None = None,
     **options: float,
 ) -> CacheReport:
@@ -78,11 +79,14 @@ def compress_kv_(
         cache_ratio: fraction of the bytes of the dense cache to KEEP, in (0, 1], positions included.
         method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``).
         joint: one latent for keys and values.
+        absorb: never rebuild values where attention over their latents is cheaper, which is decided at every call: fewer
+            multiplications and, as attention functions copy wide values for every head, r_v ≤ head width or a single text.
+            The outputs are the same but for rounding. ``auto``: in the layers that allow it; True: or raise; False: nowhere.
         windows: token ids to calibrate on when ``stats`` is not given.
 
     Raises:
         ValueError: unknown method or option; ``cache_ratio`` out of range or leaving nothing to a layer; an attention layer
-            that latents cannot be cached for (it is named); NaN or Inf in a weight; statistics that do not fit; done before.
+            that latents cannot be cached for, or with ``absorb=True`` not absorbed (it is named); NaN or Inf in a weight; statistics that do not fit; done before.
         FloatingPointError: NaN or Inf in an activation; the layer is named.
     """
     chosen, settings, clock = by_name(method), by_name(method).resolve(options), Clock()
@@ -91,7 +95,9 @@ def compress_kv_(
     if latent_layers(model):
         raise ValueError("this model caches latents already; dequantize() it first")
     projections = _projections(model)
-    rotated = examine(model)
+    examined = examine(model)
+    rotated = {name: turned for name, (turned, _) in examined.items()}
+    absorbing = _absorbing(model, {name: able for name, (_, able) in examined.items()}, absorb)
     clock.lap("examine")
     if stats is None and windows is not None and chosen.needs_moments:
         names = [name for pair in projections.values() for name in pair]
@@ -117,7 +123,7 @@ def compress_kv_(
     for pair in projections.values():
         for name, layer in pair.items():
             model.set_submodule(name, LowRankLinear.from_factors(layer, factored[name]))
-    latent = {name: {"rotated": rotated[name], "joint": joint} for name in projections}
+    latent = {name: {"rotated": rotated[name], "joint": joint, "absorb": absorbing[name]} for name in projections}
     attach(model, latent)
     about = {"method": method, "options": settings, "cache_ratio": cache_ratio, "layers": latent}
     mark_compressed(model, factored, latent_cache=about)
@@ -142,6 +148,20 @@ def _projections(model: nn.Module) -> dict[str, dict[str, nn.Linear]]:
             name: layer.to_linear() if isinstance(layer, LowRankLinear) else layer for name, layer in pair.items()
         }
     return found
+
+
+def _absorbing(model: nn.Module, able: dict[str, bool], absorb: bool | str) -> dict[str, bool]:
+    """Which attention layers may keep values latent."""
+    if absorb not in (True, False, "auto"):
+        raise ValueError(f"absorb is {absorb!r}, but it is True, False or 'auto'")
+    for name in able:
+        if absorb is True and not able[name]:
+            kind = type(model.get_submodule(name)).__name__
+            raise ValueError(
+                f"layer {name} ({kind}): the values' up-projection cannot be absorbed, because the weights do not sum to "
+                "one or something comes between the weighted sum of values and the output projection"
+            )
+    return {name: bool(absorb) and able[name] for name in able}
 
 
 def _weights(layer: nn.Module) -> list[Tensor]:

@@ -416,5 +416,5 @@ def test_examining_leaves_no_trace():
     """No hook, no mode, no tensor is different afterwards."""
     model = tiny_model("qwen3").train()
     before = state(model)
-    assert set(examine(model).values()) == {8}
+    assert set(examine(model).values()) == {(8, True)}
     assert_same(before, model)
