@@ -4,7 +4,7 @@ With values v_t = L z_t + b, and weights that sum to one, query head h of key-va
 
     Σ_t a_t v_t = L_g u_h + b_g,    u_h = Σ_t a_t z_t,
 
-so the sum can be taken over the latents, which all heads share, and V is never rebuilt. Multiplications for q new tokens, s held ones,
+so the sum can be taken over the latents, which all heads share, and V is never rebuilt. Multiplications for q new tokens, s held,
 h query and n key-value heads of width d, rank r:
 
 | | V rebuilt | absorbed |
@@ -58,7 +58,9 @@ def pays(attention: nn.Module, z: Tensor, queries: int) -> bool:
     d, heads = attention.head_dim, getattr(attention, output_name(attention)).in_features // attention.head_dim
     if r > d and (batch > 1 or attention.config._attn_implementation not in ANY_WIDTH):
         return False
-    plain = type(attention.v_proj.up) is nn.Linear and not attention.training  # no adapter; dropout leaves no sum of one
+    plain = (
+        type(attention.v_proj.up) is nn.Linear and not attention.training
+    )  # no adapter; dropout leaves no sum of one
     return plain and queries * heads * r * (s + d) < s * d * (attention.v_proj.out_features * r // d + queries * heads)
 
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from nsvd.model.absorption import absorbs
 from nsvd.model.hooks import evaluating, watch_calls
-from nsvd.model.layers import LowRankLinear
+from nsvd.model.layers import CompressedLayer
 
 NORMS = ("k_norm", "k_layernorm")  # the names under which attention layers keep a norm of their keys
 CLOSE = 1e-2  # relative; what is compared went through the same operations, or another recipe was used
@@ -65,7 +65,7 @@ def kind_of(model: PreTrainedModel, index: int) -> str | None:
 
 def key_value_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules with a ``k_proj`` and a ``v_proj`` of their own that are linear, by name."""
-    linear = nn.Linear | LowRankLinear
+    linear = nn.Linear | CompressedLayer
     return {
         name: module
         for name, module in model.named_modules()

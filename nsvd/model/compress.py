@@ -118,7 +118,7 @@ def compress_(
     if method in RECIPES and not domains:
         domains = [own_windows(model, seed=seed)]
         clock.lap("sample")
-    stats = _statistics(model, stats, domains, chosen, allocation, clock, seed, progress)
+    stats = take_statistics(model, stats, domains, chosen, allocation, clock, seed, progress)
     if shifted and not domains:
         raise ValueError("shifted inputs are followed on a text: pass windows=")
     check_statistics(layers if search else {name: layers[name] for name in wanted}, stats, chosen)
@@ -156,7 +156,7 @@ def own_windows(model: nn.Module, *, count: int = 128, seed: int = 0) -> Tensor:
     return sample(model, count, max(2, min(longest // 2, 1024)), seed=seed)
 
 
-def _statistics(
+def take_statistics(
     model: nn.Module,
     stats: Statistics | None,
     domains: Sequence[Tensor],
@@ -164,15 +164,16 @@ def _statistics(
     allocation: str,
     clock: Clock,
     seed: int,
-    progress: bool,
+    progress: bool = False,
+    layers: Sequence[str] | None = None,
 ) -> Statistics | None:
-    """The given ones, or those of the windows; with gradients where they are asked for and not there yet."""
+    """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet."""
     if stats is None and domains and method.needs_moments:
-        each = [calibrate(model, ids, progress=progress) for ids in domains]
+        each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
         stats = each[0] if len(each) == 1 else mix(each)
         clock.lap("calibrate")
     if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
-        each = [fisher(model, ids[::GRADIENTS_EVERY], seed=seed, progress=progress) for ids in domains]
+        each = [fisher(model, ids[::GRADIENTS_EVERY], layers=layers, seed=seed, progress=progress) for ids in domains]
         stats = stats.with_gradients({name: sum(H[name] for H in each) / len(each) for name in each[0]})
         clock.lap("gradients")
     return stats

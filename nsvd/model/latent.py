@@ -12,7 +12,7 @@ bfloat16 and float16 hold exactly.
 
 Memory falls and arithmetic rises: every step rebuilds K of all tokens held, s r_k d_k multiplications a layer, and the new tokens
 pass the down-projections a second time. V is rebuilt alike, or not at all where it pays to absorb its up-projection into the output
-projection, see ``absorption``; K's cannot be absorbed, because keys are rotated in between. Compilation of the decoding step is off.
+projection, see ``absorption``; K's cannot, because keys are rotated in between. Compilation of the decoding step is off.
 Paged (continuous) batching does not pass its cache this way and holds dense keys and values.
 
 The idea is that of the ASVD paper (arXiv 2312.05821); Palu (arXiv 2407.21118) builds on it with fused kernels.

@@ -53,7 +53,7 @@ class LowRankLinear(CompressedLayer):
 
     @classmethod
     def like(cls, layer: nn.Linear, rank: int) -> LowRankLinear:
-        if not 1 <= rank <= min(layer.weight.shape):
+        if not 1 <= rank <= layer.in_features:  # a latent that two layers share may be wider than the outputs of one
             raise ValueError(f"rank {rank} of a {layer.out_features} × {layer.in_features} matrix")
         weight = layer.weight
         return cls(

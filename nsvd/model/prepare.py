@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -54,16 +54,23 @@ def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, 
         return
     if stats is None:
         raise ValueError(f"{method.label} needs statistics: pass stats= from calibrate(), or windows= to calibrate on")
+    if method.needs_gradients:
+        check_gradients(layers, stats, method.label)
     for name, layer in layers.items():
-        if method.needs_gradients and name not in stats.gradients:
-            raise ValueError(
-                f"{method.label} weighs the outputs of layer {name} by the loss: pass windows=, or stats with gradients"
-            )
         if name not in stats:
             raise ValueError(f"the statistics hold no layer {name}; were they taken from another model?")
         if len(stats[name].G) != layer.in_features:
             raise ValueError(
                 f"layer {name} has {layer.in_features} inputs, the statistics {len(stats[name].G)}; another model's?"
+            )
+
+
+def check_gradients(layers: Iterable[str], stats: Statistics | None, who: str) -> None:
+    """Raise ``ValueError`` unless the statistics hold the gradients of these layers."""
+    for name in layers:
+        if stats is None or name not in stats.gradients:
+            raise ValueError(
+                f"{who} weighs the outputs of layer {name} by the loss: pass windows=, or stats with gradients"
             )
 
 
