@@ -30,7 +30,6 @@ from nsvd.model.layers import LowRankLinear
 
 OUTPUTS = ("o_proj", "out_proj", "dense")  # the names under which attention layers keep their output projection
 ANY_WIDTH = ("eager", "sdpa")  # attention functions of transformers that take values wider than keys
-CLOSE = 0.05  # relative; bfloat16 weights sum to one no better than that, a gate or a sink is far beyond
 
 
 def output_name(attention: nn.Module) -> str | None:
@@ -84,25 +83,35 @@ def lift(attention: nn.Module, u: Tensor) -> Tensor:
 
 @torch.no_grad()
 def absorbs(attention: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether the layer's weights sum to one and nothing but its output projection comes after; shown on one call of it.
+    """Whether the layer's weights sum to one and its output projection reads nothing but the sum; shown on one call of it.
 
-    Its values are shifted and widened by one channel, which has to come through unchanged.
+    Its values are shifted and widened by one channel, and have to come through so.
     """
-    name = output_name(attention)
-    if name is None:
+    if output_name(attention) is None:
         return False
-    forward, d, output = type(attention).forward, attention.head_dim, getattr(attention, name)
-
-    def narrow(u: Tensor) -> Tensor:
-        return output(u.unflatten(-1, (-1, d + 1))[..., :d].flatten(-2) - wide.shift)
-
     plain, wide = _Handed(widen=False), _Handed(widen=True)
-    expected = forward(attention, *args, **kwargs | {"past_key_values": plain})[0]
     try:
-        given = forward(Redirected(attention, narrow), *args, **kwargs | {"past_key_values": wide})[0]
-    except (RuntimeError, TypeError, ValueError):  # the layer does something that wants values of its own width
+        expected = _summed(attention, args, kwargs | {"past_key_values": plain})
+        given = _summed(attention, args, kwargs | {"past_key_values": wide})
+        given = given.unflatten(-1, (-1, attention.head_dim + 1))[..., :-1].flatten(-2) - wide.shift
+    except (RuntimeError, TypeError, ValueError):  # something wants values of the layer's own width
         return False
-    return given.shape == expected.shape and bool((given - expected).norm() <= CLOSE * expected.norm())
+    close = max(1e-4, 8 * torch.finfo(given.dtype).eps)  # weights sum to one no better than that in bfloat16
+    return given.shape == expected.shape and bool((given - expected).norm() <= close * expected.norm())
+
+
+def _summed(attention: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+    """What the output projection is given."""
+    seen, like = [], getattr(attention, output_name(attention))
+
+    def output(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x.new_zeros(*x.shape[:-1], like.out_features)
+
+    type(attention).forward(Redirected(attention, output), *args, **kwargs)
+    if len(seen) != 1:
+        raise ValueError("the output projection is not called once")
+    return seen[0]
 
 
 class _Handed:

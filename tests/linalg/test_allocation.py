@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsvd.linalg import rank_for_ratio, saves_parameters
-from nsvd.linalg.allocation import after, cut, cut_where, total, spectrum_steps, strs_steps
+from nsvd.linalg.allocation import after, cut, cut_where, spectrum_steps, strs_steps, total
 from nsvd.linalg.factors import least_rank, split_rank
 
 KEPT = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -47,9 +47,7 @@ def assert_met(steps, shapes, ratio):
     ranks, target = cut(steps, shapes, ratio), (1 - ratio) * total({}, shapes)
     assert total(ranks, shapes) <= target + 1e-6
     if ranks:
-        best = after(
-            steps[: next(c for c in itertools.count(1) if total(after(steps[:c]), shapes) <= target + 1e-6)]
-        )
+        best = after(steps[: next(c for c in itertools.count(1) if total(after(steps[:c]), shapes) <= target + 1e-6)])
         moved = [layer for layer in ranks if ranks[layer] != best[layer]]
         assert len(moved) <= 1
         assert all(ranks[layer] >= best[layer] for layer in ranks)
