@@ -22,6 +22,7 @@ PALETTE = {
     "nid-1": "#6a4c93",
     "nid-2": "#a28bbf",
     "ridge": "#2d6a4f",
+    "best": "#38b000",
     "dense": "#000000",
 }
 

@@ -48,19 +48,25 @@ class Redirected:
         return getattr(self._attention, name)
 
 
+def multiplications(queries: int, held: int, heads: int, kv_heads: int, d: int, r: int) -> tuple[int, int]:
+    """(V rebuilt, absorbed), by the table above without its last row."""
+    rebuilt = held * kv_heads * d * r + queries * heads * held * d
+    return rebuilt, queries * heads * held * r + queries * heads * d * r
+
+
 def pays(attention: nn.Module, z: Tensor, queries: int) -> bool:
     """Whether absorbing takes fewer multiplications and no larger tensors for these latents z (batch, 1, s, r).
 
-    By the table above; and r ≤ d, or a single text: attention functions copy wider latents for every head of every text.
+    No larger are those with r ≤ d, and those of a single text; else attention functions copy them for every head.
     """
-    batch, _, s, r = z.shape
-    d, heads = attention.head_dim, getattr(attention, output_name(attention)).in_features // attention.head_dim
+    batch, _, held, r = z.shape
+    d, v_proj, output = attention.head_dim, attention.v_proj, getattr(attention, output_name(attention))
     if r > d and (batch > 1 or attention.config._attn_implementation not in ANY_WIDTH):
         return False
-    plain = (
-        type(attention.v_proj.up) is nn.Linear and not attention.training
-    )  # no adapter; dropout leaves no sum of one
-    return plain and queries * heads * r * (s + d) < s * d * (attention.v_proj.out_features * r // d + queries * heads)
+    if type(v_proj.up) is not nn.Linear or attention.training:  # an adapter; dropout, and weights no longer sum to one
+        return False
+    rebuilt, absorbed = multiplications(queries, held, output.in_features // d, v_proj.out_features // d, d, r)
+    return absorbed < rebuilt
 
 
 def as_values(attention: nn.Module, z: Tensor) -> Tensor:
@@ -94,7 +100,7 @@ def absorbs(attention: nn.Module, args: tuple, kwargs: dict) -> bool:
         expected = _summed(attention, args, kwargs | {"past_key_values": plain})
         given = _summed(attention, args, kwargs | {"past_key_values": wide})
         given = given.unflatten(-1, (-1, attention.head_dim + 1))[..., :-1].flatten(-2) - wide.shift
-    except (RuntimeError, TypeError, ValueError):  # something wants values of the layer's own width
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # something wants values of the layer's own width
         return False
     close = max(1e-4, 8 * torch.finfo(given.dtype).eps)  # weights sum to one no better than that in bfloat16
     return given.shape == expected.shape and bool((given - expected).norm() <= close * expected.norm())
