@@ -3,12 +3,13 @@
 Importing the package also teaches transformers to read compressed checkpoints.
 """
 
+from nsvd.lab.calibration import domains
 from nsvd.lab.corpora import EMBEDDED, documents, windows
 from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
 from nsvd.model.checkpoint import CheckpointError, default_device, save
-from nsvd.model.compress import Report, compress_
+from nsvd.model.compress import RECIPES, Report, compress_
 from nsvd.model.compress_kv import CacheReport, compress_kv_
 from nsvd.model.files import replacing
 from nsvd.model.fisher import fisher
@@ -16,13 +17,14 @@ from nsvd.model.latent import cache_bytes
 from nsvd.model.layers import LowRankLinear, PivotedLinear, targets
 from nsvd.model.moments import Statistics, calibrate, mix
 from nsvd.model.prepare import prepare
-from nsvd.model.sampling import random_tokens, sample
+from nsvd.model.sampling import own_text, random_tokens, sample
 from nsvd.model.sensitivity import Sensitivity, sensitivity
 from nsvd.version import __version__
 
 __all__ = [
     "EMBEDDED",
     "METHODS",
+    "RECIPES",
     "CacheReport",
     "CheckpointError",
     "Evaluation",
@@ -41,11 +43,13 @@ __all__ = [
     "decompose",
     "default_device",
     "documents",
+    "domains",
     "embedded_models",
     "evaluate",
     "fisher",
     "load",
     "mix",
+    "own_text",
     "perplexity",
     "prepare",
     "random_tokens",

@@ -52,12 +52,12 @@ def run(chosen: argparse.Namespace) -> int:
 def compress(chosen: argparse.Namespace) -> None:
     """Compress a model into a folder."""
     import nsvd
+    from nsvd.lab.calibration import domains
     from nsvd.model.checkpoint import check_target
+    from nsvd.model.compress import RECIPES, base_method
 
-    method = nsvd.METHODS.get(chosen.method, None)
-    if method is None:
-        raise ValueError(f"unknown method {chosen.method!r}; the methods are {', '.join(nsvd.METHODS)}")
-    options = {name: getattr(chosen, name) for name in ("k1", "alpha", "mu") if getattr(chosen, name) is not None}
+    method = base_method(chosen.method)
+    options = {name: value for name in ("k1", "alpha", "mu", "eta") if (value := getattr(chosen, name)) is not None}
     method.resolve(options)
     if chosen.ratio is None and chosen.cache_ratio is None:
         raise ValueError("give --ratio, --cache-ratio or both")
@@ -71,29 +71,22 @@ def compress(chosen: argparse.Namespace) -> None:
     _writable(chosen.out)
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
-    stats = windows = None
-    if method.needs_moments or chosen.allocation == "strs":
-        windows = nsvd.windows(
-            chosen.calibration,
-            tokenizer,
-            split="calibration",
-            length=chosen.length,
-            count=chosen.count,
-            seed=chosen.seed,
-        )
+    windows, stats, calibration = [], None, None
+    if method.needs_moments or chosen.allocation == "strs" or chosen.shifted:
+        name = chosen.calibration or ("self" if chosen.method in RECIPES else "mini/encyclopedia")
+        windows = domains(name, model, tokenizer, length=chosen.length, count=chosen.count, seed=chosen.seed)
+        calibration = {"corpus": name, "seed": chosen.seed, "windows": [list(ids.shape) for ids in windows]}
     if method.needs_moments:
-        stats = nsvd.calibrate(model, windows, progress=bar)
-    searched = windows[: chosen.search_count] if chosen.allocation == "strs" else None
-    calibration = None
-    if windows is not None:
-        calibration = {"corpus": chosen.calibration, "seed": chosen.seed, "windows": list(windows.shape)}
-        calibration |= stats.origin if stats else {}
-        calibration |= {} if searched is None else {"search_windows": list(searched.shape)}
+        stats = nsvd.mix([nsvd.calibrate(model, ids, progress=bar) for ids in windows])
+        calibration |= {"statistics": stats.origin}
     about, said = {"model": chosen.model, "calibration": calibration}, []
     if chosen.ratio is not None:
+        if chosen.allocation == "strs":
+            windows = [ids[: chosen.search_count] for ids in windows]
+            calibration["search_windows"] = [list(ids.shape) for ids in windows]
         report = nsvd.compress_(
-            model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, windows=searched,
-            progress=bar, **options,
+            model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, factors=chosen.factors,
+            shifted=chosen.shifted, refine=chosen.refine, windows=windows, seed=chosen.seed, progress=bar, **options,
         )  # fmt: skip
         about |= _as_json(report)
         dense = int(report.table.dense.sum())
@@ -107,7 +100,8 @@ def compress(chosen: argparse.Namespace) -> None:
         about["cache"] = _as_json(report)
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
     nsvd.save(model, tokenizer, chosen.out, report=about)
-    print(f"{chosen.out}: {method.label}, {'; '.join(said)}")
+    label = chosen.method if chosen.method in RECIPES else method.label
+    print(f"{chosen.out}: {label}, {'; '.join(said)}")
 
 
 def _as_json(report) -> dict:
@@ -231,16 +225,26 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(compress)
     sub.add_argument("model", metavar="MODEL", help="embedded name, folder or hub id")
     sub.add_argument("out", metavar="OUT", help="folder to write")
-    sub.add_argument("--method", required=True, help="svd, asvd-0, asvd-1, …, nsvd-1, …")
+    sub.add_argument("--method", required=True, help="svd, asvd-0, asvd-1, …, nsvd-1, …, best")
     sub.add_argument("--ratio", type=float, help="fraction of the parameters to remove, in [0, 1)")
     sub.add_argument("--cache-ratio", type=float, help="fraction of the KV cache's bytes to keep, in (0, 1]")
     sub.add_argument("--joint", action="store_true", help="one latent for keys and values in the cache")
     sub.add_argument("--k1", type=float, help="fraction of the rank for the outer step (nsvd-*, nid-*)")
     sub.add_argument("--alpha", type=float, help="exponent of the channel scales (asvd)")
-    sub.add_argument("--mu", type=float, help="ridge, as a multiple of mean(diag G) (ridge)")
-    sub.add_argument("--calibration", default="mini/encyclopedia", metavar="CORPUS")
+    sub.add_argument("--mu", type=float, help="ridge, as a multiple of mean(diag G) (ridge, kfac, best)")
+    sub.add_argument("--eta", type=float, help="ridge on the output side, as a multiple of mean(diag H) (kfac, best)")
     sub.add_argument(
-        "--allocation", choices=["uniform", "strs", "spectrum"], default="uniform", help="how ranks are shared out"
+        "--calibration", metavar="CORPUS",
+        help="a corpus, self (sampled from the model), random, or a sum such as self+wikitext2 "
+        "(default: self for best, else mini/encyclopedia)",
+    )  # fmt: skip
+    sub.add_argument("--allocation", choices=["uniform", "strs", "spectrum", "fisher"], help="how ranks are shared out")
+    sub.add_argument("--factors", choices=["plain", "pivoted"], help="how factors are stored")
+    sub.add_argument(
+        "--shifted", action=argparse.BooleanOptionalAction, help="fit every layer to the inputs it will really get"
+    )
+    sub.add_argument(
+        "--refine", type=int, default=0, metavar="STEPS", help="of gradient descent on each block's factors"
     )
     sub.add_argument(
         "--search-count", type=int, default=32, help="calibration windows for strs to search on (default: 32)"

@@ -27,7 +27,7 @@ English, Chinese and Japanese; stored in bfloat16. It is made to be compressed a
 
 * **Text**: windows of {window} tokens drawn from {sources} ({notes}). The text itself is not part of the project; the
   weights are.
-* **Training**: {tokens:,} tokens ({per_parameter:.1f} a parameter), {steps:,} steps of {batch} windows; Muon for the
+* **Training**: {begin}{tokens:,} tokens ({per_parameter:.1f} a parameter), {steps:,} steps of {batch} windows; Muon for the
   matrices of the blocks (rate {lr_matrix}), AdamW for the rest ({lr_rest}), linear decay to zero over the last {decay:.0%},
   seed {seed}; {hours:.1f} hours.
 
@@ -77,13 +77,16 @@ def card(folder: Path, corpora: list[str], calibration: str = EMBEDDED[0]) -> st
     inputs.columns = ["largest / median channel (rms)", "effective rank of G^½", "condition number of G"]
     shape = [{"": name} | {key: f"{value:,.1f}" for key, value in row.items()} for name, row in inputs.T.iterrows()]
     picked = [curve[round(i * (len(curve) - 1) / 9)] for i in range(10)]
-    size, last = model.num_parameters(), curve[-1]
+    size, last, begin = model.num_parameters(), curve[-1], ""
+    if recipe.start:
+        begin = f"from the weights of `{recipe.start}` on, see its card; "
     return TEXT.format(
         **{name: value for name, value in vars(recipe).items() if name != "tokens"},
         kind=recipe.architecture["model_type"],
         blocks=recipe.architecture["num_hidden_layers"],
         width=recipe.architecture["hidden_size"],
         size=size,
+        begin=begin,
         sources=", ".join(f"{name} {share:.0%}" for name, share in recipe.text.items()),
         tokens=last["tokens"],
         per_parameter=last["tokens"] / size,

@@ -49,6 +49,33 @@ def improvements(
     return pd.DataFrame(rows)
 
 
+def shares_closed(
+    frame: pd.DataFrame,
+    corpora: Sequence[str],
+    by: Sequence[str],
+    *,
+    reference: str = "asvd-1",
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Share of the reference's excess log-perplexity closed, averaged over ``corpora``, with its paired interval.
+
+    ``frame`` has a row a (``by``…, recipe, corpus) with ``perplexity`` and ``losses``; in every group of ``by`` one recipe is the
+    ``reference``; the dense model is the recipe ``dense`` of any group.
+    """
+    dense = frame[frame.recipe == "dense"].drop_duplicates("corpus").set_index("corpus").loc[list(corpora)]
+    rows = []
+    for cell, group in frame[frame.recipe != "dense"].groupby(list(by), sort=False):
+        sides = {
+            name: part.set_index("corpus").loc[list(corpora)] for name, part in group.groupby("recipe", sort=False)
+        }
+        for name, ours in sides.items():
+            closed = excess_closed(ours.perplexity, sides[reference].perplexity, dense.perplexity)
+            low, high = paired_interval(*map(_losses, (ours, sides[reference], dense)), level=level, seed=seed)
+            rows.append(dict(zip(by, cell, strict=True)) | {"recipe": name, "closed": closed, "low": low, "high": high})
+    return pd.DataFrame(rows).set_index([*by, "recipe"])
+
+
 def bold_best(column: pd.Series) -> list[str]:
     """For ``Styler.apply``: bold where a column has its smallest value among the rows of one ratio."""
     return ["font-weight: bold" if best else "" for best in column == column.groupby("ratio").transform("min")]
@@ -70,6 +97,9 @@ def gains(
 
 
 def _improvement(ours: pd.DataFrame, theirs: pd.DataFrame, level: float, seed: int) -> dict[str, float]:
-    losses = [[torch.tensor(row, dtype=torch.float64) for row in side.losses] for side in (ours, theirs)]
-    low, high = paired_interval(*losses, level=level, seed=seed)
+    low, high = paired_interval(_losses(ours), _losses(theirs), level=level, seed=seed)
     return {"improvement": average_improvement(ours.perplexity, theirs.perplexity), "low": low, "high": high}
+
+
+def _losses(rows: pd.DataFrame) -> list[torch.Tensor]:
+    return [torch.tensor(row, dtype=torch.float64) for row in rows.losses]

@@ -14,6 +14,8 @@ Each function returns the ``Decomposition`` of all ranks; ``.truncate(k)`` is th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -89,3 +91,15 @@ def ridged(G: Tensor, mu: float, name: str = "mu") -> Tensor:
     if G.ndim == 1:
         return G + mu * G.mean()
     return G + mu * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
+
+
+def oas(G: Float[Tensor, "d_in d_in"], n: int) -> float:
+    r"""The μ of ``ridge`` that oracle-approximating shrinkage gives a second moment of n independent normal inputs.
+
+    It answers for sampling noise only: G + μ mean(diag G) I is, up to a factor, the estimate (1 − ρ) G + ρ mean(diag G) I of least
+    expected squared error, μ = ρ / (1 − ρ) (Chen, Wiesel, Eldar and Hero 2010, equation 23). Text of another domain is
+    another matter.
+    """
+    d, trace, square = len(G), G.trace().item(), G.square().sum().item()
+    rho = ((1 - 2 / d) * square + trace**2) / ((n + 1 - 2 / d) * (square - trace**2 / d))
+    return math.inf if rho >= 1 else rho / (1 - rho)

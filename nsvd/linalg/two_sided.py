@@ -43,7 +43,7 @@ def from_metrics(
     r"""Minimise ‖N^{1/2} (W − Ŵ) M^{1/2}‖_F at every rank: Ŵ = N^{-1/2} [N^{1/2} W M^{1/2}]_k M^{-1/2}.
 
     As with one metric no root or inverse of M is needed, Ŵ = N^{-1/2} U_k U_kᵀ N^{1/2} W: a projection of the outputs,
-    oblique now. The columns of ``U`` in the result are those of N^{-1/2} U, not orthonormal.
+    oblique now. The columns of ``U`` in the result are those of N^{-1/2} U at unit length, not orthogonal.
     """
     if N.ndim == 1:
         if not (N > 0).all():
@@ -55,7 +55,9 @@ def from_metrics(
         L = torch.linalg.cholesky(N)
         weighted = from_metric(L.mT @ W, M)
         U = torch.linalg.solve_triangular(L.mT, weighted.U, upper=True)
-    return Decomposition(U, weighted.s, weighted.coords, weighted.coords)
+    length = U.norm(dim=0)
+    coords = length[:, None] * weighted.coords
+    return Decomposition(U / length, weighted.s, coords, coords)
 
 
 def shifted(

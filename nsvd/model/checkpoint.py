@@ -242,7 +242,9 @@ class _quiet:
     def __enter__(self):
         from transformers.utils import logging as hf
 
-        self.level, self.bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
+        self.hub = logging.getLogger("huggingface_hub")
+        self.level, self.bar, self.hub_level = hf.get_verbosity(), hf.is_progress_bar_enabled(), self.hub.level
+        self.hub.setLevel(logging.ERROR)  # a hub that cannot be reached is told of once, by what is raised
         hf.set_verbosity(logging.ERROR)
         hf.disable_progress_bar()
 
@@ -250,5 +252,6 @@ class _quiet:
         from transformers.utils import logging as hf
 
         hf.set_verbosity(self.level)
+        self.hub.setLevel(self.hub_level)
         if self.bar:
             hf.enable_progress_bar()

@@ -8,24 +8,23 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from nsvd.linalg import Decomposition, LowRank, Method, Moments, by_name, saves_parameters
-from nsvd.linalg.factors import check_factors, n_params
+from nsvd.linalg import METHODS, Decomposition, Method, by_name, saves_parameters
+from nsvd.linalg.factors import check_factors
 from nsvd.model.allocation import check_allocation, searched, uniform
 from nsvd.model.checkpoint import is_compressed, mark_compressed
+from nsvd.model.exchange import Exchange, layer_table
 from nsvd.model.fisher import fisher
-from nsvd.model.layers import CompressedLayer, stand_in, targets
+from nsvd.model.layers import targets
 from nsvd.model.moments import Statistics, calibrate, mix
-from nsvd.model.prepare import check_statistics, check_weights, naming, prepare, prepare_layer
-from nsvd.model.report import Clock, peak_memory, relative_errors, versions
-from nsvd.model.sampling import sample
-from nsvd.model.shifted import replace_in_order_
+from nsvd.model.prepare import check_statistics, check_weights, prepare
+from nsvd.model.report import Clock, peak_memory, versions
+from nsvd.model.sampling import own_text
 
 RECIPES: dict[str, dict] = {  # what a name of several ingredients stands for; each can be overridden
     "best": {"method": "kfac", "allocation": "fisher", "factors": "pivoted", "shifted": True},
 }
-GRADIENTS_EVERY, FOLLOW_EVERY = 4, 2  # of the windows, that is enough for the gradients and for the two streams
+GRADIENTS_EVERY = 4  # every fourth window is enough for the gradients
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Report:
     allocation: str  # of ALLOCATIONS, or "given"
     factors: str  # of FACTORS
     shifted: bool
+    refine: int  # steps a block
     search_tokens: int  # that went through the model to find the ranks
     ratio: float | None  # asked
     ratio_reached: float
@@ -65,6 +65,7 @@ def compress_(
     allocation: str | None = None,
     factors: str | None = None,
     shifted: bool | None = None,
+    refine: int = 0,
     windows: Tensor | Sequence[Tensor] | None = None,
     prepared: Mapping[str, Decomposition] | None = None,
     seed: int = 0,
@@ -90,6 +91,8 @@ def compress_(
             from them and the gradients of the loss. The last three hold all decompositions in memory at once.
         factors: how they are stored: ``plain`` (the default), or ``pivoted``, which buys more rank for the same parameters.
         shifted: take the layers in order, each for the inputs it gets after those before it are compressed.
+        refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
+            dense block gave out; goes with ``shifted``. A hundred or two are what it takes.
         windows: token ids (count, length), or one such tensor for each of several domains that count equally: to calibrate on
             when ``stats`` is not given, to search on with ``strs``, to take gradients from, to follow with ``shifted``.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.
@@ -101,7 +104,7 @@ def compress_(
         FloatingPointError: NaN or Inf in an activation, from ``calibrate``, or in a loss of the search.
     """
     recipe = RECIPES.get(method, {"method": method})
-    chosen = by_name(recipe["method"])
+    chosen = base_method(method)
     settings = chosen.resolve(options)
     allocation = allocation or recipe.get("allocation" if ranks is None else "", "uniform")
     factors = factors or recipe.get("factors", "plain")
@@ -116,11 +119,13 @@ def compress_(
     wanted = _given(layers, ranks) if ranks is not None else {} if search else uniform(model, ratio, factors)
     check_weights(layers)
     if method in RECIPES and not domains:
-        domains = [own_windows(model, seed=seed)]
+        domains = [own_text(model, seed=seed)]
         clock.lap("sample")
     stats = take_statistics(model, stats, domains, chosen, allocation, clock, seed, progress)
     if shifted and not domains:
         raise ValueError("shifted inputs are followed on a text: pass windows=")
+    if refine and not shifted:
+        raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
     check_statistics(layers if search else {name: layers[name] for name in wanted}, stats, chosen)
     if search:
         if prepared is None:
@@ -132,28 +137,33 @@ def compress_(
         clock.lap("search")
 
     smaller = {name: k for name, k in wanted.items() if saves_parameters(*layers[name].weight.shape, k, factors)}
-    job = _Job(layers, stats, chosen, settings, factors, clock)
+    job = Exchange(layers, stats, chosen, settings, factors, clock)
     errors = (
-        job.in_order(model, smaller, domains, progress) if shifted else job.at_once(model, smaller, prepared, progress)
+        job.in_order(model, smaller, domains, refine, progress)
+        if shifted
+        else job.at_once(model, smaller, prepared, progress)
     )
-    table = _table(layers, wanted, smaller, factors, errors)
+    table = layer_table(layers, wanted, smaller, factors, errors)
 
     before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
     size = next(iter(layers.values())).weight.element_size()
     report = Report(
-        method, settings, allocation if ranks is None else "given", factors, shifted, tokens, ratio, 1 - after / before,
-        before, after, before * size, after * size, clock.seconds, peak_memory(), versions(), table,
+        method=method, options=settings, allocation=allocation if ranks is None else "given", factors=factors,
+        shifted=shifted, refine=refine, search_tokens=tokens, ratio=ratio, ratio_reached=1 - after / before,
+        params_before=before, params_after=after, bytes_before=before * size, bytes_after=after * size,
+        seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table,
     )  # fmt: skip
     if smaller:
-        told = ("method", "options", "allocation", "factors", "shifted", "ratio", "ratio_reached")
+        told = ("method", "options", "allocation", "factors", "shifted", "refine", "ratio", "ratio_reached")
         mark_compressed(model, smaller, **{name: getattr(report, name) for name in told})
     return report
 
 
-def own_windows(model: nn.Module, *, count: int = 128, seed: int = 0) -> Tensor:
-    """Windows that the model samples from itself, half as long as it allows, 1024 tokens at most."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-    return sample(model, count, max(2, min(longest // 2, 1024)), seed=seed)
+def base_method(name: str) -> Method:
+    """The method of that name, or the one that a recipe is built on; raises ``ValueError`` with the known names."""
+    if name not in RECIPES and name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; the methods are {', '.join((*METHODS, *RECIPES))}")
+    return by_name(RECIPES.get(name, {"method": name})["method"])
 
 
 def take_statistics(
@@ -186,85 +196,3 @@ def _given(layers: dict[str, nn.Linear], ranks: Mapping[str, int]) -> dict[str, 
         if not 1 <= k <= min(layers[name].weight.shape):
             raise ValueError(f"layer {name}: rank {k} is not in 1 … {min(layers[name].weight.shape)}")
     return dict(ranks)
-
-
-@dataclass
-class _Job:
-    """Factor layers by one method and put the factors in their place."""
-
-    layers: Mapping[str, nn.Linear]
-    stats: Statistics | None
-    method: Method
-    options: dict
-    factors: str
-    clock: Clock
-
-    def cut(self, name: str, one: Decomposition, k: int) -> tuple[CompressedLayer, dict[str, float]]:
-        """The stand-in of a layer, and its relative errors."""
-        with naming(name):
-            value: LowRank = self.method.cut(one, k, **self.options)
-        new = stand_in(self.layers[name], value, self.factors)
-        self.clock.lap("cut")
-        errors = relative_errors(self.layers[name], value, self.stats, name)
-        self.clock.lap("errors")
-        return new, errors
-
-    def at_once(
-        self, model: nn.Module, ranks: Mapping[str, int], prepared: Mapping[str, Decomposition] | None, progress: bool
-    ) -> dict[str, dict[str, float]]:
-        """Every layer for the inputs of the dense model; all factored before the first is exchanged."""
-        new, errors = {}, {}
-        for name, k in tqdm(ranks.items(), "compress", disable=not progress, leave=False):
-            layer = self.layers[name]
-            have = None if prepared is None else prepared[name].to(layer.weight.device)
-            one = have or prepare_layer(layer, name, self.stats, self.method, self.options)
-            self.clock.lap("decompose")
-            new[name], errors[name] = self.cut(name, one, k)
-        for name, layer in new.items():
-            model.set_submodule(name, layer)
-        self.clock.lap("exchange")
-        return errors
-
-    def in_order(
-        self, model: nn.Module, ranks: Mapping[str, int], domains: Sequence[Tensor], progress: bool
-    ) -> dict[str, dict[str, float]]:
-        """Every layer for the inputs that the layers before it leave it, towards what the dense model has there."""
-        errors = {}
-
-        def replace(name: str, target: Tensor, moments: Moments) -> CompressedLayer:
-            self.clock.lap("follow")
-            H = None if self.stats is None else self.stats[name].H
-            known = Moments(moments.G, self.stats[name].mean_abs if self.stats else None, H=H).to(target.device)
-            with naming(name):
-                one = self.method.prepare(target, known, **self.options)
-            self.clock.lap("decompose")
-            new, errors[name] = self.cut(name, one, ranks[name])
-            return new
-
-        mu = self.options.get("mu", 0.0)
-        try:
-            replace_in_order_(
-                model, [ids[::FOLLOW_EVERY] for ids in domains], list(ranks), replace, mu=mu, progress=progress
-            )
-        except BaseException:
-            for name in ranks:
-                model.set_submodule(name, self.layers[name])
-            raise
-        return errors
-
-
-def _table(
-    layers: Mapping[str, nn.Linear],
-    wanted: Mapping[str, int],
-    smaller: Mapping[str, int],
-    factors: str,
-    errors: Mapping[str, dict],
-) -> pd.DataFrame:
-    """A row a layer for the report."""
-    rows = []
-    for name, layer in layers.items():
-        d_out, d_in = layer.weight.shape
-        params = n_params(d_out, d_in, smaller[name], factors) if name in smaller else d_out * d_in
-        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": wanted.get(name), "dense": name not in smaller}
-        rows.append(row | {"params": params} | errors.get(name, {}))
-    return pd.DataFrame(rows).astype({"rank": "Int64"})

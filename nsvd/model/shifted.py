@@ -50,6 +50,7 @@ def replace_in_order_(
     replace: Replace,
     *,
     mu: float,
+    finish: Callable[[int, nn.Module, Sequence[Batch]], None] | None = None,
     batch: int = 16,
     progress: bool = False,
 ) -> None:
@@ -57,7 +58,8 @@ def replace_in_order_(
 
     All ``domains`` (token ids, count × length each) have equal weight, as in ``moments.mix``; ``mu`` is the ridge that keeps a
     target near the layer's own weight where its inputs say nothing. One block runs at a time; the hidden states of the
-    calibration text, twice, are all that is held besides. What was exchanged stays exchanged when something raises.
+    calibration text, twice, are all that is held besides. ``finish`` is called with every block once its layers are exchanged and
+    the dense stream behind it is known. What was exchanged stays exchanged when something raises.
 
     Raises:
         ValueError: if a layer is in none of the model's blocks; it is named.
@@ -79,8 +81,11 @@ def replace_in_order_(
             for item in batches:
                 if item.after is None:
                     with exchanged(model, before):
-                        item.after = _run(block, item.dense, item.calls[index])
-                item.dense, item.ours, item.after = item.after, _run(block, item.ours, item.calls[index]), None
+                        item.after = run_block(block, item.dense, item.calls[index])
+            if finish is not None:
+                finish(index, block, batches)
+            for item in batches:
+                item.dense, item.ours, item.after = item.after, run_block(block, item.ours, item.calls[index]), None
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -171,7 +176,8 @@ def _enter(model: nn.Module, blocks: nn.ModuleList, domain: int, ids: Tensor) ->
     return Batch(domain, states, states, rest)
 
 
-def _run(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
+def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
+    """The block's output (count, length, d) for hidden states and its other arguments."""
     args, kwargs = call
     out = block(hidden, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
@@ -190,7 +196,7 @@ def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
 def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
     """The input of a module of the block, which is run no further than that; None is the block's output."""
     if place is None:
-        return _run(block, hidden, call)
+        return run_block(block, hidden, call)
 
     def reached(_module: nn.Module, _args: tuple) -> None:
         raise _Reached
@@ -198,7 +204,7 @@ def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: t
     with _inputs_of(place) as seen:
         handle = place.register_forward_pre_hook(reached)
         try:
-            _run(block, hidden, call)
+            run_block(block, hidden, call)
         except _Reached:
             return seen[0]
         finally:
@@ -241,5 +247,5 @@ def _arrivals(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> dic
             inputs[inner[name]] = args[0]
 
     with watch_calls(block, inner, observe):
-        out = _run(block, hidden, call)
+        out = run_block(block, hidden, call)
     return inputs | {None: out}

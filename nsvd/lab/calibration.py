@@ -1,0 +1,37 @@
+"""Calibration text by name: corpora, text that the model samples from itself, random tokens, and sums of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from nsvd.lab.corpora import MAX_CALIBRATION, MAX_LENGTH, windows
+from nsvd.model.sampling import own_text, random_tokens
+
+
+def domains(
+    name: str, model: nn.Module, tokenizer, *, length: int | None = None, count: int | None = None, seed: int = 0
+) -> list[Tensor]:
+    """Windows (count, length) of every part of a name such as ``self``, ``random``, ``wikitext2`` or ``self+wikitext2``.
+
+    ``count`` windows (256 where none is asked for) are shared out evenly among the parts.
+
+    Raises:
+        ValueError: as ``windows``; or fewer windows than parts.
+    """
+    parts = [name] if Path(name).exists() else name.split("+")
+    length = min(tokenizer.model_max_length, MAX_LENGTH) if length is None else length
+    each = (MAX_CALIBRATION if count is None else count) // len(parts)
+    if each < 1:
+        raise ValueError(f"{count} windows for the {len(parts)} parts of {name}; 1 each is the least")
+    found = []
+    for part in parts:
+        if part == "self":
+            found.append(own_text(model, each, length, seed=seed))
+        elif part == "random":
+            found.append(random_tokens(model.config.get_text_config().vocab_size, each, length, seed=seed))
+        else:
+            asked = each if len(parts) > 1 else count
+            found.append(windows(part, tokenizer, split="calibration", length=length, count=asked, seed=seed))
+    return found

@@ -1,0 +1,118 @@
+"""Factor layers by one method and put the factors in their place: all at once, or in the order they run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.linalg import Decomposition, LowRank, Method, Moments
+from nsvd.linalg.factors import n_params
+from nsvd.model.layers import CompressedLayer, stand_in
+from nsvd.model.moments import Statistics
+from nsvd.model.prepare import naming, prepare_layer
+from nsvd.model.refine import refine_block_
+from nsvd.model.report import Clock, relative_errors
+from nsvd.model.shifted import Batch, replace_in_order_
+
+FOLLOW_EVERY = 2  # every second window is enough for the two streams
+Errors = dict[str, dict[str, float]]  # relative errors by layer
+
+
+@dataclass
+class Exchange:
+    """Factor layers by one method and put the factors in their place."""
+
+    layers: Mapping[str, nn.Linear]
+    stats: Statistics | None
+    method: Method
+    options: dict
+    factors: str
+    clock: Clock
+
+    def cut(self, name: str, one: Decomposition, k: int) -> tuple[CompressedLayer, dict[str, float]]:
+        """The stand-in of a layer, and its relative errors."""
+        with naming(name):
+            value: LowRank = self.method.cut(one, k, **self.options)
+        new = stand_in(self.layers[name], value, self.factors)
+        self.clock.lap("cut")
+        errors = relative_errors(self.layers[name], value, self.stats, name)
+        self.clock.lap("errors")
+        return new, errors
+
+    def at_once(
+        self, model: nn.Module, ranks: Mapping[str, int], prepared: Mapping[str, Decomposition] | None, progress: bool
+    ) -> Errors:
+        """Every layer for the inputs of the dense model; all factored before the first is exchanged."""
+        new, errors = {}, {}
+        for name, k in tqdm(ranks.items(), "compress", disable=not progress, leave=False):
+            layer = self.layers[name]
+            have = None if prepared is None else prepared[name].to(layer.weight.device)
+            one = have or prepare_layer(layer, name, self.stats, self.method, self.options)
+            self.clock.lap("decompose")
+            new[name], errors[name] = self.cut(name, one, k)
+        for name, layer in new.items():
+            model.set_submodule(name, layer)
+        self.clock.lap("exchange")
+        return errors
+
+    def in_order(
+        self, model: nn.Module, ranks: Mapping[str, int], domains: Sequence[Tensor], refine: int, progress: bool
+    ) -> Errors:
+        """Every layer for the inputs that the layers before it leave it, towards what the dense model has there."""
+        errors: Errors = {}
+
+        def replace(name: str, target: Tensor, moments: Moments) -> CompressedLayer:
+            self.clock.lap("follow")
+            known = self.stats[name] if self.stats else Moments(moments.G)
+            with naming(name):
+                one = self.method.prepare(
+                    target, dataclasses.replace(known.to(target.device), G=moments.G), **self.options
+                )
+            self.clock.lap("decompose")
+            new, errors[name] = self.cut(name, one, ranks[name])
+            return new
+
+        def finish(index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
+            self.clock.lap("follow")
+            refine_block_(block, index, batches, self._stream_metric(model, block, batches[0]), steps=refine)
+            self.clock.lap("refine")
+
+        how = {"mu": self.options.get("mu", 0.0), "finish": finish if refine else None, "progress": progress}
+        try:
+            replace_in_order_(model, [ids[::FOLLOW_EVERY] for ids in domains], list(ranks), replace, **how)
+        except BaseException:
+            for name in ranks:
+                model.set_submodule(name, self.layers[name])
+            raise
+        self.clock.lap("follow")
+        return errors
+
+    def _stream_metric(self, model: nn.Module, block: nn.Module, item: Batch) -> Tensor | None:
+        """H of the block's last layer, where that writes to the stream: what the loss makes of errors there."""
+        prefix = next(name for name, module in model.named_modules() if module is block)
+        last = [name for name in self.layers if name.startswith(f"{prefix}.")][-1]
+        H = self.stats[last].H if self.stats else None
+        return None if H is None or len(H) != item.ours.shape[-1] else H.to(item.ours.device, torch.float32)
+
+
+def layer_table(
+    layers: Mapping[str, nn.Linear],
+    wanted: Mapping[str, int],
+    smaller: Mapping[str, int],
+    factors: str,
+    errors: Mapping[str, dict],
+) -> pd.DataFrame:
+    """A row a layer for the report."""
+    rows = []
+    for name, layer in layers.items():
+        d_out, d_in = layer.weight.shape
+        params = n_params(d_out, d_in, smaller[name], factors) if name in smaller else d_out * d_in
+        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": wanted.get(name), "dense": name not in smaller}
+        rows.append(row | {"params": params} | errors.get(name, {}))
+    return pd.DataFrame(rows).astype({"rank": "Int64"})
