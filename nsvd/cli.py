@@ -96,7 +96,7 @@ def compress(chosen: argparse.Namespace) -> None:
         )
     if chosen.cache_ratio is not None:
         how = {"method": chosen.method, "cache_ratio": chosen.cache_ratio, "joint": chosen.joint or None}
-        report = nsvd.compress_kv_(model, stats, **how, **options)
+        report = nsvd.compress_kv_(model, stats, **how, windows=windows, seed=chosen.seed, **options)
         about["cache"] = _as_json(report)
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
     nsvd.save(model, tokenizer, chosen.out, report=about)

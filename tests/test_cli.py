@@ -174,7 +174,7 @@ def test_the_cache_is_compressed_alone_or_beside_the_weights(here, models, capsy
     assert line.startswith("low: SVD, KV cache of 128 bytes a token (256 dense)")
     assert said(capsys, "info", "low").splitlines()[1] == "KV cache compressed by svd : 256 → 128 bytes a token"
     said(capsys, "compress", models / "dense", "both", *cache, "--ratio", 0.3)
-    assert len(said(capsys, "info", "both").splitlines()) == 3 + 14
+    assert len(said(capsys, "info", "both").splitlines()) == 4 + 14  # two lines of the cache
     report = json.loads((here / "both" / "nsvd_report.json").read_text())
     assert (report["ratio"], report["cache"]["cache_ratio"], len(report["cache"]["layers"])) == (0.3, 0.5, 2)
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 from nsvd.lab.evaluation import evaluate
 from nsvd.lab.records import Records
 from nsvd.lab.sweep import DENSE, fingerprint
-from nsvd.linalg import by_name
 from nsvd.model.absorption import multiplications
-from nsvd.model.compress_kv import RECIPES, compress_kv_
+from nsvd.model.compress import base_method
+from nsvd.model.compress_kv import compress_kv_
 from nsvd.model.latent import attach, bytes_per_token, cache_bytes, latent_layers
 from nsvd.model.layers import LowRankLinear
 from nsvd.model.moments import Statistics
@@ -48,9 +48,7 @@ def cache_sweep(
     for method, ratio, joint, options in tqdm(todo, "cache sweep", disable=not progress, leave=False):
         about = {"model": name, "weights": weights, "method": method, "cache_ratio": ratio, "joint": joint}
         if method != DENSE:
-            about |= by_name(RECIPES.get(method, {"method": method})["method"]).resolve(options) | {
-                "statistics": moments
-            }
+            about |= base_method(method).resolve(options) | {"statistics": moments}
         parameters = {corpus: about | {"corpus": corpus, "windows": texts[corpus]} for corpus in corpora}
         missing = [corpus for corpus in corpora if records.find(**parameters[corpus]) is None]
         if missing:

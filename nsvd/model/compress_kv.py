@@ -25,21 +25,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nsvd.linalg import by_name
 from nsvd.linalg.methods import check_finite
 from nsvd.model.attention import by_kind, examine, key_value_layers
 from nsvd.model.checkpoint import mark_compressed
-from nsvd.model.compress import own_windows, take_statistics
+from nsvd.model.compress import base_method, take_statistics
 from nsvd.model.latent import DIGITS, attach, bytes_per_token, latent_layers
 from nsvd.model.layers import CompressedLayer, LowRankLinear
 from nsvd.model.moments import Statistics
 from nsvd.model.pairs import Factoring, Pair
 from nsvd.model.prepare import check_gradients, check_statistics, naming
 from nsvd.model.report import Clock, peak_memory, relative_errors, versions
+from nsvd.model.sampling import own_text
 
 ALLOCATIONS = ("uniform", "fisher")
-RECIPES: dict[str, dict] = {  # what a name of several ingredients stands for; each can be overridden
-    "best": {"method": "kfac", "allocation": "fisher", "joint": True},
+RECIPES: dict[str, dict] = {  # for a cache, beside the method that ``base_method`` gives; each can be overridden
+    "best": {"allocation": "fisher", "joint": True},
 }
 
 
@@ -110,8 +110,8 @@ def compress_kv_(
             a weight; statistics that do not fit; done before.
         FloatingPointError: NaN or Inf in an activation; the layer is named.
     """
-    recipe, clock = RECIPES.get(method, {"method": method}), Clock()
-    chosen, allocation = by_name(recipe["method"]), allocation or recipe.get("allocation", "uniform")
+    chosen, recipe, clock = base_method(method), RECIPES.get(method, {}), Clock()
+    allocation = allocation or recipe.get("allocation", "uniform")
     joint = recipe.get("joint", False) if joint is None else joint
     settings, domains = chosen.resolve(options), [windows] if isinstance(windows, Tensor) else list(windows or ())
     _check(model, cache_ratio, allocation, absorb)
@@ -119,7 +119,7 @@ def compress_kv_(
     rotated, absorbing = _examined(model, absorb)
     clock.lap("examine")
     if method in RECIPES and stats is None and not domains:
-        domains = [own_windows(model, seed=seed)]
+        domains = [own_text(model, seed=seed)]
         clock.lap("sample")
     layers = {name: layer for pair in projections.values() for name, layer in pair.items()}
     stats = take_statistics(model, stats, domains, chosen, allocation, clock, seed, layers=list(layers))
