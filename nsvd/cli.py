@@ -96,8 +96,8 @@ def compress(chosen: argparse.Namespace) -> None:
             f"{len(report.table) - dense} layers factored, {dense} dense"
         )
     if chosen.cache_ratio is not None:
-        how = {"method": chosen.method, "cache_ratio": chosen.cache_ratio, "joint": chosen.joint}
-        report = nsvd.compress_kv_(model, stats, **how, **options)
+        how = {"method": chosen.method, "cache_ratio": chosen.cache_ratio, "joint": chosen.joint or None}
+        report = nsvd.compress_kv_(model, stats, **how, windows=windows, seed=chosen.seed, **options)
         about["cache"] = _as_json(report)
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
     nsvd.save(model, tokenizer, chosen.out, report=about)
@@ -173,6 +173,8 @@ def info(chosen: argparse.Namespace) -> None:
         print(
             f"KV cache compressed by {cache.get('method')} {cache.get('options') or ''}: {before:,} → {after:,} bytes a token"
         )
+        absorbing = [layer.get("absorb", False) for layer in cache["layers"].values()]
+        print(f"values are not rebuilt where absorbing them is cheaper, in {sum(absorbing)} of {len(absorbing)} layers")
     for name, module in model.named_modules():
         if isinstance(module, CompressedLayer):
             about = ", ".join(f"{key} {value}" for key, value in describe(module).items())

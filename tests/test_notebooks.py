@@ -20,6 +20,8 @@ TINY = {
     "splits": [0.8],
     "nid_splits": [0.8],
     "cache_ratios": [0.5],
+    "shapes": ["4 2 8"],
+    "held_tokens": 32,
     "lengths": [16, 64],
     "new_tokens": 4,
     "held_count": 2,

@@ -11,14 +11,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from nsvd.lab.evaluation import evaluate
 from nsvd.lab.records import Records
 from nsvd.lab.sweep import DENSE, fingerprint
-from nsvd.linalg import by_name
+from nsvd.model.absorption import multiplications
+from nsvd.model.compress import base_method
 from nsvd.model.compress_kv import compress_kv_
-from nsvd.model.latent import bytes_per_token, cache_bytes
+from nsvd.model.latent import attach, bytes_per_token, cache_bytes, latent_layers
+from nsvd.model.layers import LowRankLinear
 from nsvd.model.moments import Statistics
 
 
@@ -34,16 +36,19 @@ def cache_sweep(
 ) -> pd.DataFrame:
     """Perplexity of the dense model and of every (method, cache_ratio, joint, options) cell on every corpus; a row each.
 
-    Beside the parameters a row holds ``perplexity``, ``standard_error`` and ``bytes``, what the cache takes a token. Measurements
-    in ``records`` are not repeated.
+    The statistics serve all methods; for ``best`` they hold gradients, too. Beside the parameters a row holds ``perplexity``,
+    ``standard_error`` and ``bytes``, what the cache takes a token. Measurements in ``records`` are not repeated.
     """
-    weights, moments = fingerprint(model.parameters()), fingerprint(m.G for m in stats.moments.values())
+    weights, moments = (
+        fingerprint(model.parameters()),
+        fingerprint([*(m.G for m in stats.moments.values()), *stats.gradients.values()]),
+    )
     texts, rows = {corpus: fingerprint([windows]) for corpus, windows in corpora.items()}, []
     todo = [(DENSE, 1.0, False, {}), *cells]
     for method, ratio, joint, options in tqdm(todo, "cache sweep", disable=not progress, leave=False):
         about = {"model": name, "weights": weights, "method": method, "cache_ratio": ratio, "joint": joint}
         if method != DENSE:
-            about |= by_name(method).resolve(options) | {"statistics": moments}
+            about |= base_method(method).resolve(options) | {"statistics": moments}
         parameters = {corpus: about | {"corpus": corpus, "windows": texts[corpus]} for corpus in corpora}
         missing = [corpus for corpus in corpora if records.find(**parameters[corpus]) is None]
         if missing:
@@ -89,3 +94,52 @@ def decoding_speed(
                 seconds[name].append(time.perf_counter() - start)
     speed = {name: prompts.shape[0] * new / median(times) for name, times in seconds.items()}
     return pd.DataFrame({"tokens per second": speed})
+
+
+@torch.no_grad()
+def absorption_gain(
+    shapes: Mapping[str, tuple[int, int, int]], *, cache_ratio: float = 0.5, held: int = 1024, repeats: int = 5
+) -> pd.DataFrame:
+    """What one token costs an attention layer that holds ``held`` others in a latent cache: values rebuilt, and absorbed.
+
+    A row for each shape (query heads, key-value heads, head width), of random weights, in float32, keys with a third of the ranks.
+    Millions of multiplications for the values; milliseconds for all of the layer, median of turns that alternate.
+    """
+    rows = {}
+    for name, (heads, kv_heads, d) in shapes.items():
+        share = int(cache_ratio * 2 * kv_heads * d)
+        model = _one_layer(heads, kv_heads, d, share // 3, share - share // 3)
+        layer = next(iter(latent_layers(model).values()))
+        cache, seconds = DynamicCache(config=model.config), {False: [], True: []}
+        cache.update(
+            torch.zeros(1, 1, held, layer.width - layer.attention.v_proj.rank),
+            torch.randn(1, 1, held, share - share // 3),
+            0,
+        )
+        for turn in range(repeats + 1):
+            for layer.absorb in seconds:
+                start = time.perf_counter()
+                model.base_model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+                if turn:
+                    seconds[layer.absorb].append(time.perf_counter() - start)
+        counted = [count / 1e6 for count in multiplications(1, held, heads, kv_heads, d, share - share // 3)]
+        timed = [1e3 * median(times) for times in seconds.values()]
+        rows[name] = [share - share // 3, *counted, *timed, timed[0] / timed[1]]
+    columns = ["rank of values", "multiplications, rebuilt", "absorbed", "ms, rebuilt", "ms, absorbed", "times faster"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def _one_layer(heads: int, kv_heads: int, d: int, r_k: int, r_v: int) -> PreTrainedModel:
+    """One decoder layer with a latent cache, random factors, and next to no feed-forward part or vocabulary."""
+    config = LlamaConfig(
+        hidden_size=heads * d, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=d, num_hidden_layers=1,
+        intermediate_size=8, vocab_size=8,
+    )  # fmt: skip
+    model, name = AutoModelForCausalLM.from_config(config).eval(), "model.layers.0.self_attn"
+    for part, rank in (("k_proj", r_k), ("v_proj", r_v)):
+        new = LowRankLinear.like(model.get_submodule(f"{name}.{part}"), rank)
+        for weight in new.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        model.set_submodule(f"{name}.{part}", new)
+    attach(model, {name: {"rotated": d, "joint": False, "absorb": True}})
+    return model

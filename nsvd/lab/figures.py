@@ -23,6 +23,7 @@ PALETTE = {
     "nid-2": "#a28bbf",
     "ridge": "#2d6a4f",
     "sola": "#e36414",
+    "best": "#38b000",
     "dense": "#000000",
 }
 

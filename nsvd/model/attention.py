@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from nsvd.model.absorption import absorbs
 from nsvd.model.hooks import evaluating, watch_calls
 from nsvd.model.layers import CompressedLayer
 
@@ -73,8 +74,8 @@ def key_value_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def examine(model: PreTrainedModel) -> dict[str, int]:
-    """For every attention layer the number of channels of a head that are rotated; all make keys as ``finish_keys`` does.
+def examine(model: PreTrainedModel) -> dict[str, tuple[int, bool]]:
+    """For every attention layer the channels of a head that are rotated, and whether it ``absorbs``; all ``finish_keys`` alike.
 
     Shown on eight tokens: what each layer hands its cache is compared with what is rebuilt from its projections.
 
@@ -95,11 +96,14 @@ def examine(model: PreTrainedModel) -> dict[str, int]:
     calls, cache = {}, _Recorder(config=model.config)
     with watch_calls(model, layers, lambda name, args, kwargs: calls.__setitem__(name, (args, kwargs))):
         _run(model, cache)
-    rotated = {name: _rotated(model, name, layer, calls.get(name), cache) for name, layer in layers.items()}
+    found = {}
+    for name, layer in layers.items():
+        rotated = _rotated(model, name, layer, calls.get(name), cache)
+        found[name] = rotated, absorbs(layer, *calls[name])
     others = cache.seen.keys() - {layer.layer_idx for layer in layers.values()}
     if others:
         raise ValueError(f"{kind}: layer {min(others)} has a cache, but no separate linear k_proj and v_proj")
-    return rotated
+    return found
 
 
 class _Recorder(DynamicCache):

@@ -36,7 +36,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
     ``modules`` maps layer names to {"layer": kind, "rank": k, …}, the kind (of ``layers.LAYERS``) left out where it is
     low-rank. ``latent_cache``, where there is one, tells how the KV cache was compressed; its ``layers`` map the names of
-    attention layers to {"rotated": int, "joint": bool}, see ``latent.attach``.
+    attention layers to {"rotated": int, "joint": bool, "absorb": bool}, the last left out for False, see ``latent.attach``.
     """
 
     def __init__(
@@ -142,7 +142,8 @@ def _check_latent(model: nn.Module, layers: dict) -> None:
         pair = [modules.get(f"{name}.{part}") for part in ("k_proj", "v_proj")]
         if not all(isinstance(layer, LowRankLinear) for layer in pair):
             raise CheckpointError(f"config.json gives {name} a latent cache, but not its k_proj and v_proj a rank")
-        if spec.keys() != {"rotated", "joint"} or [type(spec["rotated"]), type(spec["joint"])] != [int, bool]:
+        kinds = {key: type(value) for key, value in spec.items()}
+        if {"absorb": bool} | kinds != {"rotated": int, "joint": bool, "absorb": bool}:
             raise CheckpointError(f"config.json gives {name} the latent cache {spec}")
         if spec["joint"] and pair[0].rank != pair[1].rank:
             raise CheckpointError(

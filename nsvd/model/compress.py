@@ -130,7 +130,7 @@ def compress_(
         domains = [own_text(model, seed=seed)]
         clock.lap("sample")
     judge = inner if splits and (inner := chosen.inner(options)[0]).needs_gradients else chosen
-    stats = _statistics(model, stats, domains, judge, allocation, clock, seed, progress)
+    stats = take_statistics(model, stats, domains, judge, allocation, clock, seed, progress)
     if shifted and not domains:
         raise ValueError("shifted inputs are followed on a text: pass windows=")
     if refine and not shifted:
@@ -186,7 +186,7 @@ def base_method(name: str) -> Method:
     return by_name(RECIPES.get(name, {"method": name})["method"])
 
 
-def _statistics(
+def take_statistics(
     model: nn.Module,
     stats: Statistics | None,
     domains: Sequence[Tensor],
@@ -194,15 +194,16 @@ def _statistics(
     allocation: str,
     clock: Clock,
     seed: int,
-    progress: bool,
+    progress: bool = False,
+    layers: Sequence[str] | None = None,
 ) -> Statistics | None:
-    """The given ones, or those of the windows; with gradients where they are asked for and not there yet."""
+    """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet."""
     if stats is None and domains and (method.needs_moments or allocation == "fisher"):
-        each = [calibrate(model, ids, progress=progress) for ids in domains]
+        each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
         stats = each[0] if len(each) == 1 else mix(each)
         clock.lap("calibrate")
     if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
-        each = [fisher(model, ids[::GRADIENTS_EVERY], seed=seed, progress=progress) for ids in domains]
+        each = [fisher(model, ids[::GRADIENTS_EVERY], layers=layers, seed=seed, progress=progress) for ids in domains]
         stats = stats.with_gradients({name: sum(H[name] for H in each) / len(each) for name in each[0]})
         clock.lap("gradients")
     return stats

@@ -10,11 +10,14 @@ share is split so that the sum of the relative squared errors is least,
 in the metric S of the method. With ``joint=True`` the same sum is least over one latent for both: that is the rank-r decomposition
 of the stacked matrix [W_k / ‖W_k S‖; W_v / ‖W_v S‖], whose latent takes r numbers a token where the separate ones take r_k + r_v
 (as in the joint form of Palu, arXiv 2407.21118; the latent cache itself is the ASVD paper's, arXiv 2312.05821).
+
+The squares of ``kfac``, with a metric on both sides, are losses of the whole model and need no norm under them. One threshold on
+them then shares out the bytes of all layers together (``allocation="fisher"``), and each layer's cache gets its own width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -22,16 +25,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nsvd.linalg import LowRank, Method, Moments, by_name
 from nsvd.linalg.methods import check_finite
 from nsvd.model.attention import by_kind, examine, key_value_layers
 from nsvd.model.checkpoint import mark_compressed
-from nsvd.model.fisher import fisher
+from nsvd.model.compress import base_method, take_statistics
 from nsvd.model.latent import DIGITS, attach, bytes_per_token, latent_layers
 from nsvd.model.layers import CompressedLayer, LowRankLinear
-from nsvd.model.moments import Statistics, calibrate
-from nsvd.model.prepare import check_statistics, naming
+from nsvd.model.moments import Statistics
+from nsvd.model.pairs import Factoring, Pair
+from nsvd.model.prepare import check_gradients, check_statistics, naming
 from nsvd.model.report import Clock, peak_memory, relative_errors, versions
+from nsvd.model.sampling import own_text
+
+ALLOCATIONS = ("uniform", "fisher")
+RECIPES: dict[str, dict] = {  # for a cache, beside the method that ``base_method`` gives; each can be overridden
+    "best": {"allocation": "fisher", "joint": True},
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class CacheReport:
     method: str
     options: dict
     joint: bool
+    allocation: str  # of ALLOCATIONS
     cache_ratio: float  # asked, fraction kept
     cache_ratio_reached: float
     bytes_before: int
@@ -64,8 +74,11 @@ def compress_kv_(
     *,
     cache_ratio: float = 0.5,
     method: str = "asvd-1",
-    joint: bool = False,
-    windows: Tensor | None = None,
+    joint: bool | None = None,
+    allocation: str | None = None,
+    absorb: bool | str = "auto",
+    windows: Tensor | Sequence[Tensor] | None = None,
+    seed: int = 0,
     **options: float,
 ) -> CacheReport:
     """Factor ``k_proj`` and ``v_proj`` of every attention layer and let transformers' caches hold their latents, in place.
@@ -78,41 +91,52 @@ def compress_kv_(
         model: a decoder-only model of transformers with separate key and value projections.
         stats: moments from ``calibrate`` (not needed for ``svd``), of the model as it was when dense, or as it is.
         cache_ratio: fraction of the bytes of the dense cache to KEEP, in (0, 1], positions included.
-        method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``).
-        joint: one latent for keys and values.
-        windows: token ids to calibrate on when ``stats`` is not given.
+        method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``, ``eta``). Or ``best``: ``kfac``,
+            ``joint``, with the allocation ``fisher``, on text that the model samples from itself where neither ``stats`` nor
+            ``windows`` are given.
+        joint: one latent for keys and values; False but for ``best``.
+        allocation: ``uniform`` (the default), the same share for every layer; or ``fisher``, the smallest rise of the loss for
+            all layers together, as the gradients predict it, which keeps all decompositions in memory at once.
+        absorb: never rebuild values where attention over their latents is cheaper, which is decided at every call: fewer
+            multiplications and, as attention functions copy wide values for every head, r_v ≤ head width or a single text.
+            The outputs are the same but for rounding. ``auto``: in the layers that allow it; True: or raise; False: nowhere.
+        windows: token ids (count, length), or one such tensor for each of several domains that count equally, to calibrate on
+            when ``stats`` is not given, and to take gradients from.
+        seed: of what is sampled.
 
     Raises:
-        ValueError: unknown method or option; one that weighs outputs with ``joint``; ``cache_ratio`` out of range or leaving
-            nothing to a layer; an attention layer that latents cannot be cached for (it is named); NaN or Inf in a weight;
-            statistics that do not fit; done before.
+        ValueError: unknown method, option or allocation; ``cache_ratio`` out of range or leaving nothing to a layer; an attention
+            layer that latents cannot be cached for, or values not absorbed in with ``absorb=True`` (it is named); NaN or Inf in
+            a weight; statistics that do not fit; done before.
         FloatingPointError: NaN or Inf in an activation; the layer is named.
     """
-    chosen, settings, clock = by_name(method), by_name(method).resolve(options), Clock()
-    if not 0 < cache_ratio <= 1:
-        raise ValueError(f"cache_ratio is {cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
-    if latent_layers(model):
-        raise ValueError("this model caches latents already; dequantize() it first")
-    if joint and chosen.needs_gradients:
-        raise ValueError(f"{chosen.label} weighs the outputs of one layer, a joint latent has those of two; use asvd-1")
+    chosen, recipe, clock = base_method(method), RECIPES.get(method, {}), Clock()
+    allocation = allocation or recipe.get("allocation", "uniform")
+    joint = recipe.get("joint", False) if joint is None else joint
+    settings, domains = chosen.resolve(options), [windows] if isinstance(windows, Tensor) else list(windows or ())
+    _check(model, cache_ratio, allocation, absorb)
     projections = _projections(model)
-    rotated = examine(model)
+    rotated, absorbing = _examined(model, absorb)
     clock.lap("examine")
-    if stats is None and windows is not None and chosen.needs_moments:
-        names = [name for pair in projections.values() for name in pair]
-        stats = calibrate(model, windows, layers=names)
-        if chosen.needs_gradients:
-            stats = stats.with_gradients(fisher(model, windows, layers=names))
-        clock.lap("calibrate")
-    check_statistics({n: layer for pair in projections.values() for n, layer in pair.items()}, stats, chosen)
+    if method in RECIPES and stats is None and not domains:
+        domains = [own_text(model, seed=seed)]
+        clock.lap("sample")
+    layers = {name: layer for pair in projections.values() for name, layer in pair.items()}
+    stats = take_statistics(model, stats, domains, chosen, allocation, clock, seed, layers=list(layers))
+    check_statistics(layers, stats, chosen)
+    if allocation == "fisher":
+        check_gradients(layers, stats, "allocation 'fisher'")
     shares = _shares(model, projections, rotated, cache_ratio)
-
+    factoring = Factoring(chosen, settings, joint, allocation == "fisher")
+    pairs, ranks = {}, {}
+    if allocation == "fisher":
+        pairs = {name: _prepare(factoring, name, pair, stats).to("cpu") for name, pair in projections.items()}
+        ranks = factoring.over_all(pairs, sum(shares.values()))
     rows, factored = [], {}
     for attention, pair in projections.items():
-        moments = [stats[name].to(model.device) if chosen.needs_moments else None for name in pair]
+        prepared = pairs.pop(attention, None) or _prepare(factoring, attention, pair, stats)
         with naming(attention):
-            W_k, W_v = (layer.weight.double() for layer in pair.values())
-            values = (_joint if joint else _separate)(chosen, settings, W_k, W_v, moments, shares[attention])
+            values = factoring.cut(prepared, ranks.get(attention) or factoring.within(prepared, shares[attention]))
         row = {"layer": attention, "rank_k": values[0].rank, "rank_v": values[1].rank}
         for (name, layer), value, letter in zip(pair.items(), values, "kv", strict=True):
             row |= {f"{letter}_{error}": number for error, number in relative_errors(layer, value, stats, name).items()}
@@ -124,17 +148,55 @@ def compress_kv_(
     for pair in projections.values():
         for name, layer in pair.items():
             model.set_submodule(name, LowRankLinear.from_factors(layer, factored[name]))
-    latent = {name: {"rotated": rotated[name], "joint": joint} for name in projections}
+    latent = {name: {"rotated": rotated[name], "joint": joint, "absorb": absorbing[name]} for name in projections}
     attach(model, latent)
-    about = {"method": method, "options": settings, "cache_ratio": cache_ratio, "layers": latent}
+    about = {
+        "method": method,
+        "options": settings,
+        "allocation": allocation,
+        "cache_ratio": cache_ratio,
+        "layers": latent,
+    }
     mark_compressed(model, factored, latent_cache=about)
     clock.lap("exchange")
     dense, held = bytes_per_token(model)
     after = sum({id(p): p.numel() for name in factored for p in _weights(model.get_submodule(name))}.values())
     return CacheReport(
-        method, settings, joint, cache_ratio, held / dense, dense, held, before, after,
+        method, settings, joint, allocation, cache_ratio, held / dense, dense, held, before, after,
         clock.seconds, peak_memory(), versions(), pd.DataFrame(rows),
     )  # fmt: skip
+
+
+def _check(model: nn.Module, cache_ratio: float, allocation: str, absorb: bool | str) -> None:
+    if not 0 < cache_ratio <= 1:
+        raise ValueError(f"cache_ratio is {cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {allocation!r}; there are {', '.join(ALLOCATIONS)}")
+    if absorb not in (True, False, "auto"):
+        raise ValueError(f"absorb is {absorb!r}, but it is True, False or 'auto'")
+    if latent_layers(model):
+        raise ValueError("this model caches latents already; dequantize() it first")
+
+
+def _examined(model: PreTrainedModel, absorb: bool | str) -> tuple[dict[str, int], dict[str, bool]]:
+    """For every attention layer the rotated channels of a head, and whether it may keep values latent."""
+    found = examine(model)
+    for name, (_, able) in found.items():
+        if absorb is True and not able:
+            raise ValueError(
+                f"layer {name} ({type(model.get_submodule(name)).__name__}): the values' up-projection cannot be absorbed: "
+                "the weights do not sum to one, or something comes between their sum of values and the output projection"
+            )
+    return {n: rotated for n, (rotated, _) in found.items()}, {
+        n: bool(absorb) and able for n, (_, able) in found.items()
+    }
+
+
+def _prepare(factoring: Factoring, attention: str, pair: Mapping[str, nn.Linear], stats: Statistics | None) -> Pair:
+    weights = [layer.weight.double() for layer in pair.values()]
+    known = [stats[name].to(weights[0].device) if factoring.needs_moments else None for name in pair]
+    with naming(attention):
+        return factoring.prepare(weights, known)
 
 
 def _projections(model: nn.Module) -> dict[str, dict[str, nn.Linear]]:
@@ -166,46 +228,3 @@ def _shares(model: PreTrainedModel, projections: dict, rotated: dict[str, int], 
         if shares[attention] < 2:
             raise ValueError(f"layer {attention}: cache_ratio {cache_ratio} leaves no rank for keys and values")
     return shares
-
-
-def _separate(
-    method: Method, options: dict, W_k: Tensor, W_v: Tensor, moments: Sequence[Moments | None], share: int
-) -> tuple[LowRank, LowRank]:
-    """W_k and W_v each by its own decomposition; the ranks add up to ``share`` at most."""
-    one, other = (method.prepare(W, m, **options) for W, m in zip((W_k, W_v), moments, strict=True))
-    r_k, r_v = split_share(one.s, other.s, share, least=method.least_rank(options))
-    return method.cut(one, r_k, **options), method.cut(other, r_v, **options)
-
-
-def split_share(s_k: Tensor, s_v: Tensor, share: int, *, least: int = 1) -> tuple[int, int]:
-    """(r_k, r_v), r_k + r_v = share (or all there is), each at least ``least``, that minimise the summed relative squared tails."""
-    lost_k, lost_v = _relative_tails(s_k), _relative_tails(s_v)
-    share = min(share, len(s_k) + len(s_v))
-    first, last = max(least, share - len(s_v)), min(len(s_k), share - least)
-    if first > last:
-        raise ValueError(f"{share} numbers a token leave keys and values less than rank {least} each")
-    r_k = torch.arange(first, last + 1, device=s_k.device)
-    best = first + int((lost_k[r_k] + lost_v[share - r_k]).argmin())
-    return best, share - best
-
-
-def _relative_tails(s: Tensor) -> Tensor:
-    """Σ_{i>r} s_i² / Σ s_i² for r = 0 … len(s)."""
-    squares = s.square()
-    if not squares.sum():
-        raise ValueError("keys or values are zero")
-    return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]) / squares.sum()
-
-
-def _joint(
-    method: Method, options: dict, W_k: Tensor, W_v: Tensor, moments: Sequence[Moments | None], share: int
-) -> tuple[LowRank, LowRank]:
-    """Two up-projections on one down-projection of rank ``share`` (or all there is)."""
-    inputs = moments[0]  # both read the same
-    norms = [method.prepare(W, inputs, **options).s.norm() for W in (W_k, W_v)]
-    if not all(norms):
-        raise ValueError("keys or values are zero")
-    stacked = method.prepare(torch.cat([W_k / norms[0], W_v / norms[1]]), inputs, **options)
-    both = method.cut(stacked, min(share, len(stacked.s)), **options)
-    left_k, left_v = both.left.split([len(W_k), len(W_v)])
-    return LowRank(norms[0] * left_k, both.right), LowRank(norms[1] * left_v, both.right)

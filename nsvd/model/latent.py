@@ -10,10 +10,10 @@ Rotating old keys takes their positions. These are stored once for each kind of 
 equally many tokens), behind the key latents of the first rotated layer of that kind, as ``DIGITS`` digits to base 256, which
 bfloat16 and float16 hold exactly.
 
-Memory falls and arithmetic rises: every step rebuilds K and V of all tokens held, s k d_out multiplications a layer, and the new
-tokens pass the down-projections a second time. V's up-projection is not absorbed into the output projection: the families' forward
-and transformers' attention functions want as many value heads as key heads, as wide as the output projection's input. Compilation
-of the decoding step is off. Paged (continuous) batching does not pass its cache this way and holds dense keys and values.
+Memory falls and arithmetic rises: every step rebuilds K of all tokens held, s r_k d_k multiplications a layer, and the new tokens
+pass the down-projections a second time. V is rebuilt alike, or not at all where it pays to absorb its up-projection into the output
+projection, see ``absorption``; K's cannot, because keys are rotated in between. Compilation of the decoding step is off.
+Paged (continuous) batching does not pass its cache this way and holds dense keys and values.
 
 The idea is that of the ASVD paper (arXiv 2312.05821); Palu (arXiv 2407.21118) builds on it with fused kernels.
 """
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from nsvd.model.absorption import Redirected, as_values, lift, output_name, pays
 from nsvd.model.attention import by_kind, finish_keys, key_value_layers, rotate_by, split_heads
 
 DIGITS, BASE = 3, 256  # positions below 2²⁴
@@ -68,8 +69,11 @@ class Rotation:
 class LatentAttention:
     """In place of an attention layer's ``forward``: the same, but what is cached are latents."""
 
-    def __init__(self, attention: nn.Module, rotation: Rotation | None, rotated: int, joint: bool):
+    def __init__(
+        self, attention: nn.Module, rotation: Rotation | None, rotated: int, joint: bool, absorb: bool = False
+    ):
         self.attention, self.rotation, self.rotated, self.joint = attention, rotation, rotated, joint
+        self.absorb = absorb
 
     @property
     def owns_positions(self) -> bool:
@@ -83,11 +87,12 @@ class LatentAttention:
         return ranks + DIGITS * self.owns_positions
 
     def __call__(self, *args, **kwargs):
-        cache = kwargs.get("past_key_values")
+        cache, attention = kwargs.get("past_key_values"), self.attention
         if cache is not None:
             x = args[0] if args else kwargs["hidden_states"]
-            kwargs["past_key_values"] = _StandIn(self, cache, x, kwargs.get("position_ids"))
-        return type(self.attention).forward(self.attention, *args, **kwargs)
+            kwargs["past_key_values"] = stand_in = _StandIn(self, cache, x, kwargs.get("position_ids"))
+            attention = Redirected(attention, stand_in.output) if self.absorb else attention
+        return type(self.attention).forward(attention, *args, **kwargs)
 
     def latents(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """What is cached for inputs x (batch, s, d_in): (batch, 1, s, k) twice, the second of width 0 where one serves both."""
@@ -101,16 +106,18 @@ class LatentAttention:
             z_k = torch.cat([z_k, digits.to(z_k.device)], dim=-1)
         return z_k[:, None], z_v[:, None]
 
-    def rebuild(self, cache: Cache, z_k: Tensor, z_v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (batch, heads, s, d) from the latents of all tokens held."""
+    def rebuild(self, cache: Cache, z_k: Tensor, z_v: Tensor, queries: int) -> tuple[Tensor, Tensor, bool]:
+        """Keys and values (batch, heads, s, d) from the latents of all tokens held; and whether the values are latents still."""
         attention, rotation = self.attention, None
         if self.rotation is not None:
             rotation = self.rotation.of_all(cache, attention.layer_idx, z_k[:, 0])
             rotation = tuple(part.to(z_k.device) for part in rotation)
-        z_k = z_k[:, 0, :, : attention.k_proj.rank]
-        z_v = z_k if self.joint else z_v[:, 0]
-        keys = finish_keys(attention, attention.k_proj.up(z_k), rotation, self.rotated)
-        return keys, split_heads(attention, attention.v_proj.up(z_v))
+        z_k = z_k[..., : attention.k_proj.rank]
+        z_v = z_k if self.joint else z_v
+        keys = finish_keys(attention, attention.k_proj.up(z_k[:, 0]), rotation, self.rotated)
+        if self.absorb and pays(attention, z_v, queries):
+            return keys, as_values(attention, z_v), True
+        return keys, split_heads(attention, attention.v_proj.up(z_v[:, 0])), False
 
 
 class _StandIn:
@@ -118,6 +125,7 @@ class _StandIn:
 
     def __init__(self, layer: LatentAttention, cache: Cache, x: Tensor, positions: Tensor | None):
         self.layer, self.cache, self.x, self.positions = layer, cache, x, positions
+        self.absorbed = False
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         latents = self.layer.latents(self.x, self.positions)
@@ -126,13 +134,20 @@ class _StandIn:
             raise ValueError("latents cannot be held by a quantized cache, which would round the positions")
         if held[0].shape[-2] == keys.shape[-2]:  # nothing but the new tokens
             return keys, values
-        return self.layer.rebuild(self.cache, *held)
+        keys, values, self.absorbed = self.layer.rebuild(self.cache, *held, queries=keys.shape[-2])
+        return keys, values
+
+    def output(self, x: Tensor) -> Tensor:
+        """The output projection, of attention over values or over their latents."""
+        attention = self.layer.attention
+        return getattr(attention, output_name(attention))(lift(attention, x) if self.absorbed else x)
 
 
 def attach(model: PreTrainedModel, layers: Mapping[str, Mapping[str, int | bool]]) -> None:
     """Let the named attention layers, already factored, cache latents.
 
-    ``layers`` maps their names to {"rotated": channels of a head that are rotated, "joint": whether K and V share one latent}.
+    ``layers`` maps their names to {"rotated": channels of a head that are rotated, "joint": whether K and V share one latent,
+    "absorb": whether V stays latent where that pays, False where it is not told}.
     """
     modules = {name: model.get_submodule(name) for name in layers}
     kinds = by_kind(model, [layer.layer_idx for name, layer in modules.items() if layers[name]["rotated"]])

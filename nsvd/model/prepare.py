@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -61,11 +61,9 @@ def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, 
         return
     if stats is None:
         raise ValueError(f"{method.label} needs statistics: pass stats= from calibrate(), or windows= to calibrate on")
+    if method.needs_gradients:
+        check_gradients(layers, stats, method.label)
     for name, layer in layers.items():
-        if method.needs_gradients and name not in stats.gradients:
-            raise ValueError(
-                f"{method.label} weighs the outputs of layer {name} by the loss: pass windows=, or stats with gradients"
-            )
         if name not in stats:
             raise ValueError(f"the statistics hold no layer {name}; were they taken from another model?")
         if len(stats[name].G) != layer.in_features:
@@ -75,6 +73,15 @@ def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, 
         if method.needs_gradients and len(stats[name].H) != layer.out_features:
             raise ValueError(
                 f"layer {name} has {layer.out_features} outputs, the gradients {len(stats[name].H)}; another model's?"
+            )
+
+
+def check_gradients(layers: Iterable[str], stats: Statistics | None, who: str) -> None:
+    """Raise ``ValueError`` unless the statistics hold the gradients of these layers."""
+    for name in layers:
+        if stats is None or name not in stats.gradients:
+            raise ValueError(
+                f"{who} weighs the outputs of layer {name} by the loss: pass windows=, or stats with gradients"
             )
 
 

@@ -30,6 +30,21 @@ def test_a_sweep_measures_every_cell_once(tmp_path, monkeypatch):
     assert again.equals(frame)
 
 
+def test_a_sweep_knows_the_best_recipe(tmp_path):
+    """Its latents, from the statistics given; other gradients are another measurement."""
+    model, texts, records = tiny_model(), {"one": token_ids(2)}, Records(tmp_path / "r.jsonl")
+    stats = nsvd.calibrate(model, token_ids())
+    stats = stats.with_gradients(nsvd.fisher(model, token_ids()))
+    frame = cache.cache_sweep(model, stats, texts, [("best", 0.5, True, {})], records, name="tiny")
+    changed = tiny_model()
+    nsvd.compress_kv_(changed, stats, cache_ratio=0.5, method="best")
+    assert frame.perplexity[1] == pytest.approx(nsvd.perplexity(changed, texts["one"]))
+    assert frame.bytes[1] == bytes_per_token(changed)[1]
+    other = stats.with_gradients(nsvd.fisher(model, token_ids(seed=7)))
+    again = cache.cache_sweep(model, other, texts, [("best", 0.5, True, {})], records, name="tiny")
+    assert again.perplexity[1] != frame.perplexity[1]
+
+
 def test_bytes_grow_with_the_text():
     """By the same number for every token."""
     model = tiny_model()
@@ -44,3 +59,13 @@ def test_speed_is_of_all_models():
     speed = cache.decoding_speed({"a": tiny_model(), "b": tiny_model("opt")}, token_ids(2, 4), new=3, repeats=1)
     assert list(speed.index) == ["a", "b"]
     assert (speed["tokens per second"] > 0).all()
+
+
+def test_the_gain_of_absorption_is_counted_and_timed():
+    """V is rebuilt with held · kv_heads · d · r multiplications; absorbed, only sums over the latents are left."""
+    table = cache.absorption_gain({"tiny": (4, 2, 8)}, held=50, repeats=1)
+    (row,) = table.itertuples(index=False)
+    r, *counted = row[:3]
+    assert r == 11  # of 2 · 16 numbers half, of these two thirds
+    assert counted == pytest.approx([(50 * 2 * 8 * r + 4 * 50 * 8) / 1e6, (4 * 50 * r + 4 * 8 * r) / 1e6])
+    assert all(number > 0 for number in row)

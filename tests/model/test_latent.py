@@ -2,17 +2,19 @@
 
 import copy
 import json
+from itertools import product
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import nsvd
+from nsvd.model import absorption
 from nsvd.model.attention import examine
-from nsvd.model.compress_kv import split_share
 from nsvd.model.latent import DIGITS, bytes_per_token, decode_positions, encode_positions, latent_layers
+from nsvd.model.pairs import share_out
 from tests.linalg.reference import MATRIX
-from tests.tiny import K1, K, assert_same, logits, poison, state, tiny_model, tiny_tokenizer, token_ids
+from tests.tiny import GROUPED, K1, K, assert_same, logits, poison, state, tiny_model, tiny_tokenizer, token_ids
 
 WINDOW = {"sliding_window": 8}  # shorter than the text
 SUPPORTED = {
@@ -53,13 +55,29 @@ def generate(model, *, length: int = 24, **options):
         "pad_token_id": 1,
     }
     how |= {"output_logits": True, "return_dict_in_generate": True}
-    return model.generate(IDS, **(how | options))
+    how |= {"input_ids": IDS}
+    return model.generate(**(how | options))
 
 
 def assert_same_text(one, other) -> None:
     assert torch.equal(one.sequences, other.sequences)
     for ours, theirs in zip(one.logits, other.logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def absorbing(model, yes: bool | str = True):
+    """The model with the choice of all latent layers changed."""
+    for layer in latent_layers(model).values():
+        layer.absorb = yes
+    return model
+
+
+@pytest.fixture
+def lifts(monkeypatch):
+    """How often attention has run over latents in place of values."""
+    calls, lift = [], absorption.lift
+    monkeypatch.setattr("nsvd.model.latent.lift", lambda attention, u: calls.append(u.shape) or lift(attention, u))
+    return calls
 
 
 def held(cache) -> set[int]:
@@ -77,6 +95,81 @@ def test_greedy_tokens_and_logits_are_those_without_a_cache(family, joint):
     dense, ours = bytes_per_token(model)
     assert ours <= dense / 2
     assert max(held(cached.past_key_values)) * len(latent_layers(model)) * 4 == dense / 2  # float32
+
+
+@pytest.mark.parametrize("cache_ratio", [0.5, 0.9])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_attention_over_latents_is_attention_over_values(family, joint, cache_ratio, lifts):
+    """Logits of a step and greedy text to rounding: latents narrower and wider than a head, biases, grouped queries."""
+    model = latent(family, joint=joint, cache_ratio=cache_ratio, absorb=True)
+    wide = any(layer.attention.v_proj.rank > layer.attention.head_dim for layer in latent_layers(model).values())
+    assert wide or not (joint and cache_ratio > 0.5)
+    step = []
+    for absorb in (False, True):
+        assert not lifts
+        with torch.no_grad():
+            past = absorbing(model, absorb)(input_ids=IDS[:1, :-1], use_cache=True).past_key_values
+            step.append(model(input_ids=IDS[:1, -1:], past_key_values=past).logits)
+    assert len(lifts) == len(latent_layers(model))
+    torch.testing.assert_close(step[1], step[0], rtol=0, atol=1e-5 * step[0].abs().max().item())
+    one = {"input_ids": IDS[:1], "attention_mask": MASK[:1]}
+    for prompts in ({}, one):  # in a batch wide latents are not absorbed
+        texts = [generate(absorbing(model, absorb), **prompts) for absorb in (True, False)]
+        assert_same_text(*texts)
+
+
+def test_values_are_absorbed_only_where_that_is_cheaper(lifts):
+    """Not for a whole prompt, nor for wide latents of several texts, which would be copied for every head, nor under dropout."""
+    thin, wide = latent(cache_ratio=0.4), latent(cache_ratio=0.9)
+    heads = [next(iter(latent_layers(model).values())).attention for model in (thin, wide)]
+    assert heads[0].v_proj.rank <= heads[0].head_dim < heads[1].v_proj.rank
+    for attention, several in zip(heads, (True, False), strict=True):
+        z = torch.zeros(1, 1, 100, attention.v_proj.rank)
+        assert absorption.pays(attention, z, 1)
+        assert absorption.pays(attention, z.expand(2, -1, -1, -1), 1) == several
+        assert not absorption.pays(attention, z[:, :, :3], 3)
+        assert not absorption.pays(attention.train(), z, 1)
+        attention.eval()
+        d, r, heads_, n = attention.head_dim, attention.v_proj.rank, 4, 2
+        for q, s in [(1, 2), (1, 4), (2, 9), (3, 20), (10, 30), (40, 60)]:
+            rebuilt, absorbed = s * n * d * r + q * heads_ * s * d, q * heads_ * s * r + q * heads_ * d * r
+            assert absorption.pays(attention, torch.zeros(1, 1, s, r), q) == (absorbed < rebuilt)
+
+
+def test_an_adapter_on_the_up_projection_is_obeyed(lifts):
+    """Where it is no plain matrix, values are rebuilt through it."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = latent(absorb=True)
+    for layer in latent_layers(model).values():
+        layer.attention.v_proj.up.__class__ = Adapted
+    assert_same_text(generate(model, length=4), generate(model, length=4, use_cache=False))
+    assert not lifts
+
+
+NOT_ABSORBED = {
+    "bitnet": GROUPED,  # a norm before the output projection
+    "diffllama": GROUPED,  # a difference of two sums
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1} | GROUPED,  # sinks
+}
+
+
+@pytest.mark.parametrize("family", NOT_ABSORBED)
+def test_absorption_is_refused_where_more_lies_between_values_and_output(family):
+    """By name when it is demanded, and else left alone; the latent cache works without."""
+    model = tiny_model(family, **NOT_ABSORBED[family])
+    with torch.no_grad():
+        [p.normal_() for name, p in model.named_parameters() if "sinks" in name]
+    before = state(model)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn \(\w+\): the values' up-projection cannot be absorbed"):
+        nsvd.compress_kv_(model, method="svd", absorb=True)
+    assert_same(before, model)
+    nsvd.compress_kv_(model, method="svd")
+    assert not any(layer.absorb for layer in latent_layers(model).values())
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
@@ -120,10 +213,6 @@ def test_a_static_cache_holds_latents_too(family, joint):
 @pytest.mark.parametrize("joint", [False, True])
 def test_every_method_is_a_metric(method, joint):
     """Whichever chose the factors, cached text is uncached text."""
-    if joint and nsvd.METHODS[method].needs_gradients:
-        with pytest.raises(ValueError, match="a joint latent has those of two"):
-            latent("qwen2", method=method, joint=joint)
-        return
     model = latent("qwen2", method=method, joint=joint)
     assert_same_text(generate(model, length=6), generate(model, length=6, use_cache=False))
 
@@ -195,16 +284,67 @@ def test_the_bytes_held_are_those_promised(cache_ratio, joint):
     assert cache_ratio - 0.1 < nsvd.cache_bytes(ours) / nsvd.cache_bytes(dense) <= cache_ratio
 
 
-def test_the_split_of_a_share_is_the_best_one():
-    """By trying all; the share is used up, and each gets something."""
-    s_k, s_v = torch.rand(6).sort(descending=True).values, 3 * torch.rand(9).sort(descending=True).values
-    for share in range(2, 16):
-        lost = {
-            (r, share - r): sum((s[k:] ** 2).sum() / (s**2).sum() for s, k in ((s_k, r), (s_v, share - r)))
-            for r in range(max(1, share - 9), min(6, share - 1) + 1)
-        }
-        assert split_share(s_k, s_v, share) == min(lost, key=lost.get)
-    assert split_share(s_k, s_v, 40) == (6, 9)
+def test_a_share_is_split_in_the_best_way():
+    """By trying all ranks of three matrices; the share is used up, and each gets something."""
+    spectra = [c * torch.rand(n).sort(descending=True).values for c, n in ((1, 4), (2, 6), (3, 5))]
+    tails = [[(s[r:] ** 2).sum().item() for r in range(len(s) + 1)] for s in spectra]
+    for share in range(3, 15):
+        ways = [ranks for ranks in product(range(1, 5), range(1, 7), range(1, 6)) if sum(ranks) == share]
+        best = min(ways, key=lambda ranks: sum(tail[r] for tail, r in zip(tails, ranks, strict=True)))
+        assert share_out(spectra, share) == list(best)
+    assert share_out(spectra, 40) == [4, 6, 5]
+    assert min(share_out(spectra, 9, least=2)) >= 2
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("method", ["kfac", "asvd-1"])
+def test_bytes_shared_out_over_all_layers_lose_less_by_prediction(method, joint):
+    """The same bytes in all; layers differ, and what the spectra predict is no worse than with equal shares."""
+    lost, reports = [], []
+    for allocation in ("uniform", "fisher"):
+        model = tiny_model(num_hidden_layers=3)
+        with torch.no_grad():
+            model.get_parameter("model.layers.1.self_attn.o_proj.weight").mul_(20)
+        stats = nsvd.calibrate(model, token_ids())
+        stats = stats.with_gradients(nsvd.fisher(model, token_ids()))
+        reports.append(nsvd.compress_kv_(model, stats, method=method, joint=joint, allocation=allocation))
+        lost.append(predicted_loss(model, stats, reports[-1].table.layer))
+    assert reports[0].bytes_after == reports[1].bytes_after
+    assert reports[1].table.rank_v.nunique() > 1
+    if method == "kfac":  # its own unit
+        assert lost[1] < lost[0]
+
+
+def predicted_loss(model, stats, layers) -> float:
+    """tr(H (W − Ŵ) G (W − Ŵ)ᵀ), summed over keys and values."""
+    lost, dense = 0.0, tiny_model(num_hidden_layers=3)
+    for name in (f"{layer}.{part}" for layer in layers for part in ("k_proj", "v_proj")):
+        D = (dense.get_submodule(name).weight - model.get_submodule(name).to_linear().weight).double()
+        lost += (stats[name].H @ D @ stats[name].G @ D.mT).trace().item()
+    return lost
+
+
+def test_best_needs_nothing_but_the_model():
+    """It writes its own text; or takes the text given; one latent for keys and values, unless told otherwise."""
+    model, other = tiny_model(num_hidden_layers=3), tiny_model(num_hidden_layers=3)
+    report = nsvd.compress_kv_(model, method="best")
+    assert (report.method, report.joint, report.allocation) == ("best", True, "fisher")
+    assert report.seconds.keys() >= {"sample", "calibrate", "gradients"}
+    assert report.cache_ratio_reached <= 0.5
+    assert_same_text(generate(model), generate(model, use_cache=False))
+    apart = nsvd.compress_kv_(other, method="best", windows=[token_ids(), token_ids(seed=9)], joint=False)
+    assert not apart.joint
+    assert "sample" not in apart.seconds
+
+
+def test_best_after_best(tmp_path):
+    """Pivoted, shifted layers first; then the cache; both stories are told, and saved."""
+    model = tiny_model()
+    nsvd.compress_(model, windows=token_ids(), method="best", ratio=0.3)
+    nsvd.compress_kv_(model, windows=token_ids(), method="best")
+    assert_same_text(generate(model), generate(model, use_cache=False))
+    nsvd.save(model, tiny_tokenizer(), tmp_path / "both")
+    assert torch.equal(logits(nsvd.load(tmp_path / "both", device="cpu")[0]), logits(model))
 
 
 def test_one_latent_for_both_is_never_worse_for_the_same_bytes():
@@ -252,6 +392,15 @@ def test_saved_and_read_again(family, joint, dtype, tmp_path):
     nsvd.save(again, None, tmp_path / "two")
     first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
     assert first["quantization_config"] == second["quantization_config"]
+
+
+def test_the_choice_to_absorb_is_saved_and_older_files_are_read(tmp_path):
+    """Off, on, and not told."""
+    for absorb, expected in ((False, False), (True, True), ("auto", True)):
+        nsvd.save(latent(absorb=absorb), tiny_tokenizer(), tmp_path / "low")
+        assert {f.absorb for f in latent_layers(nsvd.load(tmp_path / "low", device="cpu")[0]).values()} == {expected}
+    edit(tmp_path / "low", lambda c: [spec.pop("absorb") for spec in c["latent_cache"]["layers"].values()])
+    assert {f.absorb for f in latent_layers(nsvd.load(tmp_path / "low", device="cpu")[0]).values()} == {False}
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -333,6 +482,13 @@ def test_what_cannot_be_done_is_refused_by_name(family):
         ({"cache_ratio": 1.1}, r"lies in \(0, 1\]"),
         ({"cache_ratio": 0.1}, r"layer model\.layers\.0\.self_attn: cache_ratio 0.1 leaves no rank"),
         ({"method": "magic"}, "unknown method"),
+        ({"absorb": "perhaps"}, "absorb is 'perhaps'"),
+        ({"allocation": "strs"}, "unknown allocation 'strs'; there are uniform, fisher"),
+        (
+            {"allocation": "fisher"},
+            r"allocation 'fisher' weighs the outputs of layer model\.layers\.0\.self_attn\.k_proj",
+        ),
+        ({"method": "best"}, r"K-FAC weighs the outputs of layer model\.layers\.0\.self_attn\.k_proj by the loss"),
         ({"method": "asvd-1", "stats": None}, "needs statistics"),
         ({"method": "asvd-1", "k1": 0.5}, "no option k1"),
         ({"method": "nsvd-1", "k1": 0.99}, r"layer model\.layers\.0\.self_attn: 13 numbers .* less than rank 51"),
@@ -405,6 +561,7 @@ def edit(folder, change) -> None:
         ),
         (lambda c: c["latent_cache"]["layers"]["model.layers.0.self_attn"].update(rotated="yes"), "layers.0.*yes"),
         (lambda c: c["latent_cache"]["layers"]["model.layers.0.self_attn"].pop("joint"), r"layers\.0"),
+        (lambda c: c["latent_cache"]["layers"]["model.layers.0.self_attn"].update(absorb=1), "layers.0.*'absorb': 1"),
         (lambda c: c["modules"][K].update(rank=5), "two ranks, 5 and"),
     ],
 )
@@ -444,5 +601,5 @@ def test_examining_leaves_no_trace():
     """No hook, no mode, no tensor is different afterwards."""
     model = tiny_model("qwen3").train()
     before = state(model)
-    assert set(examine(model).values()) == {8}
+    assert set(examine(model).values()) == {(8, True)}
     assert_same(before, model)
