@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from nsvd.lab.tables import gains
+from nsvd.lab.tables import gains, shares_closed
 
 
 def test_gains_are_average_improvements_over_the_reference_of_the_same_method():
@@ -22,3 +22,25 @@ def test_gains_are_average_improvements_over_the_reference_of_the_same_method():
     expected = 1 - (math.exp(-0.1) + math.exp(-0.2)) / 2
     for row in table.itertuples():
         assert (row.improvement, row.low, row.high) == pytest.approx((expected,) * 3)
+
+
+def test_the_share_closed_is_measured_against_the_reference_of_its_own_group():
+    """1 − (loss − dense) / (reference − dense), averaged over the corpora named; 1 would be the dense model."""
+
+    def row(ratio, recipe, corpus, loss):
+        return {
+            "ratio": ratio,
+            "recipe": recipe,
+            "corpus": corpus,
+            "losses": [loss - 1, loss + 1],
+            "perplexity": math.exp(loss),
+        }
+
+    rows = [row(0.2, "dense", corpus, 3.0) for corpus in ("home", "one", "two")]
+    for ratio, lost in ((0.2, 1.0), (0.5, 4.0)):
+        for corpus, part in (("home", 9.0), ("one", 0.5), ("two", 0.25)):
+            rows += [row(ratio, "asvd-1", corpus, 3 + lost), row(ratio, "ours", corpus, 3 + lost * part)]
+    table = shares_closed(pd.DataFrame(rows), ["one", "two"], ["ratio"])
+    for ratio in (0.2, 0.5):
+        assert table.loc[(ratio, "asvd-1"), ["closed", "low", "high"]].tolist() == [0, 0, 0]
+        assert table.loc[(ratio, "ours")].tolist() == pytest.approx([0.625] * 3)

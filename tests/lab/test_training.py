@@ -165,3 +165,33 @@ def test_the_recipe_of_the_embedded_model_is_the_one_that_ships():
     config = nsvd.load("mini-llama", device="cpu")[0].config
     assert recipe.vocabulary == config.vocab_size
     assert all(getattr(config, key) == value for key, value in recipe.architecture.items())
+
+
+def test_a_recipe_can_go_on_from_an_embedded_model(text, tmp_path):
+    """With its tokenizer and its weights, and text that ships with the project where the folder has none."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        known = json.loads((nsvd.embedded_models()["mini-llama"] / "recipe.json").read_text())["architecture"]
+        tuned = Recipe(
+            "tuned",
+            known,
+            {"instructions": 1.0},
+            2 * 16 * 2,
+            "mini-llama",
+            window=16,
+            batch=2,
+            lr_matrix=0.0,
+            lr_rest=0.0,
+        )
+        train(tuned, text, tmp_path / "work", tmp_path / "model", device="cpu")
+    finally:
+        torch.set_default_dtype(before)
+    (old, words), (new, same) = nsvd.load("mini-llama", device="cpu"), nsvd.load(tmp_path / "model", device="cpu")
+    assert all(torch.equal(p, new.get_parameter(name)) for name, p in old.named_parameters())
+    assert words.get_vocab() == same.get_vocab()
+
+
+def test_missing_text_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"recipe toy needs .*prose\.jsonl\.gz"):
+        documents(tmp_path, "prose", TOY)

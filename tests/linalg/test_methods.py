@@ -1,11 +1,14 @@
 """Every method by its name is the formula of its paper, and refuses what it cannot answer."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nsvd.linalg import METHODS, by_name, decompose
+from nsvd.linalg.asvd import oas
 from tests.linalg.reference import MATRIX, is_close, is_determined, law, layer, layers, naive, unchecked
 
 NESTED = [name for name, method in METHODS.items() if method.nest is not None]
@@ -151,3 +154,24 @@ def test_a_second_moment_that_is_not_semidefinite_is_refused(method):
         decompose(x.W, flipped, method=method, k=4, H=x.H, **OPTIONS[method])
     flipped[0, 0] = -1e-15
     assert decompose(x.W, flipped, method=method, k=4, H=x.H, **OPTIONS[method]).dense().isfinite().all()
+
+
+def test_shrinkage_asks_for_the_ridge_that_sampling_noise_needs():
+    """Over many draws the shrunk moment is nearer to the truth than the sampled one, and a tenth or ten times its μ is worse."""
+    truth, n = torch.diag(torch.logspace(0, -1, 20)), 15
+    errors = dict.fromkeys((0.0, 0.1, 1.0, 10.0), 0.0)
+    for _ in range(50):
+        X = truth.sqrt() @ torch.randn(20, n)
+        G = X @ X.mT / n
+        for factor in errors:
+            mu = factor * oas(G, n)
+            shrunk = (G + mu * G.diagonal().mean() * torch.eye(20)) / (1 + mu)
+            errors[factor] += (shrunk - truth).square().sum().item()
+    assert errors[1.0] == min(errors.values())
+
+
+def test_shrinkage_fades_with_the_number_of_tokens():
+    """As 1 / n; a moment that differs from the identity by no more than noise is all noise."""
+    G = layer(9, 11, 4).G
+    assert oas(G, 10**6) == pytest.approx(oas(G, 10**3) / 1000, rel=0.05)
+    assert oas(torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.1])), 3) == math.inf

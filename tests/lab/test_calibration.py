@@ -1,0 +1,48 @@
+"""Calibration text by name: a corpus, the model's own text, random tokens, or a sum of them that shares the windows out."""
+
+import pytest
+import torch
+
+import nsvd
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tools():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield tiny_model(), tiny_tokenizer()
+    torch.set_default_dtype(before)
+
+
+def test_a_sum_shares_the_windows_out_evenly(tools):
+    """As many of every part, the model's own at half the length; each part is what it is alone."""
+    model, tokenizer = tools
+    parts = nsvd.domains("self+mini/encyclopedia+random", model, tokenizer, length=32, count=9, seed=3)
+    assert [tuple(ids.shape) for ids in parts] == [(3, 16), (3, 32), (3, 32)]
+    assert torch.equal(parts[0], nsvd.own_text(model, 3, 32, seed=3))
+    assert torch.equal(parts[2], nsvd.random_tokens(300, 3, 32, seed=3))
+
+
+def test_a_corpus_alone_is_its_windows(tools):
+    model, tokenizer = tools
+    (ids,) = nsvd.domains("mini/encyclopedia", model, tokenizer, length=32, count=5, seed=1)
+    expected = nsvd.windows("mini/encyclopedia", tokenizer, split="calibration", length=32, count=5, seed=1)
+    assert torch.equal(ids, expected)
+
+
+def test_a_file_with_a_plus_in_its_name_is_a_file(tools, tmp_path):
+    """And no sum."""
+    file = tmp_path / "a+self.txt"
+    file.write_text("word " * 200, encoding="utf-8")
+    (ids,) = nsvd.domains(str(file), *tools, length=32, count=2)
+    assert ids.shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "message"),
+    [("self+mini/encyclopedia", 1, "1 windows for the 2 parts"), ("self+prose", 4, "unknown corpus 'prose'")],
+)
+def test_what_cannot_be_had_is_said(name, count, message, tools):
+    with pytest.raises(ValueError, match=message):
+        nsvd.domains(name, *tools, length=16, count=count)
