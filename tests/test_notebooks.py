@@ -28,6 +28,9 @@ TINY = {
     "primes": [0.0, 0.15],
     "sizes": [4],
     "seeds": [0],
+    "models": ["mini-llama"],
+    "mus": [0.03],
+    "refine": 2,
     "check": False,
 }
 
