@@ -68,14 +68,22 @@ def compress(chosen: argparse.Namespace) -> None:
         raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
     if chosen.search_count < 1:
         raise ValueError(f"--search-count is {chosen.search_count}; 1 window is the least")
+    if chosen.refine < 0:
+        raise ValueError(f"--refine is {chosen.refine}, but a number of steps is not negative")
+    if chosen.ratio is None and (chosen.allocation or chosen.factors or chosen.shifted or chosen.refine):
+        raise ValueError("--allocation, --factors, --shifted and --refine go with --ratio")
+    if chosen.cache_ratio is None and chosen.joint is not None:
+        raise ValueError("--joint goes with --cache-ratio")
     check_target(chosen.out)
     _writable(chosen.out)
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
     windows, stats, calibration = [], None, None
-    if method.needs_moments or chosen.allocation == "strs" or chosen.shifted:
+    if method.needs_moments or chosen.allocation in ("strs", "fisher") or chosen.shifted:
         name = chosen.calibration or ("self" if chosen.method in RECIPES else "mini/encyclopedia")
         windows = domains(name, model, tokenizer, length=chosen.length, count=chosen.count, seed=chosen.seed)
+        if chosen.allocation == "strs" and len({ids.shape[1] for ids in windows}) > 1:
+            raise ValueError(f"--allocation strs needs windows of one length, so not {name}")
         calibration = {"corpus": name, "seed": chosen.seed, "windows": [list(ids.shape) for ids in windows]}
     if method.needs_moments:
         stats = nsvd.mix([nsvd.calibrate(model, ids, progress=bar) for ids in windows])
@@ -96,7 +104,7 @@ def compress(chosen: argparse.Namespace) -> None:
             f"{len(report.table) - dense} layers factored, {dense} dense"
         )
     if chosen.cache_ratio is not None:
-        how = {"method": chosen.method, "cache_ratio": chosen.cache_ratio, "joint": chosen.joint or None}
+        how = {"method": chosen.method, "cache_ratio": chosen.cache_ratio, "joint": chosen.joint}
         report = nsvd.compress_kv_(model, stats, **how, windows=windows, seed=chosen.seed, **options)
         about["cache"] = _as_json(report)
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
@@ -207,7 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     def common(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--count", type=int, help="number of windows (default: 256 to calibrate, all to evaluate)")
         sub.add_argument(
-            "--length", type=int, help="tokens a window (default: what the tokenizer allows, 2048 at most)"
+            "--length",
+            type=int,
+            help="tokens a window, half of it in own text (default: what the tokenizer allows, 2048 at most)",
         )
         sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: 0)")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
@@ -229,7 +239,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", required=True, help="svd, asvd-0, asvd-1, …, nsvd-1, …, best")
     sub.add_argument("--ratio", type=float, help="fraction of the parameters to remove, in [0, 1)")
     sub.add_argument("--cache-ratio", type=float, help="fraction of the KV cache's bytes to keep, in (0, 1]")
-    sub.add_argument("--joint", action="store_true", help="one latent for keys and values in the cache")
+    sub.add_argument(
+        "--joint", action=argparse.BooleanOptionalAction, help="one latent for keys and values in the cache"
+    )
     sub.add_argument("--k1", type=float, help="fraction of the rank for the outer step (nsvd-*, nid-*)")
     sub.add_argument("--alpha", type=float, help="exponent of the channel scales (asvd)")
     sub.add_argument("--mu", type=float, help="ridge, as a multiple of mean(diag G) (ridge, kfac, best)")

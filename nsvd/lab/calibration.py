@@ -13,14 +13,17 @@ from nsvd.model.sampling import own_text, random_tokens
 def domains(
     name: str, model: nn.Module, tokenizer, *, length: int | None = None, count: int | None = None, seed: int = 0
 ) -> list[Tensor]:
-    """Windows (count, length) of every part of a name such as ``self``, ``random``, ``wikitext2`` or ``self+wikitext2``.
+    """Windows (count, length) of every part of a name: ``self``, ``random``, ``wikitext2``, ``self+wikitext2``, …
+
+    Those of ``self`` are half as long, see ``own_text``.
 
     ``count`` windows (256 where none is asked for) are shared out evenly among the parts.
 
     Raises:
         ValueError: as ``windows``; or fewer windows than parts.
     """
-    parts = [name] if Path(name).exists() else name.split("+")
+    whole = Path(name).exists() or Path(name.rpartition(":")[0] or "no folder").is_dir()
+    parts = [name] if whole else name.split("+")
     length = min(tokenizer.model_max_length, MAX_LENGTH) if length is None else length
     each = (MAX_CALIBRATION if count is None else count) // len(parts)
     if each < 1:

@@ -21,12 +21,12 @@ from nsvd.model.moments import calibrate
 
 TEXT = """# {name}
 
-A {kind} of {size:,} parameters, {blocks} blocks of width {width}, with a byte-level BPE of {vocabulary} tokens over
+A model of type {kind}: {size:,} parameters, {blocks} blocks of width {width}, with a byte-level BPE of {vocabulary} tokens over
 English, Chinese and Japanese; stored in bfloat16. It is made to be compressed and measured, not to be talked to.
 `recipe.json` holds everything that decided it.
 
-* **Text**: windows of {window} tokens drawn from {sources} ({notes}). The text itself is not part of the project; the
-  weights are.
+* **Text**: windows of {window} tokens drawn from {sources} ({notes}). Of the text only
+  what is in `data/text` is part of the project; the weights are.
 * **Training**: {begin}{tokens:,} tokens ({per_parameter:.1f} a parameter), {steps:,} steps of {batch} windows; Muon for the
   matrices of the blocks (rate {lr_matrix}), AdamW for the rest ({lr_rest}), linear decay to zero over the last {decay:.0%},
   seed {seed}; {hours:.1f} hours.
@@ -76,7 +76,7 @@ def card(folder: Path, corpora: list[str], calibration: str = EMBEDDED[0]) -> st
     )
     inputs.columns = ["largest / median channel (rms)", "effective rank of G^½", "condition number of G"]
     shape = [{"": name} | {key: f"{value:,.1f}" for key, value in row.items()} for name, row in inputs.T.iterrows()]
-    picked = [curve[round(i * (len(curve) - 1) / 9)] for i in range(10)]
+    picked = [curve[i] for i in sorted({round(i * (len(curve) - 1) / 9) for i in range(10)})]
     size, last, begin = model.num_parameters(), curve[-1], ""
     if recipe.start:
         begin = f"from the weights of `{recipe.start}` on, see its card; "
