@@ -130,6 +130,12 @@ def test_the_command_line_does_what_python_does(here, models, capsys):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_gradients_allocate_the_ranks_of_any_method(here, capsys):
+    """A method that looks at no input still gets the text that the gradients come from."""
+    line = said(capsys, "compress", MINI, "low", "--method", "svd", "--ratio", 0.2, "--allocation", "fisher", *SHORT)
+    assert line.startswith("low: SVD, 20.")
+
+
 @pytest.mark.parametrize("method", ["asvd-1", "svd"])
 def test_ranks_are_searched_on_request(method, here, capsys):
     """The embedded model by STRS on two windows, and by spectrum: target met, the allocation in report and config."""
@@ -208,6 +214,13 @@ def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
         ([*NSVD, "--count", 0], "0 windows"),
         ([*NSVD, "--allocation", "strs", "--search-count", -1], "--search-count is -1"),
         ([*NSVD, "--length", 1], "2 tokens at least"),
+        ([*NSVD, "--refine", -1], "--refine is -1"),
+        ([*NSVD, "--joint"], "--joint goes with --cache-ratio"),
+        (["--method", "svd", "--cache-ratio", 0.5, "--factors", "pivoted"], "go with --ratio"),
+        (
+            [*NSVD, "--allocation", "strs", "--calibration", "self+mini/encyclopedia", "--count", 4],
+            "windows of one length",
+        ),
         ([*NSVD, "--device", "nowhere"], "device 'nowhere' cannot be used"),
         ([*NSVD, "--dtype", "float17"], "unknown dtype 'float17'"),
     ],

@@ -114,6 +114,14 @@ def assert_same(before: dict, model: torch.nn.Module) -> None:
         torch.testing.assert_close(after["tensors"][name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
+def assert_refused(model: PreTrainedModel, stats, arguments: dict, message: str) -> None:
+    """``compress_`` raises one ``ValueError`` that says so, and leaves the model as it was."""
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        nsvd.compress_(model, stats, **arguments)
+    assert_same(before, model)
+
+
 def poison(model: torch.nn.Module, name: str, row=0, value: float = float("nan")) -> None:
     """Put NaN into a row (or ``...``, all) of a parameter."""
     with torch.no_grad():

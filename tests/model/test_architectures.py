@@ -32,6 +32,16 @@ def assert_same_biases(model: nn.Module, expected: dict[str, torch.Tensor]) -> N
     assert all(torch.equal(found[name], bias) for name, bias in expected.items())
 
 
+def read_again(folder, layers, said, before, tied):
+    """The model read in both ways: the same layers, bits, biases and ties as it was saved with."""
+    for again in (nsvd.load(folder, device="cpu")[0], AutoModelForCausalLM.from_pretrained(folder).eval()):
+        assert low_rank(again) == layers
+        assert torch.equal(logits(again), said)
+        assert_same_biases(again, before)
+        assert is_tied(again) == tied
+    return again
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_calibrated_compressed_saved_and_read_again(family, tmp_path):
     """Calibrate, compress, save; both ways of reading give the same bits, and ``dequantize`` a plain model that says the same."""
@@ -48,13 +58,7 @@ def test_every_family_is_calibrated_compressed_saved_and_read_again(family, tmp_
     assert not torch.allclose(said, dense, atol=1e-4)
 
     nsvd.save(model, tiny_tokenizer(), folder)
-    for again in (nsvd.load(folder, device="cpu")[0], AutoModelForCausalLM.from_pretrained(folder).eval()):
-        assert low_rank(again) == layers
-        assert torch.equal(logits(again), said)
-        assert_same_biases(again, before)
-        assert is_tied(again) == tied
-
-    plain = again.dequantize()
+    plain = read_again(folder, layers, said, before, tied).dequantize()
     assert low_rank(plain) == []
     assert all(type(plain.get_submodule(name)) is nn.Linear for name in layers)
     torch.testing.assert_close(logits(plain), said, rtol=0, atol=1e-5)
@@ -82,12 +86,7 @@ def test_every_family_is_stored_pivoted_too(family, recipe, tmp_path):
     assert said.isfinite().all()
     assert not torch.allclose(said, dense, atol=1e-4)
     nsvd.save(model, tiny_tokenizer(), folder)
-    for again in (nsvd.load(folder, device="cpu")[0], AutoModelForCausalLM.from_pretrained(folder).eval()):
-        assert low_rank(again) == found
-        assert torch.equal(logits(again), said)
-        assert_same_biases(again, before)
-        assert is_tied(again) == tied
-    plain = again.dequantize()
+    plain = read_again(folder, found, said, before, tied).dequantize()
     assert low_rank(plain) == []
     torch.testing.assert_close(logits(plain), said, rtol=0, atol=1e-5)
     assert_same_biases(plain, before)

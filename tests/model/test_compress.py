@@ -17,6 +17,7 @@ from tests.tiny import (
     K1,
     K,
     Q,
+    assert_refused,
     assert_same,
     compressed,
     logits,
@@ -240,11 +241,7 @@ def test_prepare_takes_the_options_of_the_outer_step(stats):
 )
 def test_what_cannot_be_done_is_said_and_nothing_is_changed(arguments, message, stats):
     """One ``ValueError`` that names the layer where there is one; tensors, layers, marks and hooks stay."""
-    model = tiny_model()
-    before = state(model)
-    with pytest.raises(ValueError, match=message):
-        nsvd.compress_(model, stats, **arguments)
-    assert_same(before, model)
+    assert_refused(tiny_model(), stats, arguments, message)
 
 
 @pytest.mark.parametrize(

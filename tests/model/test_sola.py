@@ -342,3 +342,17 @@ def test_the_command_line_compresses_and_tells(tmp_path, capsys):
     assert '"moves": [' in (tmp_path / "low/nsvd_report.json").read_text()
     assert cli.main([*command[:-1], "0.9"]) == 2
     assert "loosen keep_outer = 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mini-llama", "mini-mistral", "mini-opt"])
+@pytest.mark.parametrize("ratio", [0.2, 0.3])
+def test_the_reference_models_are_split_to_the_target(name, ratio):
+    """From below, within one step of the grid of the largest kind; the tensors held are those that are counted."""
+    model, tokenizer = nsvd.load(name, dtype="float32", device="cpu")
+    windows = nsvd.windows("mini/encyclopedia", tokenizer, split="calibration", length=256, count=12)
+    report = nsvd.compress_(model, windows=windows, method="sola", ratio=ratio, keep_outer=0, grid=4, floor=0.0)
+    step = 4 * max(report.table.d_out + report.table.d_in) * model.config.num_hidden_layers
+    assert 0 <= (report.ratio_reached - ratio) * report.params_before < step
+    held = [model.get_submodule(layer) for layer in report.table.layer]
+    assert report.params_after == sum(p.numel() for m in held for n, p in m.named_parameters() if "bias" not in n)
+    assert nsvd.perplexity(model, windows) < len(tokenizer)
