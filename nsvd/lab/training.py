@@ -14,6 +14,7 @@ import argparse
 import gzip
 import json
 import random
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from nsvd.model.checkpoint import default_device
 from nsvd.model.files import replacing
 
 BOS, EOS = "<s>", "</s>"
+WRITERS = ("o_proj.weight", "down_proj.weight")  # matrices of a LLaMA block whose outputs are added to the residual stream
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Recipe:
     architecture: dict  # arguments of the transformers configuration, ``model_type`` among them
     text: dict[str, float]  # source file (without .jsonl.gz) -> share of the training windows
     tokens: int  # length of the run
-    start: str = ""  # embedded model whose weights and tokenizer the run begins with; ``architecture`` is then its own
+    start: str = ""  # embedded model whose weights and tokenizer the run begins with; see ``deepened`` for more blocks
     tokenizer: str = ""  # embedded model whose tokenizer is used; by default one is trained
     vocabulary: int = 4096
     window: int = 256
@@ -128,9 +130,37 @@ def untrained(recipe: Recipe) -> torch.nn.Module:
     """The model at step 0, in float32: random by the recipe's seed, or the one it starts from."""
     torch.manual_seed(recipe.seed)
     if recipe.start:
-        return AutoModelForCausalLM.from_pretrained(data() / "models" / recipe.start, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(data() / "models" / recipe.start, dtype=torch.float32)
+        return deepened(model, recipe.architecture["num_hidden_layers"])
     ids = {"vocab_size": recipe.vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.architecture, **ids))
+
+
+def deepened(model: torch.nn.Module, blocks: int) -> torch.nn.Module:
+    """A LLaMA-like model with ``blocks`` blocks that computes what ``model`` computes.
+
+    Every block is followed by copies of itself whose two matrices that write to the residual stream are zero (block
+    expansion, arXiv 2401.02415), so nothing is lost at step 0 and everything can be learnt from there.
+
+    Raises:
+        ValueError: if ``blocks`` is not a multiple of the blocks that there are.
+    """
+    before = model.config.num_hidden_layers
+    copies, rest = divmod(blocks, before)
+    if rest or copies < 1:
+        raise ValueError(f"{blocks} blocks are not a multiple of the {before} of the model that the run starts from")
+    if copies == 1:
+        return model
+    known = model.state_dict()
+    deep = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**model.config.to_dict(), "num_hidden_layers": blocks}))
+    state = {}
+    for name, tensor in deep.state_dict().items():
+        head, number, tail = re.fullmatch(r"(?:(.*\.layers\.)(\d+))?(.*)", name).groups()
+        of, copy = divmod(int(number), copies) if number else (None, 0)
+        tensor = known[name if number is None else f"{head}{of}{tail}"]
+        state[name] = torch.zeros_like(tensor) if copy and tail.endswith(WRITERS) else tensor
+    deep.load_state_dict(state)
+    return deep
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
