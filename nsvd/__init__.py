@@ -14,11 +14,12 @@ from nsvd.model.compress_kv import CacheReport, compress_kv_
 from nsvd.model.files import replacing
 from nsvd.model.fisher import fisher
 from nsvd.model.latent import cache_bytes
-from nsvd.model.layers import LowRankLinear, PivotedLinear, targets
+from nsvd.model.layers import LowRankLinear, PivotedLinear
 from nsvd.model.moments import Statistics, calibrate, mix
 from nsvd.model.prepare import prepare
 from nsvd.model.sampling import own_text, random_tokens, sample
 from nsvd.model.sensitivity import Sensitivity, sensitivity
+from nsvd.model.targets import targets
 from nsvd.version import __version__
 
 __all__ = [

@@ -137,7 +137,7 @@ def _one_layer(heads: int, kv_heads: int, d: int, r_k: int, r_v: int) -> PreTrai
     )  # fmt: skip
     model, name = AutoModelForCausalLM.from_config(config).eval(), "model.layers.0.self_attn"
     for part, rank in (("k_proj", r_k), ("v_proj", r_v)):
-        new = LowRankLinear.like(model.get_submodule(f"{name}.{part}"), rank)
+        new = LowRankLinear.like(model.get_submodule(f"{name}.{part}"), rank=rank)
         for weight in new.parameters():
             torch.nn.init.normal_(weight, std=0.02)
         model.set_submodule(f"{name}.{part}", new)

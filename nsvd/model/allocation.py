@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from nsvd.linalg import Decomposition, by_name, rank_for_ratio
 from nsvd.linalg.allocation import cut, cut_where, spectrum_steps, strs_steps
-from nsvd.model.layers import targets
 from nsvd.model.moments import Statistics
 from nsvd.model.prepare import naming
 from nsvd.model.sensitivity import Sensitivity, losses_with, sensitivity
+from nsvd.model.targets import targets
 
 ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher")
 

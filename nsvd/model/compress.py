@@ -17,11 +17,12 @@ from nsvd.model.allocation import ALLOCATIONS, check_allocation, searched, unifo
 from nsvd.model.checkpoint import is_compressed, mark_compressed
 from nsvd.model.exchange import Exchange, layer_table
 from nsvd.model.fisher import fisher
-from nsvd.model.layers import CompressedLayer, targets
+from nsvd.model.layers import CompressedLayer
 from nsvd.model.moments import Statistics, calibrate, mix
 from nsvd.model.prepare import check_statistics, check_weights, prepare
 from nsvd.model.report import Clock, peak_memory, versions
 from nsvd.model.sampling import own_text
+from nsvd.model.targets import targets
 
 RECIPES: dict[str, dict] = {  # what a name of several ingredients stands for; each can be overridden
     "best": {"method": "kfac", "allocation": "fisher", "factors": "pivoted", "shifted": True},

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from nsvd.model.hooks import evaluating
-from nsvd.model.layers import targets
 from nsvd.model.moments import check_windows
 from nsvd.model.sampling import draw
+from nsvd.model.targets import targets
 
 
 def fisher(

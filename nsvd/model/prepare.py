@@ -12,9 +12,9 @@ from nsvd.linalg import Decomposition, Method, by_name
 from nsvd.linalg.methods import SplitMethod, check_finite
 from nsvd.linalg.sola import WHOLE, Block
 from nsvd.model.blocks import blocks
-from nsvd.model.layers import targets
 from nsvd.model.moments import Statistics
 from nsvd.model.roles import roles
+from nsvd.model.targets import targets
 
 
 @torch.no_grad()

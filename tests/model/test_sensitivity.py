@@ -12,7 +12,6 @@ from nsvd.linalg import Method, rank_for_ratio
 from nsvd.linalg.allocation import total
 from nsvd.model import allocation
 from nsvd.model import sensitivity as module
-from nsvd.model.layers import exchanged
 from nsvd.model.loss import window_losses
 from tests.linalg.reference import MATRIX
 from tests.tiny import (
@@ -110,10 +109,10 @@ def test_layers_are_exchanged_for_as_long_as_the_context_lasts():
     """A name that is not there changes nothing."""
     model = tiny_model()
     before, dense = state(model), model.get_submodule(Q)
-    with exchanged(model, {Q: torch.nn.Identity()}):
+    with module.exchanged(model, {Q: torch.nn.Identity()}):
         assert isinstance(model.get_submodule(Q), torch.nn.Identity)
     assert model.get_submodule(Q) is dense
-    with pytest.raises(AttributeError), exchanged(model, {Q: torch.nn.Identity(), "model.nothing": dense}):
+    with pytest.raises(AttributeError), module.exchanged(model, {Q: torch.nn.Identity(), "model.nothing": dense}):
         pass
     assert_same(before, model)
 
