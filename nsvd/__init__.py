@@ -9,7 +9,7 @@ from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
 from nsvd.model.checkpoint import CheckpointError, default_device, save
-from nsvd.model.compress import RECIPES, Report, compress_
+from nsvd.model.compress import Report, compress_
 from nsvd.model.compress_kv import CacheReport, compress_kv_
 from nsvd.model.files import replacing
 from nsvd.model.fisher import fisher
@@ -17,6 +17,7 @@ from nsvd.model.latent import cache_bytes
 from nsvd.model.layers import LowRankLinear, PivotedLinear
 from nsvd.model.moments import Statistics, calibrate, mix
 from nsvd.model.prepare import prepare
+from nsvd.model.recipes import RECIPES
 from nsvd.model.sampling import own_text, random_tokens, sample
 from nsvd.model.sensitivity import Sensitivity, sensitivity
 from nsvd.model.targets import targets

@@ -17,11 +17,11 @@ from nsvd.lab.evaluation import evaluate
 from nsvd.lab.records import Records
 from nsvd.lab.sweep import DENSE, fingerprint
 from nsvd.model.absorption import multiplications
-from nsvd.model.compress import base_method
 from nsvd.model.compress_kv import compress_kv_
 from nsvd.model.latent import attach, bytes_per_token, cache_bytes, latent_layers
 from nsvd.model.layers import LowRankLinear
 from nsvd.model.moments import Statistics
+from nsvd.model.recipes import base_method
 
 
 def cache_sweep(

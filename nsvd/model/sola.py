@@ -28,7 +28,7 @@ from nsvd.model.prepare import check_statistics, naming, prepare_layer
 from nsvd.model.report import Clock, relative_errors
 from nsvd.model.roles import Roles, roles
 
-ALLOCATIONS = ("sola", "uniform", "spectrum")
+SOLA_ALLOCATIONS = ("sola", "uniform", "spectrum")
 
 
 class Outcome(NamedTuple):

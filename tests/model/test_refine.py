@@ -7,9 +7,10 @@ import torch
 
 import nsvd
 from nsvd.linalg import METHODS
+from nsvd.model import compress
 from nsvd.model.refine import _error, refine_block_
 from nsvd.model.shifted import replace_in_order_
-from tests.tiny import float32, state, tiny_model, token_ids  # noqa: F401
+from tests.tiny import assert_refused, float32, tiny_model, token_ids  # noqa: F401
 
 IDS = token_ids(12, 16)
 
@@ -67,10 +68,25 @@ def test_the_recipe_can_end_with_it(factors):
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
-def test_without_an_order_there_is_nothing_to_fit_to():
-    """``refine`` goes with ``shifted``; the model is left alone."""
-    model = tiny_model()
-    before = state(model)["modules"]
-    with pytest.raises(ValueError, match="refine goes with shifted"):
-        nsvd.compress_(model, windows=IDS, method="ridge", ratio=0.3, refine=5)
-    assert state(model)["modules"] == before
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "ridge", "refine": 5}, "refine goes with shifted"),
+        ({"method": "ridge", "refine": -1}, "refine is -1"),
+        ({"method": "ridge", "refine": -1, "shifted": True}, "refine is -1"),
+        ({"method": "ridge", "shifted": True}, "pass windows="),
+        ({"method": "sola", "refine": 5}, "SoLA has no refinement"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_computed(arguments, message, monkeypatch):
+    """No statistics are taken, no text is sampled, no weight is even looked at; the model is left alone."""
+
+    def costly(*_args, **_how):
+        raise AssertionError("something was computed")
+
+    for name in ("targets", "check_weights", "own_text", "take_statistics", "check_statistics"):
+        monkeypatch.setattr(compress, name, costly)
+    windows = None if message == "pass windows=" else IDS
+    assert_refused(tiny_model(), None, {"ratio": 0.3, "windows": windows} | arguments, message)
+    with pytest.raises(AssertionError, match="something was computed"):
+        nsvd.compress_(tiny_model(), windows=IDS, method="ridge", ratio=0.3, shifted=True, refine=5)

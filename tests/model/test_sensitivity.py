@@ -277,7 +277,9 @@ def test_the_fisher_allocation_takes_what_it_needs_from_a_text():
     assert report.ratio_reached >= 0.3
     assert {"calibrate", "gradients"} <= report.seconds.keys()
     for stats in (None, nsvd.calibrate(tiny_model(), IDS)):
-        with pytest.raises(ValueError, match=f"needs the gradients of layer {Q}: pass windows="):
+        with pytest.raises(
+            ValueError, match=f"allocation 'fisher' weighs the outputs of layer {Q} by the loss: pass windows="
+        ):
             nsvd.compress_(tiny_model(), stats, method="svd", ratio=0.3, allocation="fisher")
 
 
