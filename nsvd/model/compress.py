@@ -45,7 +45,7 @@ class Report:
     seconds: dict[str, float]  # by stage
     peak_memory: int  # bytes: of the GPU where there is one, else of the process so far
     versions: dict[str, str]
-    table: pd.DataFrame  # a row a layer; errors are those of the float64 factors, before the cast to the model's dtype
+    table: pd.DataFrame  # a row a layer; errors of the float64 factors, or of the refined ones in the model's dtype
     moves: list = field(default_factory=list)  # of SoLA's search, see ``nsvd.linalg.sola_ranks``
 
     def as_dict(self) -> dict:
@@ -93,7 +93,8 @@ def compress_(
         factors: how they are stored: ``plain`` (the default), or ``pivoted``, which buys more rank for the same parameters.
         shifted: take the layers in order, each for the inputs it gets after those before it are compressed.
         refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
-            dense block gave out; goes with ``shifted``. A hundred or two are what it takes.
+            dense block gave out; goes with ``shifted``. A hundred or two are what it takes. Errors are weighed by the loss
+            where the statistics hold the gradients of a block's last layer, else all alike.
         windows: token ids (count, length), or one such tensor for each of several domains that count equally: to calibrate on
             when ``stats`` is not given, to search on with ``strs``, to take gradients from, to follow with ``shifted``.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.

@@ -136,7 +136,10 @@ def compress_kv_(
             values = factoring.cut(prepared, ranks.get(attention) or factoring.within(prepared, shares[attention]))
         row = {"layer": attention, "rank_k": values[0].rank, "rank_v": values[1].rank}
         for (name, layer), value, letter in zip(pair.items(), values, "kv", strict=True):
-            row |= {f"{letter}_{error}": number for error, number in relative_errors(layer, value, stats, name).items()}
+            row |= {
+                f"{letter}_{error}": number
+                for error, number in relative_errors(layer, value.dense(), stats, name).items()
+            }
             factored[name] = value.to(layer.weight.dtype)
         rows.append(row)
     clock.lap("decompose")

@@ -95,7 +95,7 @@ def _factor(
                 value = parts[name].join(layer.weight.double(), cut[name]().to(layer.weight.device))
             values[name] = value.to(layer.weight.dtype)
             clock.lap("cut")
-            row |= {"dense": False, "params": value.n_params} | relative_errors(layer, value, stats, name)
+            row |= {"dense": False, "params": value.n_params} | relative_errors(layer, value.dense(), stats, name)
             clock.lap("errors")
         rows.append(row)
     return pd.DataFrame(rows).astype({"rank": "Int64"}), values
