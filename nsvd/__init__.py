@@ -9,16 +9,18 @@ from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
 from nsvd.model.checkpoint import CheckpointError, default_device, save
-from nsvd.model.compress import RECIPES, Report, compress_
+from nsvd.model.compress import Report, compress_
 from nsvd.model.compress_kv import CacheReport, compress_kv_
 from nsvd.model.files import replacing
 from nsvd.model.fisher import fisher
 from nsvd.model.latent import cache_bytes
-from nsvd.model.layers import LowRankLinear, PivotedLinear, targets
+from nsvd.model.layers import LowRankLinear, PivotedLinear
 from nsvd.model.moments import Statistics, calibrate, mix
 from nsvd.model.prepare import prepare
+from nsvd.model.recipes import RECIPES
 from nsvd.model.sampling import own_text, random_tokens, sample
 from nsvd.model.sensitivity import Sensitivity, sensitivity
+from nsvd.model.targets import targets
 from nsvd.version import __version__
 
 __all__ = [

@@ -54,7 +54,7 @@ def compress(chosen: argparse.Namespace) -> None:
     import nsvd
     from nsvd.lab.calibration import domains
     from nsvd.model.checkpoint import check_target
-    from nsvd.model.compress import RECIPES, base_method
+    from nsvd.model.recipes import RECIPES, base_method
 
     method = base_method(chosen.method)
     names = ("k1", "alpha", "mu", "eta", *nsvd.METHODS["sola"].options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from statistics import median
 
 import pandas as pd
@@ -13,15 +14,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from nsvd.lab.evaluation import evaluate
 from nsvd.lab.records import Records
-from nsvd.lab.sweep import DENSE, fingerprint
+from nsvd.lab.sweep import DENSE, measure
 from nsvd.model.absorption import multiplications
-from nsvd.model.compress import base_method
 from nsvd.model.compress_kv import compress_kv_
+from nsvd.model.files import fingerprint
 from nsvd.model.latent import attach, bytes_per_token, cache_bytes, latent_layers
 from nsvd.model.layers import LowRankLinear
 from nsvd.model.moments import Statistics
+from nsvd.model.recipes import base_method
 
 
 def cache_sweep(
@@ -36,30 +37,25 @@ def cache_sweep(
 ) -> pd.DataFrame:
     """Perplexity of the dense model and of every (method, cache_ratio, joint, options) cell on every corpus; a row each.
 
-    The statistics serve all methods; for ``best`` they hold gradients, too. Beside the parameters a row holds ``perplexity``,
-    ``standard_error`` and ``bytes``, what the cache takes a token. Measurements in ``records`` are not repeated.
+    The statistics serve all methods; for ``best`` they hold gradients, too. Rows are those of ``measure``, with ``bytes``, what
+    the cache takes a token. Measurements in ``records`` are not repeated.
     """
-    weights, moments = (
-        fingerprint(model.parameters()),
-        fingerprint([*(m.G for m in stats.moments.values()), *stats.gradients.values()]),
-    )
-    texts, rows = {corpus: fingerprint([windows]) for corpus, windows in corpora.items()}, []
+    weights, moments, rows = fingerprint(model.parameters()), stats.fingerprint(), []
+
+    def build(method: str, ratio: float, joint: bool, options: dict) -> PreTrainedModel:
+        if method == DENSE:
+            return model
+        changed = copy.deepcopy(model)
+        compress_kv_(changed, stats, cache_ratio=ratio, method=method, joint=joint, **options)
+        return changed
+
     todo = [(DENSE, 1.0, False, {}), *cells]
     for method, ratio, joint, options in tqdm(todo, "cache sweep", disable=not progress, leave=False):
         about = {"model": name, "weights": weights, "method": method, "cache_ratio": ratio, "joint": joint}
         if method != DENSE:
             about |= base_method(method).resolve(options) | {"statistics": moments}
-        parameters = {corpus: about | {"corpus": corpus, "windows": texts[corpus]} for corpus in corpora}
-        missing = [corpus for corpus in corpora if records.find(**parameters[corpus]) is None]
-        if missing:
-            changed = model if method == DENSE else copy.deepcopy(model)
-            if method != DENSE:
-                compress_kv_(changed, stats, cache_ratio=ratio, method=method, joint=joint, **options)
-            for corpus in missing:
-                result = evaluate(changed, corpora[corpus])
-                numbers = {"perplexity": result.perplexity, "standard_error": result.standard_error}
-                records.add(parameters[corpus], numbers | {"bytes": bytes_per_token(changed)[1]})
-        rows += [parameters[corpus] | records.find(**parameters[corpus]) for corpus in corpora]
+        made = partial(build, method, ratio, joint, options)
+        rows += measure(made, corpora, records, about, also=lambda model: {"bytes": bytes_per_token(model)[1]})
     return pd.DataFrame(rows)
 
 
@@ -137,7 +133,7 @@ def _one_layer(heads: int, kv_heads: int, d: int, r_k: int, r_v: int) -> PreTrai
     )  # fmt: skip
     model, name = AutoModelForCausalLM.from_config(config).eval(), "model.layers.0.self_attn"
     for part, rank in (("k_proj", r_k), ("v_proj", r_v)):
-        new = LowRankLinear.like(model.get_submodule(f"{name}.{part}"), rank)
+        new = LowRankLinear.like(model.get_submodule(f"{name}.{part}"), rank=rank)
         for weight in new.parameters():
             torch.nn.init.normal_(weight, std=0.02)
         model.set_submodule(f"{name}.{part}", new)

@@ -70,8 +70,14 @@ def sweep(
     return frame
 
 
-def measure(build: Callable[[], nn.Module], corpora: Mapping[str, Tensor], records: Records, about: dict) -> list[dict]:
-    """One model on every corpus: a row each, of ``about``, the corpus and the numbers.
+def measure(
+    build: Callable[[], nn.Module],
+    corpora: Mapping[str, Tensor],
+    records: Records,
+    about: dict,
+    also: Callable[[nn.Module], dict] = lambda _model: {},
+) -> list[dict]:
+    """One model on every corpus: a row each, of ``about``, the corpus and the numbers, those of ``also(model)`` among them.
 
     ``about`` has to say all that tells this model from others; ``build()`` makes it where something is not yet recorded.
     """
@@ -82,7 +88,7 @@ def measure(build: Callable[[], nn.Module], corpora: Mapping[str, Tensor], recor
             result = evaluate(model, corpora[corpus])
             numbers = {"nll": result.nll, "standard_error": result.standard_error, "perplexity": result.perplexity}
             numbers["losses"] = [round(loss, 5) for loss in result.losses.tolist()]
-            records.add(rows[corpus], numbers)
+            records.add(rows[corpus], numbers | also(model))
     return [row | records.find(**row) for row in rows.values()]
 
 

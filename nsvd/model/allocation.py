@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from nsvd.linalg import Decomposition, by_name, rank_for_ratio
 from nsvd.linalg.allocation import cut, cut_where, spectrum_steps, strs_steps
-from nsvd.model.layers import targets
 from nsvd.model.moments import Statistics
 from nsvd.model.prepare import naming
 from nsvd.model.sensitivity import Sensitivity, losses_with, sensitivity
+from nsvd.model.targets import targets
 
 ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher")
 
@@ -57,7 +57,7 @@ def searched(
     if allocation == "spectrum":
         return spectrum(model, prepared, ratio, method=method, factors=factors, **options), 0
     if allocation == "fisher":
-        return fisher(model, stats, prepared, ratio, method=method, factors=factors, **options), 0
+        return by_loss(model, stats, prepared, ratio, method=method, factors=factors, **options), 0
     how = {"method": method, "factors": factors, "prepared": prepared, "progress": progress}
     measured = sensitivity(model, stats, windows, **how, **options)
     return strs(model, measured, ratio, factors), measured.tokens
@@ -99,7 +99,7 @@ def spectrum(
     )
 
 
-def fisher(
+def by_loss(
     model: nn.Module,
     stats: Statistics | None,
     prepared: Mapping[str, Decomposition],
@@ -112,16 +112,11 @@ def fisher(
     """Equal rise of the model's loss per parameter at the margin, as the output gradients predict it to second order.
 
     The squared singular values of ``kfac`` are twice that rise, in nats a token; those of the other methods are errors of
-    the layer's output and are multiplied by mean(diag H).
+    the layer's output and are multiplied by mean(diag H), which ``stats`` then have to hold.
     """
     sizes, chosen = shapes(model), by_name(method)
     spectra = {name: one.s for name, one in prepared.items()}
     if not chosen.needs_gradients:
-        missing = [name for name in spectra if stats is None or name not in stats or stats[name].H is None]
-        if missing:
-            raise ValueError(
-                f"allocation 'fisher' needs the gradients of layer {missing[0]}: pass windows=, or stats with them"
-            )
         spectra = {name: s * _mean_square(stats[name].H).to(s) ** 0.5 for name, s in spectra.items()}
     steps = spectrum_steps(spectra, sizes, factors, least=chosen.least_rank(options), relative=False)
     return cut(steps, sizes, ratio, factors)

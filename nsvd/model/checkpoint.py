@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -25,6 +26,12 @@ from nsvd.model.layers import LAYERS, CompressedLayer, LowRankLinear
 
 FORMAT = 1
 METHOD = "nsvd"
+MODEL_FILES = (  # what ``save`` may find in the place of a model: names that transformers and we give, no others
+    "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "nsvd_report.json",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -173,14 +180,22 @@ def mark_compressed(model: nn.Module, names: Iterable[str], **details) -> None:
 
 
 def check_target(folder: str | Path) -> None:
-    """Raise ``FileExistsError`` unless ``save`` may put a checkpoint there: nothing, an empty folder, or an older model."""
+    """Raise ``FileExistsError`` unless ``save`` may put a checkpoint there: nothing, an empty folder, or an older model.
+
+    A folder is an older model's if it has a config.json and nothing but files of ``MODEL_FILES``: what is replaced is then
+    no more than ``save`` writes. Symbolic links are followed.
+    """
     folder = Path(folder)
-    if folder.absolute() == Path.cwd():
+    if folder.resolve() == Path.cwd().resolve():
         raise FileExistsError(f"cannot write {folder}: it is the folder this runs in")
     if folder.is_file():
         raise FileExistsError(f"cannot write {folder}: it is a file, a checkpoint is a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+    held = sorted(folder.iterdir()) if folder.is_dir() else []
+    if held and not (folder / "config.json").is_file():
         raise FileExistsError(f"cannot write {folder}: it holds something that is not a model")
+    for entry in held:
+        if not entry.is_file() or not any(fnmatchcase(entry.name, name) for name in MODEL_FILES):
+            raise FileExistsError(f"cannot write {folder}: beside a model it holds {entry.name}, which would be lost")
 
 
 def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict | None = None) -> None:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nsvd.linalg import METHODS, Decomposition, Method, by_name, saves_parameters
-from nsvd.linalg.factors import check_factors
-from nsvd.linalg.methods import SplitMethod
-from nsvd.model import sola
-from nsvd.model.allocation import ALLOCATIONS, check_allocation, searched, uniform
+from nsvd.linalg import Decomposition, saves_parameters
+from nsvd.model.allocation import searched, uniform
+from nsvd.model.arguments import Arguments, resolve
 from nsvd.model.checkpoint import is_compressed, mark_compressed
 from nsvd.model.exchange import Exchange, layer_table
-from nsvd.model.fisher import fisher
-from nsvd.model.layers import CompressedLayer, targets
-from nsvd.model.moments import Statistics, calibrate, mix
-from nsvd.model.prepare import check_statistics, check_weights, prepare
+from nsvd.model.layers import CompressedLayer
+from nsvd.model.moments import Statistics
+from nsvd.model.prepare import check_gradients, check_statistics, check_weights, prepare, take_statistics
+from nsvd.model.recipes import recipe
 from nsvd.model.report import Clock, peak_memory, versions
 from nsvd.model.sampling import own_text
-
-RECIPES: dict[str, dict] = {  # what a name of several ingredients stands for; each can be overridden
-    "best": {"method": "kfac", "allocation": "fisher", "factors": "pivoted", "shifted": True},
-}
-GRADIENTS_EVERY = 4  # every fourth window is enough for the gradients
+from nsvd.model.sola import split
+from nsvd.model.targets import targets
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Report:
     seconds: dict[str, float]  # by stage
     peak_memory: int  # bytes: of the GPU where there is one, else of the process so far
     versions: dict[str, str]
-    table: pd.DataFrame  # a row a layer; errors are those of the float64 factors, before the cast to the model's dtype
+    table: pd.DataFrame  # a row a layer; errors of the float64 factors, or of the refined ones in the model's dtype
     moves: list = field(default_factory=list)  # of SoLA's search, see ``nsvd.linalg.sola_ranks``
 
     def as_dict(self) -> dict:
@@ -97,7 +93,8 @@ def compress_(
         factors: how they are stored: ``plain`` (the default), or ``pivoted``, which buys more rank for the same parameters.
         shifted: take the layers in order, each for the inputs it gets after those before it are compressed.
         refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
-            dense block gave out; goes with ``shifted``. A hundred or two are what it takes.
+            dense block gave out; goes with ``shifted``. A hundred or two are what it takes. Errors are weighed by the loss
+            where the statistics hold the gradients of a block's last layer, else all alike.
         windows: token ids (count, length), or one such tensor for each of several domains that count equally: to calibrate on
             when ``stats`` is not given, to search on with ``strs``, to take gradients from, to follow with ``shifted``.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.
@@ -108,111 +105,109 @@ def compress_(
             is named); NaN or Inf in a weight (the layer is named); statistics that do not fit; a model compressed before.
         FloatingPointError: NaN or Inf in an activation, from ``calibrate``, or in a loss of the search.
     """
-    chosen = base_method(method)
-    splits = isinstance(chosen, SplitMethod)
-    recipe = RECIPES.get(method, {"method": method, "allocation": "sola" if splits else "uniform"})
-    settings = chosen.resolve(options)
-    allocation = allocation or recipe.get("allocation" if ranks is None else "", "uniform")
-    factors = factors or recipe.get("factors", "plain")
-    shifted = recipe.get("shifted", False) if shifted is None else shifted
-    domains = [windows] if isinstance(windows, Tensor) else list(windows or ())
-    check_factors(factors)
-    check_allocation(allocation, ratio, ranks, domains, among=sola.ALLOCATIONS if splits else ALLOCATIONS)
-    if splits and (factors != "plain" or shifted or refine):
-        raise ValueError(f"{chosen.label} has no pivoted factors, shifted inputs or refinement")
+    ask = resolve(method, options, ratio, ranks, allocation, factors, shifted, refine, windows)
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
-    layers, clock, tokens = targets(model), Clock(), 0
-    search = allocation != "uniform" and ratio > 0 and not splits
-    wanted = _given(layers, ranks) if ranks is not None else {} if search or splits else uniform(model, ratio, factors)
+    layers, clock = targets(model), Clock()
+    wanted = _given(model, layers, ask)
     check_weights(layers)
-    if method in RECIPES and not domains:
-        domains = [own_text(model, seed=seed)]
+    if ask.sampled:
+        ask = replace(ask, domains=[own_text(model, seed=seed)])
         clock.lap("sample")
-    judge = inner if splits and (inner := chosen.inner(options)[0]).needs_gradients else chosen
-    stats = take_statistics(model, stats, domains, judge, allocation, clock, seed, progress)
-    if shifted and not domains:
-        raise ValueError("shifted inputs are followed on a text: pass windows=")
-    if refine and not shifted:
-        raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
-    check_statistics(layers if search or splits else {name: layers[name] for name in wanted}, stats, chosen)
-    if search:
-        if prepared is None:
-            prepared = prepare(model, stats, recipe["method"], progress=progress, **options)
-            clock.lap("decompose")
-        how = {"method": recipe["method"], "factors": factors, "progress": progress, **options}
-        text = torch.cat(domains) if allocation == "strs" else None
-        wanted, tokens = searched(model, stats, prepared, ratio, allocation, text, **how)
-        clock.lap("search")
-
-    if splits:
-        table, new, moves = sola.split(
-            model, layers, stats, chosen, options, ratio=ratio, ranks=ranks, allocation=allocation, prepared=prepared,
-            clock=clock, progress=progress,
-        )  # fmt: skip
-        for name, layer in new.items():
-            model.set_submodule(name, layer)
-        clock.lap("exchange")
-        changed = [name for name, layer in new.items() if isinstance(layer, CompressedLayer)]
+    stats = take_statistics(model, stats, ask.domains, ask.judge, ask.allocation, clock, seed, progress)
+    check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
+    if ask.splits:
+        result = _split(model, layers, stats, ask, prepared, clock, progress)
     else:
-        smaller = {name: k for name, k in wanted.items() if saves_parameters(*layers[name].weight.shape, k, factors)}
-        job = Exchange(layers, stats, chosen, settings, factors, clock)
-        errors = (
-            job.in_order(model, smaller, domains, refine, progress)
-            if shifted
-            else job.at_once(model, smaller, prepared, progress)
-        )
-        table = layer_table(layers, wanted, smaller, factors, errors)
-        changed, moves = list(smaller), []
-
-    before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
-    size = next(iter(layers.values())).weight.element_size()
-    report = Report(
-        method=method, options=settings, allocation=allocation if ranks is None else "given", factors=factors,
-        shifted=shifted, refine=refine, search_tokens=tokens, ratio=ratio, ratio_reached=1 - after / before,
-        params_before=before, params_after=after, bytes_before=before * size, bytes_after=after * size,
-        seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table, moves=moves,
-    )  # fmt: skip
-    if changed:
-        told = ("method", "options", "allocation", "factors", "shifted", "refine", "ratio", "ratio_reached")
-        mark_compressed(model, changed, **{name: getattr(report, name) for name in told})
-    return report
+        result = _factor(model, layers, stats, ask, wanted, prepared, clock, progress)
+    return _report(model, ask, layers, result, clock)
 
 
-def base_method(name: str) -> Method:
-    """The method of that name, or the one that a recipe is built on; raises ``ValueError`` with the known names."""
-    if name not in RECIPES and name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; the methods are {', '.join((*METHODS, *RECIPES))}")
-    return by_name(RECIPES.get(name, {"method": name})["method"])
+class _Result(NamedTuple):
+    table: pd.DataFrame
+    changed: list[str]  # layers that are compressed now
+    moves: list
+    tokens: int  # that went through the model to find the ranks
 
 
-def take_statistics(
-    model: nn.Module,
-    stats: Statistics | None,
-    domains: Sequence[Tensor],
-    method: Method,
-    allocation: str,
-    clock: Clock,
-    seed: int,
-    progress: bool = False,
-    layers: Sequence[str] | None = None,
-) -> Statistics | None:
-    """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet."""
-    if stats is None and domains and (method.needs_moments or allocation == "fisher"):
-        each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
-        stats = each[0] if len(each) == 1 else mix(each)
-        clock.lap("calibrate")
-    if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
-        each = [fisher(model, ids[::GRADIENTS_EVERY], layers=layers, seed=seed, progress=progress) for ids in domains]
-        stats = stats.with_gradients({name: sum(H[name] for H in each) / len(each) for name in each[0]})
-        clock.lap("gradients")
-    return stats
-
-
-def _given(layers: dict[str, nn.Linear], ranks: Mapping[str, int]) -> dict[str, int]:
-    for name, k in ranks.items():
+def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Arguments) -> dict[str, int] | None:
+    """The ranks that are known before anything is measured, None where they have to be found."""
+    if ask.ranks is None:
+        return None if ask.searches or ask.splits else uniform(model, ask.ratio, ask.factors)
+    for name, k in ask.ranks.items():
         if name not in layers:
             raise ValueError(f"no layer {name!r} to compress; the model has {', '.join(list(layers)[:3])}, …")
         if not 1 <= k <= min(layers[name].weight.shape):
             raise ValueError(f"layer {name}: rank {k} is not in 1 … {min(layers[name].weight.shape)}")
-    return dict(ranks)
+    return dict(ask.ranks)
+
+
+def _factor(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    stats: Statistics | None,
+    ask: Arguments,
+    wanted: dict[str, int] | None,
+    prepared: Mapping[str, Decomposition] | None,
+    clock: Clock,
+    progress: bool,
+) -> _Result:
+    """Find the ranks where they are not known, and exchange every layer that becomes smaller."""
+    tokens = 0
+    if wanted is None:
+        how = {"method": recipe(ask.name).method, "progress": progress, **ask.options}
+        if ask.allocation == "fisher":
+            check_gradients(layers, stats, "allocation 'fisher'")
+        if prepared is None:
+            prepared = prepare(model, stats, **how)
+            clock.lap("decompose")
+        text = torch.cat(ask.domains) if ask.allocation == "strs" else None
+        found = searched(model, stats, prepared, ask.ratio, ask.allocation, text, factors=ask.factors, **how)
+        wanted, tokens = found
+        clock.lap("search")
+    smaller = {name: k for name, k in wanted.items() if saves_parameters(*layers[name].weight.shape, k, ask.factors)}
+    job = Exchange(layers, stats, ask.method, ask.method.resolve(ask.options), ask.factors, clock)
+    if ask.shifted:
+        errors = job.in_order(model, smaller, ask.domains, ask.refine, progress)
+    else:
+        errors = job.at_once(model, smaller, prepared, progress)
+    return _Result(layer_table(layers, wanted, smaller, ask.factors, errors), list(smaller), [], tokens)
+
+
+def _split(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    stats: Statistics,
+    ask: Arguments,
+    prepared: Mapping[str, Decomposition] | None,
+    clock: Clock,
+    progress: bool,
+) -> _Result:
+    """The same for SoLA, which has its own search."""
+    table, new, moves = split(
+        model, layers, stats, ask.method, ask.options, ratio=ask.ratio, ranks=ask.ranks, allocation=ask.allocation,
+        prepared=prepared, clock=clock, progress=progress,
+    )  # fmt: skip
+    for name, layer in new.items():
+        model.set_submodule(name, layer)
+    clock.lap("exchange")
+    return _Result(table, [name for name, layer in new.items() if isinstance(layer, CompressedLayer)], moves, 0)
+
+
+def _report(model: nn.Module, ask: Arguments, layers: Mapping[str, nn.Linear], result: _Result, clock: Clock) -> Report:
+    """What was done; told to the model, too, so that it is saved with it."""
+    table = result.table
+    before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
+    size = next(iter(layers.values())).weight.element_size()
+    report = Report(
+        method=ask.name, options=ask.method.resolve(ask.options),
+        allocation=ask.allocation if ask.ranks is None else "given", factors=ask.factors,
+        shifted=ask.shifted, refine=ask.refine, search_tokens=result.tokens, ratio=ask.ratio,
+        ratio_reached=1 - after / before, params_before=before, params_after=after, bytes_before=before * size,
+        bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table,
+        moves=result.moves,
+    )  # fmt: skip
+    if result.changed:
+        told = ("method", "options", "allocation", "factors", "shifted", "refine", "ratio", "ratio_reached")
+        mark_compressed(model, result.changed, **{name: getattr(report, name) for name in told})
+    return report

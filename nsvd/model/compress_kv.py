@@ -28,19 +28,16 @@ from transformers import PreTrainedModel
 from nsvd.linalg.methods import check_finite
 from nsvd.model.attention import by_kind, examine, key_value_layers
 from nsvd.model.checkpoint import mark_compressed
-from nsvd.model.compress import base_method, take_statistics
 from nsvd.model.latent import DIGITS, attach, bytes_per_token, latent_layers
 from nsvd.model.layers import CompressedLayer, LowRankLinear
 from nsvd.model.moments import Statistics
 from nsvd.model.pairs import Factoring, Pair
-from nsvd.model.prepare import check_gradients, check_statistics, naming
+from nsvd.model.prepare import check_gradients, check_statistics, naming, take_statistics
+from nsvd.model.recipes import RECIPES, base_method, recipe
 from nsvd.model.report import Clock, peak_memory, relative_errors, versions
 from nsvd.model.sampling import own_text
 
-ALLOCATIONS = ("uniform", "fisher")
-RECIPES: dict[str, dict] = {  # for a cache, beside the method that ``base_method`` gives; each can be overridden
-    "best": {"allocation": "fisher", "joint": True},
-}
+CACHE_ALLOCATIONS = ("uniform", "fisher")
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class CacheReport:
     method: str
     options: dict
     joint: bool
-    allocation: str  # of ALLOCATIONS
+    allocation: str  # of CACHE_ALLOCATIONS
     cache_ratio: float  # asked, fraction kept
     cache_ratio_reached: float
     bytes_before: int
@@ -110,9 +107,9 @@ def compress_kv_(
             a weight; statistics that do not fit; done before.
         FloatingPointError: NaN or Inf in an activation; the layer is named.
     """
-    chosen, recipe, clock = base_method(method), RECIPES.get(method, {}), Clock()
-    allocation = allocation or recipe.get("allocation", "uniform")
-    joint = recipe.get("joint", False) if joint is None else joint
+    chosen, usual, clock = base_method(method), recipe(method).cache, Clock()
+    allocation = allocation or usual.get("allocation", "uniform")
+    joint = usual.get("joint", False) if joint is None else joint
     settings, domains = chosen.resolve(options), [windows] if isinstance(windows, Tensor) else list(windows or ())
     _check(model, cache_ratio, allocation, absorb)
     projections = _projections(model)
@@ -139,7 +136,10 @@ def compress_kv_(
             values = factoring.cut(prepared, ranks.get(attention) or factoring.within(prepared, shares[attention]))
         row = {"layer": attention, "rank_k": values[0].rank, "rank_v": values[1].rank}
         for (name, layer), value, letter in zip(pair.items(), values, "kv", strict=True):
-            row |= {f"{letter}_{error}": number for error, number in relative_errors(layer, value, stats, name).items()}
+            row |= {
+                f"{letter}_{error}": number
+                for error, number in relative_errors(layer, value.dense(), stats, name).items()
+            }
             factored[name] = value.to(layer.weight.dtype)
         rows.append(row)
     clock.lap("decompose")
@@ -170,8 +170,8 @@ def compress_kv_(
 def _check(model: nn.Module, cache_ratio: float, allocation: str, absorb: bool | str) -> None:
     if not 0 < cache_ratio <= 1:
         raise ValueError(f"cache_ratio is {cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"unknown allocation {allocation!r}; there are {', '.join(ALLOCATIONS)}")
+    if allocation not in CACHE_ALLOCATIONS:
+        raise ValueError(f"unknown allocation {allocation!r}; there are {', '.join(CACHE_ALLOCATIONS)}")
     if absorb not in (True, False, "auto"):
         raise ValueError(f"absorb is {absorb!r}, but it is True, False or 'auto'")
     if latent_layers(model):

@@ -42,7 +42,7 @@ class Exchange:
             value: LowRank = self.method.cut(one, k, **self.options)
         new = stand_in(self.layers[name], value, self.factors)
         self.clock.lap("cut")
-        errors = relative_errors(self.layers[name], value, self.stats, name)
+        errors = relative_errors(self.layers[name], value.dense(), self.stats, name)
         self.clock.lap("errors")
         return new, errors
 
@@ -70,19 +70,27 @@ class Exchange:
 
         def replace(name: str, target: Tensor, moments: Moments) -> CompressedLayer:
             self.clock.lap("follow")
-            known = self.stats[name] if self.stats else Moments(moments.G)
+            H = self.gradients.get(name)
+            known = dataclasses.replace(moments, H=None if H is None else H.to(target.device))
             with naming(name):
-                one = self.method.prepare(
-                    target, dataclasses.replace(known.to(target.device), G=moments.G), **self.options
-                )
+                one = self.method.prepare(target, known, **self.options)
             self.clock.lap("decompose")
             new, errors[name] = self.cut(name, one, ranks[name])
             return new
 
         def finish(index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
             self.clock.lap("follow")
-            refine_block_(block, index, batches, self._stream_metric(model, block, batches[0]), steps=refine)
+            prefix = next(name for name, module in model.named_modules() if module is block)
+            inside = [name for name in self.layers if name.startswith(f"{prefix}.")]
+            if not any(name in ranks for name in inside):
+                return
+            refine_block_(block, index, batches, self._stream_metric(inside[-1], batches[0]), steps=refine)
             self.clock.lap("refine")
+            for name in inside:
+                if name in ranks:
+                    now = model.get_submodule(name).dense()
+                    errors[name] = relative_errors(self.layers[name], now, self.stats, name)
+            self.clock.lap("errors")
 
         texts = domains if refine else [ids[::FOLLOW_EVERY] for ids in domains]
         how = {"mu": self.options.get("mu", TARGET_RIDGE), "finish": finish if refine else None, "progress": progress}
@@ -95,11 +103,14 @@ class Exchange:
         self.clock.lap("follow")
         return errors
 
-    def _stream_metric(self, model: nn.Module, block: nn.Module, item: Batch) -> Tensor | None:
-        """H of the block's last layer, where that writes to the stream: what the loss makes of errors there."""
-        prefix = next(name for name, module in model.named_modules() if module is block)
-        last = [name for name in self.layers if name.startswith(f"{prefix}.")][-1]
-        H = self.stats[last].H if self.stats else None
+    @property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """H of the layers that the statistics know it of."""
+        return {} if self.stats is None else self.stats.gradients
+
+    def _stream_metric(self, last: str, item: Batch) -> Tensor | None:
+        """H of the block's last layer, what the loss makes of errors there; None where it is not known, or no H of the stream."""
+        H = self.gradients.get(last)
         return None if H is None or len(H) != item.ours.shape[-1] else H.to(item.ours.device, torch.float32)
 
 

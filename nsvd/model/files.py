@@ -18,9 +18,9 @@ def replacing(target: str | Path) -> Iterator[Path]:
     """Give a fresh path beside ``target`` to write a file or a folder to; rename it to ``target`` on success.
 
     When the block raises, what was written is removed and ``target`` stays as it was. An existing target folder is
-    exchanged, not merged.
+    exchanged, not merged. Where ``target`` is a symbolic link, what it points to is replaced.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     _remove(part)

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from nsvd.model.hooks import evaluating
-from nsvd.model.layers import targets
 from nsvd.model.moments import check_windows
 from nsvd.model.sampling import draw
+from nsvd.model.targets import targets
 
 
 def fisher(
@@ -30,7 +30,8 @@ def fisher(
 
     The loss is the summed negative log-likelihood, in nats, of labels drawn from the model's own predictions at every
     position, which makes H the Fisher information of the outputs and not an accident of the text. One forward and one
-    backward pass, no gradient of a parameter; float64 sums, averaged over tokens. ``diagonal=True`` keeps E[g²] only, (d_out,).
+    backward pass, no gradient of a parameter. Products in float64 where the model is, sums in float64 on the CPU (those of a
+    model of 7B parameters take some 80 GB), averaged over tokens. ``diagonal=True`` keeps E[g²] only, (d_out,).
 
     Raises:
         ValueError: if ``windows`` is empty, or a layer never runs.
@@ -42,8 +43,8 @@ def fisher(
 
     def add(name: str, gradient: Tensor) -> None:
         g = gradient.reshape(-1, gradient.shape[-1]).double()
-        new = g.square().sum(0) if diagonal else g.mT @ g
-        sums[name] = sums[name] + new if name in sums else new
+        new = (g.square().sum(0) if diagonal else g.mT @ g).cpu()
+        sums[name] = sums[name].add_(new) if name in sums else new
 
     device = next(model.parameters()).device
     generator, frozen = torch.Generator(device).manual_seed(seed), [p for p in model.parameters() if p.requires_grad]
@@ -70,4 +71,4 @@ def fisher(
             raise ValueError(f"no gradient reached layer {name}")
         if not sums[name].isfinite().all():
             raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
-    return {name: (sums[name] / windows.numel()).cpu() for name in names}
+    return {name: sums[name].div_(windows.numel()) for name in names}

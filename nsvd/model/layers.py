@@ -1,13 +1,13 @@
-"""Which layers are compressed, and what stands in their place.
+"""What stands in the place of a compressed layer.
 
 Every stand-in is a ``CompressedLayer``: it can be built empty from what a checkpoint says of it, and be multiplied out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +16,69 @@ from nsvd.linalg import LowRank, Pivoted, pivoted
 from nsvd.linalg.sola import COLUMNS, ROWS, Split
 
 
-class CompressedLayer(nn.Module):
-    """What stands in the place of an ``nn.Linear``; subclasses are found by their ``kind`` through ``LAYERS``."""
+class CompressedLayer(nn.Module, ABC):
+    """What stands in the place of an ``nn.Linear``; found by its ``kind`` through ``LAYERS``.
+
+    Every kind has factors in two ``nn.Linear`` children, ``down`` and ``up``, and is built with
+    ``(in_features, out_features, **spec, bias, device, dtype)``.
+    """
 
     kind: ClassVar[str]
     in_features: int
     out_features: int
+    rank: int
+    down: nn.Linear
+    up: nn.Linear
 
     @classmethod
-    def like(cls, layer: nn.Linear, **spec: int) -> CompressedLayer:
-        """An empty stand-in with this layer's sizes, bias, device and dtype; raises ``ValueError`` if the spec cannot fit."""
-        raise NotImplementedError
+    @abstractmethod
+    def check(cls, d_out: int, d_in: int, **spec: int) -> None:
+        """Raise ``ValueError`` if the spec cannot fit a (d_out, d_in) matrix."""
 
+    @abstractmethod
     def spec(self) -> dict[str, int]:
         """What ``like`` needs besides the layer: goes into the checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix (d_out, d_in) that the layer multiplies by, in float32 at least."""
+
+    @abstractmethod
+    def whole_bias(self) -> Tensor | None:
+        """The bias (d_out,), wherever it is kept."""
+
+    @classmethod
+    def like(cls, layer: nn.Linear, **spec: int) -> Self:
+        """An empty stand-in with this layer's sizes, bias, device and dtype; raises ``ValueError`` if the spec cannot fit."""
+        weight, bias = layer.weight, layer.bias is not None
+        cls.check(*weight.shape, **spec)
+        sizes = (layer.in_features, layer.out_features)
+        return cls(*sizes, **spec, bias=bias, device=weight.device, dtype=weight.dtype)
+
+    @classmethod
+    def _filled(cls, layer: nn.Linear, spec: Mapping[str, int], state: Mapping[str, Tensor | None]) -> Self:
+        """A stand-in with this state, None left out, trained or not as the layer is."""
+        new = cls.like(layer, **spec).requires_grad_(layer.weight.requires_grad)
+        new.load_state_dict({name: value for name, value in state.items() if value is not None})
+        return new.train(layer.training)
+
+    @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """The dense layer that computes the same, multiplied out in float32 at least and stored in the factors' dtype."""
-        raise NotImplementedError
+        """The dense layer that computes the same, multiplied out by ``dense`` and stored in the factors' dtype."""
+        bias, to = self.whole_bias(), {"device": self.down.weight.device, "dtype": self.down.weight.dtype}
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, **to)
+        linear.weight.copy_(self.dense())
+        if bias is not None:
+            linear.bias.copy_(bias)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, " + ", ".join(f"{k} {v}" for k, v in self.spec().items())
+
+
+def _exact(*factors: Tensor) -> tuple[Tensor, ...]:
+    """In float32 at least."""
+    return tuple(factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
 
 
 class LowRankLinear(CompressedLayer):
@@ -53,29 +97,15 @@ class LowRankLinear(CompressedLayer):
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def like(cls, layer: nn.Linear, rank: int) -> LowRankLinear:
-        if not 1 <= rank <= layer.in_features:  # that of keys and values together may exceed the outputs of one of them
-            raise ValueError(f"rank {rank} of a {layer.out_features} × {layer.in_features} matrix")
-        weight = layer.weight
-        return cls(
-            layer.in_features,
-            layer.out_features,
-            rank,
-            layer.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+    def check(cls, d_out: int, d_in: int, rank: int) -> None:
+        if not 1 <= rank <= d_in:  # that of keys and values together may exceed the outputs of one of them
+            raise ValueError(f"rank {rank} of a {d_out} × {d_in} matrix")
 
     @classmethod
-    @torch.no_grad()
     def from_factors(cls, layer: nn.Linear, factors: LowRank) -> LowRankLinear:
         """The layer with its weight replaced by the factors, its bias kept."""
-        new = cls.like(layer, factors.rank).requires_grad_(layer.weight.requires_grad)
-        new.down.weight.copy_(factors.right)
-        new.up.weight.copy_(factors.left)
-        if layer.bias is not None:
-            new.up.bias.copy_(layer.bias)
-        return new.train(layer.training)
+        state = {"down.weight": factors.right, "up.weight": factors.left, "up.bias": layer.bias}
+        return cls._filled(layer, {"rank": factors.rank}, state)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
@@ -83,18 +113,12 @@ class LowRankLinear(CompressedLayer):
     def spec(self) -> dict[str, int]:
         return {"rank": self.rank}
 
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        left, right, bias = self.up.weight, self.down.weight, self.up.bias
-        exact = torch.promote_types(left.dtype, torch.float32)
-        dense = nn.Linear(self.in_features, self.out_features, bias is not None, device=left.device, dtype=left.dtype)
-        dense.weight.copy_(left.to(exact) @ right.to(exact))
-        if bias is not None:
-            dense.bias.copy_(bias)
-        return dense.train(self.training)
+    def dense(self) -> Tensor:
+        left, right = _exact(self.up.weight, self.down.weight)
+        return left @ right
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.rank} -> {self.out_features}"
+    def whole_bias(self) -> Tensor | None:
+        return self.up.bias
 
 
 class PivotedLinear(CompressedLayer):
@@ -115,47 +139,31 @@ class PivotedLinear(CompressedLayer):
         self.register_buffer("order", torch.empty(out_features, device=device, dtype=torch.int64))
 
     @classmethod
-    def like(cls, layer: nn.Linear, rank: int) -> PivotedLinear:
-        if not 1 <= rank < min(layer.weight.shape):
-            raise ValueError(f"rank {rank} of a {layer.out_features} × {layer.in_features} matrix")
-        weight, bias = layer.weight, layer.bias is not None
-        return cls(layer.in_features, layer.out_features, rank, bias, device=weight.device, dtype=weight.dtype)
+    def check(cls, d_out: int, d_in: int, rank: int) -> None:
+        if not 1 <= rank < min(d_out, d_in):
+            raise ValueError(f"rank {rank} of a {d_out} × {d_in} matrix")
 
     @classmethod
-    @torch.no_grad()
     def from_factors(cls, layer: nn.Linear, factors: Pivoted) -> PivotedLinear:
         """The layer with its weight replaced by the factors, its bias kept."""
-        new = cls.like(layer, factors.rank).requires_grad_(layer.weight.requires_grad)
-        new.down.weight.copy_(factors.C)
-        new.up.weight.copy_(factors.T)
-        new.order.copy_(factors.order)
-        if layer.bias is not None:
-            new.bias.copy_(layer.bias)
-        return new.train(layer.training)
+        state = {"down.weight": factors.C, "up.weight": factors.T, "order": factors.order, "bias": layer.bias}
+        return cls._filled(layer, {"rank": factors.rank}, state)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.down(x)
         y = torch.cat([z, self.up(z)], dim=-1)
-        y = (
-            y.view(-1, self.out_features).index_select(1, self.order).view_as(y)
-        )  # in two dimensions several times as fast
+        rows = y.view(-1, self.out_features)  # in two dimensions several times as fast
+        y = rows.index_select(1, self.order).view_as(y)
         return y if self.bias is None else y + self.bias
 
     def spec(self) -> dict[str, int]:
         return {"rank": self.rank}
 
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        C, T = self.down.weight, self.up.weight
-        exact = torch.promote_types(C.dtype, torch.float32)
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=C.device, dtype=C.dtype)
-        dense.weight.copy_(Pivoted(C.to(exact), T.to(exact), self.order).dense())
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-        return dense.train(self.training)
+    def dense(self) -> Tensor:
+        return Pivoted(*_exact(self.down.weight, self.up.weight), self.order).dense()
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.rank} -> {self.out_features}"
+    def whole_bias(self) -> Tensor | None:
+        return self.bias
 
 
 class SplitLinear(CompressedLayer):
@@ -178,49 +186,34 @@ class SplitLinear(CompressedLayer):
         self.up = nn.Linear(rank, out_features - rows, bias=bias and self.dim == ROWS, **to)
 
     @classmethod
-    def like(cls, layer: nn.Linear, prime: int, rank: int) -> SplitLinear:
-        weight, sizes = layer.weight, list(layer.weight.shape)
+    def check(cls, d_out: int, d_in: int, prime: int, rank: int) -> None:
+        sizes = [d_out, d_in]
         if not 1 <= prime < sizes[cls.dim]:
             raise ValueError(f"{prime} prime neurons of {sizes[cls.dim]}")
         sizes[cls.dim] -= prime
         if not 1 <= rank <= min(sizes):
             raise ValueError(f"rank {rank} of a {sizes[0]} × {sizes[1]} block")
-        shape = (layer.in_features, layer.out_features)
-        return cls(*shape, prime, rank, layer.bias is not None, device=weight.device, dtype=weight.dtype)
 
     @classmethod
-    @torch.no_grad()
     def from_split(cls, layer: nn.Linear, value: Split) -> SplitLinear:
         """The layer with its weight replaced by the split one, its bias kept, both with prime neurons in front."""
-        new = cls.like(layer, value.block.prime, value.rank).requires_grad_(layer.weight.requires_grad)
-        new.prime.weight.copy_(value.prime)
-        new.down.weight.copy_(value.marginal.right)
-        new.up.weight.copy_(value.marginal.left)
-        if layer.bias is not None:
-            new._set_bias(value.block.permute(layer.bias) if cls.dim == ROWS else layer.bias)
-        return new.train(layer.training)
+        prime, marginal, first, rest = value.block.prime, value.marginal, layer.bias, None
+        if layer.bias is not None and cls.dim == ROWS:
+            first, rest = value.block.permute(layer.bias).tensor_split([prime])
+        factors = {"prime.weight": value.prime, "down.weight": marginal.right, "up.weight": marginal.left}
+        spec = {"prime": prime, "rank": value.rank}
+        return cls._filled(layer, spec, factors | {"prime.bias": first, "up.bias": rest})
 
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        prime, left, right = self.prime.weight, self.up.weight, self.down.weight
-        exact = torch.promote_types(left.dtype, torch.float32)
-        bias = self.prime.bias is not None
-        dense = nn.Linear(self.in_features, self.out_features, bias, device=left.device, dtype=left.dtype)
-        dense.weight.copy_(torch.cat([prime.to(exact), left.to(exact) @ right.to(exact)], self.dim))
-        if bias:
-            dense.bias.copy_(torch.cat([self.prime.bias, self.up.bias]) if self.dim == ROWS else self.prime.bias)
-        return dense.train(self.training)
+    def dense(self) -> Tensor:
+        prime, left, right = _exact(self.prime.weight, self.up.weight, self.down.weight)
+        return torch.cat([prime, left @ right], self.dim)
 
-    def _set_bias(self, bias: Tensor) -> None:
-        self.prime.bias.copy_(bias[: self.prime.out_features])
-        if self.up.bias is not None:
-            self.up.bias.copy_(bias[self.prime.out_features :])
+    def whole_bias(self) -> Tensor | None:
+        both = [bias for bias in (self.prime.bias, self.up.bias) if bias is not None]
+        return torch.cat(both) if both else None
 
     def spec(self) -> dict[str, int]:
         return {"prime": self.prime.weight.shape[self.dim], "rank": self.rank}
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, " + ", ".join(f"{k} {v}" for k, v in self.spec().items())
 
 
 class SplitRows(SplitLinear):
@@ -251,42 +244,3 @@ def stand_in(layer: nn.Linear, value: LowRank, factors: str) -> CompressedLayer:
     if factors == "pivoted":
         return PivotedLinear.from_factors(layer, pivoted(value))
     return LowRankLinear.from_factors(layer, value)
-
-
-@contextmanager
-def exchanged(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The named layers of the model replaced while in the context; put back on exit, also when something raises."""
-    before = {name: model.get_submodule(name) for name in layers}
-    try:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-        yield
-    finally:
-        for name, layer in before.items():
-            model.set_submodule(name, layer)
-
-
-def targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that are compressed, by dotted name: every ``nn.Linear`` but the output embedding.
-
-    Raises:
-        ValueError: if there is none; the message names what the model has instead.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inside = {id(part) for m in model.modules() if isinstance(m, CompressedLayer) for part in m.modules()}
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and id(module) not in inside
-    }
-    if not found:
-        kinds = {type(m).__name__ for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor)}
-        if "Conv1D" in kinds:
-            raise ValueError(
-                f"{type(model).__name__} keeps its weights in Conv1D layers (as GPT-2 does), which are not supported; "
-                "only nn.Linear layers are compressed"
-            )
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear layer left to compress (it has {', '.join(sorted(kinds))})"
-        )
-    return found

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from nsvd.linalg import Moments
 from nsvd.model.files import fingerprint, replacing
 from nsvd.model.hooks import evaluating, watch_inputs
-from nsvd.model.layers import targets
+from nsvd.model.targets import targets
 
 
 class RunningMoments:

@@ -1,20 +1,24 @@
-"""The decompositions a method needs, layer by layer, and the checks before them."""
+"""The statistics and decompositions a method needs, and the checks before them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, Method, by_name
 from nsvd.linalg.methods import SplitMethod, check_finite
 from nsvd.linalg.sola import WHOLE, Block
 from nsvd.model.blocks import blocks
-from nsvd.model.layers import targets
-from nsvd.model.moments import Statistics
+from nsvd.model.fisher import fisher
+from nsvd.model.moments import Statistics, calibrate, mix
+from nsvd.model.report import Clock
 from nsvd.model.roles import roles
+from nsvd.model.targets import targets
+
+GRADIENTS_EVERY = 4  # every fourth window is enough for the gradients
 
 
 @torch.no_grad()
@@ -47,6 +51,29 @@ def prepare_layer(
         moments = part.moments(stats[name].to(W.device))
     with naming(name):
         return method.prepare(W, moments, **options)
+
+
+def take_statistics(
+    model: nn.Module,
+    stats: Statistics | None,
+    domains: Sequence[Tensor],
+    method: Method,
+    allocation: str,
+    clock: Clock,
+    seed: int,
+    progress: bool = False,
+    layers: Sequence[str] | None = None,
+) -> Statistics | None:
+    """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet."""
+    if stats is None and domains and (method.needs_moments or allocation == "fisher"):
+        each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
+        stats = each[0] if len(each) == 1 else mix(each)
+        clock.lap("calibrate")
+    if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
+        each = [fisher(model, ids[::GRADIENTS_EVERY], layers=layers, seed=seed, progress=progress) for ids in domains]
+        stats = stats.with_gradients({name: sum(H[name] for H in each) / len(each) for name in each[0]})
+        clock.lap("gradients")
+    return stats
 
 
 def check_weights(layers: Mapping[str, nn.Linear]) -> None:

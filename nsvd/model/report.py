@@ -9,11 +9,9 @@ import time
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from nsvd.linalg import LowRank
 from nsvd.linalg.errors import calibration_loss, weight_error
-from nsvd.linalg.sola import Split
 from nsvd.model.moments import Statistics
 from nsvd.version import __version__
 
@@ -28,9 +26,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def relative_errors(layer: nn.Linear, value: LowRank | Split, stats: Statistics | None, name: str) -> dict[str, float]:
-    """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖."""
-    W, dense = layer.weight.double(), value.dense()
+def relative_errors(layer: nn.Linear, dense: Tensor, stats: Statistics | None, name: str) -> dict[str, float]:
+    """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖ of ``dense``, Ŵ."""
+    W, dense = layer.weight.double(), dense.double()
     row = {"weight_error": (weight_error(W, dense) / W.square().sum().item()) ** 0.5}
     if stats is not None and name in stats:
         G = stats[name].G.to(W.device)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nsvd.model.hooks import evaluating, intervening
-from nsvd.model.layers import targets
 from nsvd.model.moments import shared_inputs
+from nsvd.model.targets import targets
 
 IDS = torch.arange(8)[None]
 SCALE = 256  # large: in a random model queries and keys of the usual size hardly matter

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from nsvd.model.hooks import evaluating
+
+CACHE_BYTES = 8 * 2**30  # of a batch of windows while they are sampled
 
 
 @torch.no_grad()
@@ -18,29 +20,38 @@ def sample(
     *,
     temperature: float = 1.0,
     start: int | None = None,
-    batch: int = 128,
+    batch: int | None = None,
     seed: int = 0,
 ) -> Int[Tensor, "count length"]:
     """``count`` windows of ``length`` token ids drawn from the model's own distribution, one token after the other.
 
     At temperature 1 this is the language as the model knows it, all its domains in the proportions it learned them.
     Every window opens with the token ``start`` (by default the one the model's configuration begins a text with); an end
-    of text is an ordinary token, what follows it is a new one.
+    of text is an ordinary token, what follows it is a new one. ``batch`` windows are drawn at a time, by default as many as
+    their cache has room in ``CACHE_BYTES`` for, 128 at most; the windows are the same, but for rounding, whatever it is.
 
     Raises:
-        ValueError: a size or temperature that is not positive, or no token to start from.
+        ValueError: a size or temperature that is not positive, more tokens than the model has positions for where these are
+            learned, or no token to start from.
         FloatingPointError: if a prediction holds NaN or Inf.
     """
     if count < 1 or length < 2 or not temperature > 0:
         raise ValueError(f"cannot sample {count} windows of {length} tokens at temperature {temperature}")
-    start = model.config.get_text_config().bos_token_id if start is None else start
+    config = model.config.get_text_config()
+    if length > (most := _positions(model) or length):
+        raise ValueError(f"cannot sample windows of {length} tokens: the model has learned {most} positions")
+    start = config.bos_token_id if start is None else start
     if start is None:
-        raise ValueError("the model's configuration names no token that begins a text; pass start=")
+        raise ValueError(
+            "the model's configuration names no token that begins a text (bos_token_id), so it cannot write one: "
+            "pass start= to sample, or calibrate on a text that is at hand (windows=, --calibration CORPUS)"
+        )
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    draws = torch.cat([_uniform(count, device, generator) for _ in range(length - 1)], dim=1)
+    batch = _batch(model, length) if batch is None else batch
     with evaluating(model):
-        sizes = [min(batch, count - i) for i in range(0, count, batch)]
-        return torch.cat([_sample(model, size, length, temperature, start, generator) for size in sizes]).cpu()
+        return torch.cat([_sample(model, u, temperature, start) for u in draws.split(batch)]).cpu()
 
 
 def own_text(
@@ -55,23 +66,45 @@ def own_text(
     return sample(model, count, max(2, length // 2), seed=seed)
 
 
-def _sample(
-    model: PreTrainedModel, count: int, length: int, temperature: float, start: int, generator: torch.Generator
-) -> Tensor:
-    ids = torch.full((count, 1), start, device=generator.device)
+def _positions(model: PreTrainedModel) -> int | None:
+    """How many positions the model has learned; None where it computes them, and any number will do."""
+    tokens = model.get_input_embeddings()
+    if any(isinstance(module, nn.Embedding) and module is not tokens for module in model.modules()):
+        return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None
+
+
+def _batch(model: PreTrainedModel, length: int) -> int:
+    """Windows of which keys and values take no more than ``CACHE_BYTES``: 1 … 128."""
+    config = model.config.get_text_config()
+    shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = config.hidden_size * shared // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * width * model.dtype.itemsize * length
+    return min(max(CACHE_BYTES // each, 1), 128)
+
+
+def _uniform(count: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, 1, dtype=torch.float64, device=device, generator=generator)
+
+
+def _sample(model: PreTrainedModel, draws: Float[Tensor, "n steps"], temperature: float, start: int) -> Tensor:
+    ids = torch.full((len(draws), 1), start, device=draws.device)
     cache = DynamicCache(config=model.config)
-    while ids.shape[1] < length:
+    for u in draws.split(1, dim=1):
         logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
         if not logits.isfinite().all():
             raise FloatingPointError("the model predicts NaN or Inf, so no text can be sampled from it")
-        ids = torch.cat([ids, draw((logits / temperature).softmax(-1), generator)], dim=1)
+        ids = torch.cat([ids, _index((logits / temperature).softmax(-1), u)], dim=1)
     return ids
 
 
 def draw(probabilities: Float[Tensor, "n vocabulary"], generator: torch.Generator) -> Int[Tensor, "n 1"]:
     """One index from every row, by inverting its cumulative sum: several times as fast as ``torch.multinomial`` on a CPU."""
+    return _index(probabilities, _uniform(len(probabilities), probabilities.device, generator))
+
+
+def _index(probabilities: Tensor, u: Tensor) -> Tensor:
     steps = probabilities.double().cumsum(-1)
-    u = torch.rand(len(steps), 1, dtype=steps.dtype, device=steps.device, generator=generator)
     return torch.searchsorted(steps, u * steps[:, -1:], right=True).clamp(max=steps.shape[1] - 1)
 
 

@@ -11,7 +11,7 @@ trying, not by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
 from nsvd.linalg.two_sided import shifted
-from nsvd.model.hooks import evaluating, watch_calls
+from nsvd.model.hooks import evaluating, watch_calls, watch_inputs
 from nsvd.model.moments import shared_inputs
 from nsvd.model.prepare import naming
 
@@ -57,9 +57,12 @@ def replace_in_order_(
     """Exchange the named layers, block by block and in forward order, for what ``replace`` makes of target and moments.
 
     All ``domains`` (token ids, count × length each) have equal weight, as in ``moments.mix``; ``mu`` is the ridge that keeps a
-    target near the layer's own weight where its inputs say nothing. One block runs at a time; the hidden states of the
-    calibration text, twice, are all that is held besides. ``finish`` is called with every block once its layers are exchanged and
-    the dense stream behind it is known. What was exchanged stays exchanged when something raises.
+    target near the layer's own weight where its inputs say nothing. ``finish`` is called with every block once its layers are
+    exchanged and the dense stream behind it is known. What was exchanged stays exchanged when something raises.
+
+    One block runs at a time. Held besides are, of all the calibration text, the hidden states of both streams before the block,
+    what the dense stream holds at the landmarks of the block's layers and behind it, and the blocks' other arguments (masks,
+    rotations).
 
     Raises:
         ValueError: if a layer is in none of the model's blocks; it is named.
@@ -115,40 +118,44 @@ def _replace_group(
     layer = model.get_submodule(leader)
     sums = [_Sums() for _ in range(domains)]
     for item in batches:
-        with _inputs_of(layer) as seen:
+        seen: list[Tensor] = []
+        with watch_inputs(layer, [""], lambda _name, x, seen=seen: seen.append(x)):
             have = _value_at(place, block, item.ours, item.calls[index])
         sums[item.domain].add(seen[0], item.wanted[place] - have)
-    G, missing = _mixed(sums)
+    G, missing, mean_abs = _mixed(sums)
+    moments = Moments(G, mean_abs, sum(s.n for s in sums))
     if not (G.isfinite().all() and missing.isfinite().all()):
         raise FloatingPointError(f"the input of layer {leader} holds NaN or Inf on the calibration text")
     for name in group:
         W = model.get_submodule(name).weight.double()
         with naming(name):
             target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
-        model.set_submodule(name, replace(name, target, Moments(G)))
+        model.set_submodule(name, replace(name, target, moments))
 
 
 class _Sums:
-    """Σ x' x'ᵀ and Σ y x'ᵀ over tokens; products in the streams' precision (float32 at least), summed in float64."""
+    """Σ x' x'ᵀ, Σ y x'ᵀ and Σ |x'| over tokens; products in the streams' precision (float32 at least), summed in float64."""
 
     def __init__(self) -> None:
-        self.n, self.outer, self.cross = 0, 0.0, 0.0
+        self.n, self.outer, self.cross, self.absolute = 0, 0.0, 0.0, 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
         x, y = (t.flatten(0, -2).to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
         self.outer, self.cross = self.outer + (x.mT @ x).double(), self.cross + (y.mT @ x).double()
+        self.absolute = self.absolute + x.abs().sum(0, dtype=torch.float64)
         self.n += len(x)
 
 
-def _mixed(sums: Sequence[_Sums]) -> tuple[Tensor, Tensor]:
-    """G and C of all domains, each weighed by 1 / mean(diag G_d) as in ``moments.mix``."""
+def _mixed(sums: Sequence[_Sums]) -> tuple[Tensor, Tensor, Tensor]:
+    """G, C and E|x'| of all domains, each weighed by 1 / mean(diag G_d), its root the last, as in ``moments.mix``."""
     scales = [s.outer.diagonal().mean() for s in sums]
     scale = sum(t / s.n for t, s in zip(scales, sums, strict=True)) / len(sums)
     outer, cross = (
         sum(getattr(s, part) / t for t, s in zip(scales, sums, strict=True)) * scale / len(sums)
         for part in ("outer", "cross")
     )
-    return outer, cross
+    mean_abs = sum((scale / (t * s.n)).sqrt() * s.absolute for t, s in zip(scales, sums, strict=True)) / len(sums)
+    return outer, cross, mean_abs
 
 
 def _batches(domains: Sequence[Tensor], batch: int) -> Iterator[tuple[int, Tensor]]:
@@ -181,32 +188,21 @@ def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Ten
     return out[0] if isinstance(out, tuple) else out
 
 
-@contextmanager
-def _inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
     """The input of a module of the block, which is run no further than that; None is the block's output."""
     if place is None:
         return run_block(block, hidden, call)
 
-    def reached(_module: nn.Module, _args: tuple) -> None:
+    seen: list[Tensor] = []
+
+    def reached(_name: str, x: Tensor) -> None:
+        seen.append(x)
         raise _Reached
 
-    with _inputs_of(place) as seen:
-        handle = place.register_forward_pre_hook(reached)
-        try:
-            run_block(block, hidden, call)
-        except _Reached:
-            return seen[0]
-        finally:
-            handle.remove()
+    with watch_inputs(place, [""], reached), suppress(_Reached):
+        run_block(block, hidden, call)
+    if seen:
+        return seen[0]
     raise RuntimeError("a module that ran before did not run again")
 
 

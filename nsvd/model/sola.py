@@ -28,7 +28,7 @@ from nsvd.model.prepare import check_statistics, naming, prepare_layer
 from nsvd.model.report import Clock, relative_errors
 from nsvd.model.roles import Roles, roles
 
-ALLOCATIONS = ("sola", "uniform", "spectrum")
+SOLA_ALLOCATIONS = ("sola", "uniform", "spectrum")
 
 
 class Outcome(NamedTuple):
@@ -95,7 +95,7 @@ def _factor(
                 value = parts[name].join(layer.weight.double(), cut[name]().to(layer.weight.device))
             values[name] = value.to(layer.weight.dtype)
             clock.lap("cut")
-            row |= {"dense": False, "params": value.n_params} | relative_errors(layer, value, stats, name)
+            row |= {"dense": False, "params": value.n_params} | relative_errors(layer, value.dense(), stats, name)
             clock.lap("errors")
         rows.append(row)
     return pd.DataFrame(rows).astype({"rank": "Int64"}), values

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import nsvd
-from nsvd.lab import cache
+from nsvd.lab import cache, sweep
 from nsvd.lab.records import Records
 from nsvd.model.latent import bytes_per_token
 from tests.tiny import tiny_model, token_ids
@@ -25,7 +25,7 @@ def test_a_sweep_measures_every_cell_once(tmp_path, monkeypatch):
     nsvd.compress_kv_(changed, stats, cache_ratio=0.5, joint=True)
     assert frame.perplexity[5] == pytest.approx(nsvd.perplexity(changed, texts["two"]))
 
-    monkeypatch.setattr(cache, "evaluate", None)
+    monkeypatch.setattr(sweep, "evaluate", None)
     again = cache.cache_sweep(model, stats, texts, cells, Records(tmp_path / "r.jsonl"), name="tiny")
     assert again.equals(frame)
 

@@ -316,6 +316,37 @@ def test_a_folder_that_is_no_model_is_not_replaced(tmp_path):
     assert (tmp_path / "results" / "numbers.txt").read_text() == "1"
 
 
+@pytest.mark.parametrize("extra", ["notes.txt", "README.md", "results.json", "training.py", "runs/1.json"])
+def test_a_model_with_something_beside_it_is_not_replaced(extra, folder):
+    """Only what ``save`` itself writes is exchanged; the first thing that would be lost is named."""
+    (folder / extra).parent.mkdir(exist_ok=True)
+    (folder / extra).write_text("mine", encoding="utf-8")
+    before = contents(folder)
+    with pytest.raises(FileExistsError, match=f"beside a model it holds {extra.partition('/')[0]}"):
+        nsvd.save(tiny_model(), tiny_tokenizer(), folder)
+    assert contents(folder) == before
+
+
+def test_the_folder_this_runs_in_is_known_by_any_name(folder, monkeypatch):
+    """Also through a symbolic link, whichever of the two is one."""
+    link = folder.parent / "link"
+    link.symlink_to(folder, target_is_directory=True)
+    for here, there in ((folder, link), (link, folder), (folder, "."), (folder, folder)):
+        monkeypatch.chdir(here)
+        with pytest.raises(FileExistsError, match="the folder this runs in"):
+            nsvd.save(tiny_model(), tiny_tokenizer(), there)
+
+
+def test_a_link_to_an_older_model_stays_one(folder):
+    """What it points to is replaced."""
+    link = folder.parent / "link"
+    link.symlink_to(folder, target_is_directory=True)
+    nsvd.save(tiny_model(), tiny_tokenizer(), link)
+    assert link.is_symlink()
+    assert torch.equal(logits(nsvd.load(folder, device="cpu")[0]), logits(tiny_model()))
+    assert sorted(place.name for place in folder.parent.iterdir()) == ["link", "low"]
+
+
 def test_a_model_without_a_tokenizer_says_so(tmp_path):
     """In place of a hint at libraries that would not help."""
     nsvd.save(tiny_model("llama"), None, tmp_path / "bare")

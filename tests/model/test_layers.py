@@ -6,7 +6,7 @@ from torch import nn
 
 import nsvd
 from nsvd.linalg import LowRank, pivoted
-from nsvd.model.layers import LowRankLinear, PivotedLinear, stand_in
+from nsvd.model.layers import LAYERS, CompressedLayer, LowRankLinear, PivotedLinear, stand_in
 from tests.tiny import PIVOTED, Q, compressed, logits, tiny_model
 
 
@@ -81,14 +81,14 @@ def test_mode_precision_and_what_is_trained_are_the_layer_s(dtype):
 def test_a_rank_that_the_layer_cannot_have_is_refused(kind, rank):
     """With the layer's shape."""
     with pytest.raises(ValueError, match=f"rank {rank} of a 7 × 9 matrix"):
-        kind.like(linear(7, 9), rank)
+        kind.like(linear(7, 9), rank=rank)
 
 
 def test_a_pivoted_layer_of_full_rank_is_refused():
     """It would keep every row and save nothing; a low-rank layer may be wider still, where it shares one latent with another."""
-    assert LowRankLinear.like(linear(7, 9), 9).rank == 9
+    assert LowRankLinear.like(linear(7, 9), rank=9).rank == 9
     with pytest.raises(ValueError, match="rank 7 of a 7 × 9 matrix"):
-        PivotedLinear.like(linear(7, 9), 7)
+        PivotedLinear.like(linear(7, 9), rank=7)
 
 
 def test_bfloat16_does_not_tell_the_two_apart():
@@ -114,3 +114,17 @@ def test_a_pivoted_model_of_float64_is_dequantised_in_float64():
     torch.testing.assert_close(logits(plain), said, rtol=0, atol=1e-12)
     assert type(plain.get_submodule(Q)) is nn.Linear
     assert nsvd.compress_(plain, method="svd", ratio=0.5, factors="pivoted").ratio_reached >= 0.5
+
+
+def test_a_kind_of_layer_has_to_say_all_that_is_needed_of_it():
+    """What stores no specification or cannot be multiplied out is not built; every kind that is listed can be."""
+
+    class Unfinished(CompressedLayer):
+        kind = "unfinished"
+
+    for kind in (CompressedLayer, Unfinished):
+        with pytest.raises(TypeError, match="abstract"):
+            kind()
+    for name, kind in LAYERS.items():
+        spec = {"prime": 2, "rank": 3} if name.startswith("split") else {"rank": 3}
+        assert kind.like(linear(7, 9), **spec).spec() == spec

@@ -7,9 +7,10 @@ import torch
 
 import nsvd
 from nsvd.linalg import METHODS
+from nsvd.model import compress
 from nsvd.model.refine import _error, refine_block_
 from nsvd.model.shifted import replace_in_order_
-from tests.tiny import float32, state, tiny_model, token_ids  # noqa: F401
+from tests.tiny import assert_refused, float32, tiny_model, token_ids  # noqa: F401
 
 IDS = token_ids(12, 16)
 
@@ -67,10 +68,62 @@ def test_the_recipe_can_end_with_it(factors):
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
-def test_without_an_order_there_is_nothing_to_fit_to():
-    """``refine`` goes with ``shifted``; the model is left alone."""
-    model = tiny_model()
-    before = state(model)["modules"]
-    with pytest.raises(ValueError, match="refine goes with shifted"):
-        nsvd.compress_(model, windows=IDS, method="ridge", ratio=0.3, refine=5)
-    assert state(model)["modules"] == before
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "ridge", "refine": 5}, "refine goes with shifted"),
+        ({"method": "ridge", "refine": -1}, "refine is -1"),
+        ({"method": "ridge", "refine": -1, "shifted": True}, "refine is -1"),
+        ({"method": "ridge", "shifted": True}, "pass windows="),
+        ({"method": "sola", "refine": 5}, "SoLA has no refinement"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_computed(arguments, message, monkeypatch):
+    """No statistics are taken, no text is sampled, no weight is even looked at; the model is left alone."""
+
+    def costly(*_args, **_how):
+        raise AssertionError("something was computed")
+
+    for name in ("targets", "check_weights", "own_text", "take_statistics", "check_statistics"):
+        monkeypatch.setattr(compress, name, costly)
+    windows = None if message == "pass windows=" else IDS
+    assert_refused(tiny_model(), None, {"ratio": 0.3, "windows": windows} | arguments, message)
+    with pytest.raises(AssertionError, match="something was computed"):
+        nsvd.compress_(tiny_model(), windows=IDS, method="ridge", ratio=0.3, shifted=True, refine=5)
+
+
+def test_the_reported_errors_are_those_of_what_was_refined():
+    """Relative to the layer's own weight, measured on the model that comes out; without refinement they are others."""
+    tables = []
+    for steps in (0, 20):
+        model, dense = tiny_model(), nsvd.targets(tiny_model())
+        stats = nsvd.calibrate(model, IDS)
+        report = nsvd.compress_(model, stats, method="ridge", ratio=0.3, windows=IDS, shifted=True, refine=steps)
+        tables.append(report.table.set_index("layer"))
+        for name, layer in dense.items():
+            W, G = layer.weight.detach().double(), stats[name].G
+            D = W - model.get_submodule(name).dense().detach().double()
+            row = tables[-1].loc[name]
+            assert row.weight_error == pytest.approx((D.norm() / W.norm()).item(), rel=1e-4)
+            error = (torch.trace(D @ G @ D.mT) / torch.trace(W @ G @ W.mT)).sqrt().item()
+            assert row.calibration_error == pytest.approx(error, rel=1e-4)
+    assert ((tables[0].weight_error - tables[1].weight_error).abs() > 1e-4).all()
+
+
+def test_statistics_of_some_layers_are_enough_to_refine_these():
+    """Where the last layer of a block is not among them, errors are weighed all alike; other blocks are left alone."""
+    ranks = {"model.layers.0.self_attn.q_proj": 8}
+    few = nsvd.calibrate(tiny_model(), IDS, layers=list(ranks))
+    few = few.with_gradients(nsvd.fisher(tiny_model(), IDS, layers=list(ranks)))
+    all_alike = nsvd.calibrate(tiny_model(), IDS).with_gradients(few.gradients)
+    made = []
+    for stats in (few, all_alike):
+        made.append(tiny_model())
+        nsvd.compress_(made[-1], stats, method="kfac", ranks=ranks, windows=IDS, shifted=True, refine=3)
+    first, second = (model.state_dict() for model in made)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    untouched = tiny_model().state_dict()
+    assert {name for name in untouched if name not in first or not torch.equal(first[name], untouched[name])} == {
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+    }

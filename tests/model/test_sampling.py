@@ -5,6 +5,7 @@ import torch
 
 import nsvd
 from nsvd.model import sampling
+from nsvd.model.latent import bytes_per_token
 from nsvd.model.loss import window_losses
 from nsvd.model.sampling import draw
 from tests.tiny import FAMILIES, assert_same, poison, state, tiny_model
@@ -102,9 +103,32 @@ def test_a_sample_of_nothing_is_refused(sizes):
 def test_a_model_that_names_no_first_token_needs_one():
     """None is made up."""
     model = tiny_model(bos_token_id=None)
-    with pytest.raises(ValueError, match="pass start="):
+    with pytest.raises(ValueError, match=r"pass start= to sample, or calibrate on a text .*windows=, --calibration"):
         nsvd.sample(model, 2, 4)
     assert (nsvd.sample(model, 2, 4, start=9)[:, 0] == 9).all()
+
+
+def test_a_window_is_no_longer_than_learned_positions():
+    """OPT has 64 and no more; rotations go on for ever."""
+    assert nsvd.sample(tiny_model("opt"), 1, 64).shape == (1, 64)
+    with pytest.raises(ValueError, match="windows of 65 tokens: the model has learned 64 positions"):
+        nsvd.sample(tiny_model("opt"), 1, 65)
+    assert nsvd.sample(tiny_model(), 1, 66).shape == (1, 66)
+
+
+def test_the_windows_do_not_depend_on_the_batch(monkeypatch):
+    """One at a time, some, all, or as many as there is room for; that is as many as keys and values of a batch may take."""
+    model, calls = tiny_model(), []
+    whole = nsvd.sample(model, 7, 8, seed=3)
+    for batch in (1, 3, 7, 100):
+        assert torch.equal(nsvd.sample(model, 7, 8, seed=3, batch=batch), whole)
+    each = 8 * bytes_per_token(model)[0]
+    monkeypatch.setattr(sampling, "CACHE_BYTES", 3 * each)
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    assert torch.equal(nsvd.sample(model, 7, 8, seed=3), whole)
+    assert calls == 7 * [3] + 7 * [3] + 7 * [1]
+    monkeypatch.setattr(sampling, "CACHE_BYTES", each - 1)
+    assert torch.equal(nsvd.sample(model, 2, 8), nsvd.sample(model, 2, 8, batch=1))
 
 
 def test_draws_follow_the_probabilities_and_never_a_zero():

@@ -12,7 +12,6 @@ from nsvd.linalg import Method, rank_for_ratio
 from nsvd.linalg.allocation import total
 from nsvd.model import allocation
 from nsvd.model import sensitivity as module
-from nsvd.model.layers import exchanged
 from nsvd.model.loss import window_losses
 from tests.linalg.reference import MATRIX
 from tests.tiny import (
@@ -110,10 +109,10 @@ def test_layers_are_exchanged_for_as_long_as_the_context_lasts():
     """A name that is not there changes nothing."""
     model = tiny_model()
     before, dense = state(model), model.get_submodule(Q)
-    with exchanged(model, {Q: torch.nn.Identity()}):
+    with module.exchanged(model, {Q: torch.nn.Identity()}):
         assert isinstance(model.get_submodule(Q), torch.nn.Identity)
     assert model.get_submodule(Q) is dense
-    with pytest.raises(AttributeError), exchanged(model, {Q: torch.nn.Identity(), "model.nothing": dense}):
+    with pytest.raises(AttributeError), module.exchanged(model, {Q: torch.nn.Identity(), "model.nothing": dense}):
         pass
     assert_same(before, model)
 
@@ -278,7 +277,9 @@ def test_the_fisher_allocation_takes_what_it_needs_from_a_text():
     assert report.ratio_reached >= 0.3
     assert {"calibrate", "gradients"} <= report.seconds.keys()
     for stats in (None, nsvd.calibrate(tiny_model(), IDS)):
-        with pytest.raises(ValueError, match=f"needs the gradients of layer {Q}: pass windows="):
+        with pytest.raises(
+            ValueError, match=f"allocation 'fisher' weighs the outputs of layer {Q} by the loss: pass windows="
+        ):
             nsvd.compress_(tiny_model(), stats, method="svd", ratio=0.3, allocation="fisher")
 
 

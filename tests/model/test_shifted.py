@@ -124,10 +124,11 @@ def test_with_exact_stand_ins_nothing_is_missing(family):
 
 def test_what_a_layer_gets_is_what_those_before_it_have_made():
     """The moments are those of the compressed model's inputs; the target of a lone spoilt layer's successor makes up for it."""
-    model, dense, moments = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64), {}
+    model, dense, moments, scales = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64), {}, {}
 
     def replace(name, target, seen):
-        layer, moments[name] = copy.deepcopy(model.get_submodule(name)), seen.G
+        layer, moments[name], scales[name] = copy.deepcopy(model.get_submodule(name)), seen.G, seen.mean_abs
+        assert seen.n == IDS.numel()
         layer.weight.data.copy_(target)
         if name == Q:
             layer.weight.data.mul_(3)
@@ -140,7 +141,10 @@ def test_what_a_layer_gets_is_what_those_before_it_have_made():
     for name, G in moments.items():
         torch.testing.assert_close(G, scale[name] * after[name].G, rtol=1e-6, atol=1e-9)
         assert abs(scale[name] - 1) < 1e-6
+        torch.testing.assert_close(scales[name], after[name].mean_abs, rtol=1e-6, atol=1e-9)
     o_proj = Q.replace("q_proj", "o_proj")
+    was = nsvd.calibrate(dense, IDS)[o_proj].mean_abs
+    assert (scales[o_proj] - was).norm() > 1e-4 * was.norm()  # far more than what is tolerated above
     change = (model.get_submodule(o_proj).weight - dense.get_submodule(o_proj).weight).norm()
     assert change > 1e-2 * dense.get_submodule(o_proj).weight.norm()
     spoilt = copy.deepcopy(dense)
@@ -183,6 +187,23 @@ def test_every_domain_counts_the_same():
     last = list(answers[0])[-1]
     torch.testing.assert_close(answers[1][last], answers[0][last], rtol=1e-6, atol=1e-9)
     assert (answers[2][last] - answers[0][last]).norm() > 1e-3 * answers[0][last].norm()
+
+
+def test_several_domains_are_measured_as_they_are_mixed():
+    """Second moments and mean absolute values are those of ``mix`` of the domains, calibrated on the compressed model."""
+    model, domains, seen = tiny_model(dtype=torch.float64), [IDS, token_ids(4, 9, seed=7)], {}
+
+    def replace(name, target, moments):
+        seen[name] = moments
+        layer = copy.deepcopy(model.get_submodule(name))
+        layer.weight.data.copy_(target).mul_(3 if name == Q else 1)
+        return layer
+
+    replace_in_order_(model, domains, list(nsvd.targets(model)), replace, mu=0.1)
+    mixed = nsvd.mix([nsvd.calibrate(model, ids) for ids in domains])
+    for name, moments in seen.items():
+        torch.testing.assert_close(moments.G, mixed[name].G, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(moments.mean_abs, mixed[name].mean_abs, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["asvd-1", "kfac"])

@@ -107,7 +107,7 @@ def test_the_split_model_is_the_formula_in_the_old_order(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("allocation", sola.ALLOCATIONS)
+@pytest.mark.parametrize("allocation", sola.SOLA_ALLOCATIONS)
 def test_the_report_counts_what_is_stored(family, allocation, tmp_path):
     """Parameters are those of the tensors saved; at least ``ratio`` is removed; what is read again says the same."""
     model = tiny_model(family)
@@ -276,7 +276,8 @@ def test_the_same_model_with_equal_neurons_is_split(mix):
         ({"ratio": 0.3, "inner": "sola"}, "inner is 'sola'"),
         ({"ratio": 0.3, "inner": "kfac", "keep_outer": 0}, "K-FAC weighs the outputs"),
         ({"ratio": 0.3, "factors": "pivoted"}, "SoLA has no pivoted factors"),
-        ({"ratio": 0.3, "shifted": True}, "SoLA has no pivoted factors, shifted"),
+        ({"ratio": 0.3, "shifted": True}, "SoLA has no shifted inputs"),
+        ({"ratio": 0.3, "refine": 3}, "SoLA has no refinement"),
         ({"ratio": 0.3, "k1": 0.5}, "no option k1"),
         ({"ranks": {"model.layers.0.self_attn.v_proj": 4}, "keep_outer": 0}, "not one that SoLA compresses"),
         ({"ranks": {"nonsense": 4}}, "no layer 'nonsense'"),

@@ -1,0 +1,90 @@
+"""The arguments of ``compress_``: what was left open filled in, what cannot be refused before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nsvd.linalg import Method
+from nsvd.linalg.factors import check_factors
+from nsvd.linalg.methods import SplitMethod
+from nsvd.model.allocation import ALLOCATIONS, check_allocation
+from nsvd.model.recipes import RECIPES, base_method, recipe
+from nsvd.model.sola import SOLA_ALLOCATIONS
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of ``compress_``, what was left open filled in from the recipe."""
+
+    name: str
+    method: Method
+    options: dict  # as given
+    ratio: float | None
+    ranks: Mapping[str, int] | None
+    allocation: str
+    factors: str
+    shifted: bool
+    refine: int
+    domains: list[Tensor]
+
+    @property
+    def splits(self) -> bool:
+        return isinstance(self.method, SplitMethod)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the ranks come from decompositions."""
+        return self.allocation != "uniform" and self.ratio > 0 and not self.splits
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the text is to be the model's own."""
+        return self.name in RECIPES and not self.domains
+
+    @property
+    def judge(self) -> Method:
+        """The method that says which statistics are needed."""
+        inner = self.method.inner(self.options)[0] if self.splits else self.method
+        return inner if inner.needs_gradients else self.method
+
+
+def resolve(
+    name: str,
+    options: dict,
+    ratio: float | None,
+    ranks: Mapping[str, int] | None,
+    allocation: str | None,
+    factors: str | None,
+    shifted: bool | None,
+    refine: int,
+    windows: Tensor | Sequence[Tensor] | None,
+) -> Arguments:
+    """All arguments resolved; raises ``ValueError`` for those that are wrong, or do not go together, for any model."""
+    chosen, method = recipe(name), base_method(name)
+    method.resolve(options)
+    splits = isinstance(method, SplitMethod)
+    usual = "uniform" if ranks is not None else chosen.weights.get("allocation", "sola" if splits else "uniform")
+    ask = Arguments(
+        name, method, options, ratio, ranks,
+        allocation=allocation or usual,
+        factors=factors or chosen.weights.get("factors", "plain"),
+        shifted=chosen.weights.get("shifted", False) if shifted is None else shifted,
+        refine=refine,
+        domains=[windows] if isinstance(windows, Tensor) else list(windows or ()),
+    )  # fmt: skip
+    check_factors(ask.factors)
+    check_allocation(ask.allocation, ratio, ranks, ask.domains, among=SOLA_ALLOCATIONS if splits else ALLOCATIONS)
+    absent = {"pivoted factors": ask.factors != "plain", "shifted inputs": ask.shifted, "refinement": refine}
+    for what, wanted in absent.items():
+        if splits and wanted:
+            raise ValueError(f"{method.label} has no {what}")
+    if refine < 0:
+        raise ValueError(f"refine is {refine}, but a number of steps is not negative")
+    if refine and not ask.shifted:
+        raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
+    if ask.shifted and not (ask.domains or ask.sampled):
+        raise ValueError("shifted inputs are followed on a text: pass windows=")
+    return ask
