@@ -18,7 +18,7 @@ from nsvd.model.checkpoint import is_compressed, mark_compressed
 from nsvd.model.exchange import Exchange, layer_table
 from nsvd.model.fisher import fisher
 from nsvd.model.layers import CompressedLayer, targets
-from nsvd.model.moments import Statistics, calibrate, mix
+from nsvd.model.moments import Statistics, calibrate, check_mixture, mix
 from nsvd.model.prepare import check_statistics, check_weights, prepare
 from nsvd.model.report import Clock, peak_memory, versions
 from nsvd.model.sampling import own_text
@@ -70,6 +70,7 @@ def compress_(
     shifted: bool | None = None,
     refine: int = 0,
     windows: Tensor | Sequence[Tensor] | None = None,
+    weights: Sequence[float] | str = "uniform",
     prepared: Mapping[str, Decomposition] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -98,8 +99,10 @@ def compress_(
         shifted: take the layers in order, each for the inputs it gets after those before it are compressed.
         refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
             dense block gave out; goes with ``shifted``. A hundred or two are what it takes.
-        windows: token ids (count, length), or one such tensor for each of several domains that count equally: to calibrate on
+        windows: token ids (count, length), or one such tensor for each of several domains: to calibrate on
             when ``stats`` is not given, to search on with ``strs``, to take gradients from, to follow with ``shifted``.
+        weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
+            ``mix``. Statistics that are given bring the weights they were mixed with.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.
         seed: of what is sampled.
 
@@ -117,6 +120,11 @@ def compress_(
     shifted = recipe.get("shifted", False) if shifted is None else shifted
     domains = [windows] if isinstance(windows, Tensor) else list(windows or ())
     check_factors(factors)
+    check_mixture(weights, max(1, len(domains)))
+    if weights != "uniform" and stats is not None:
+        raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
+    if weights == "worst-case" and ratio is None:
+        raise ValueError("worst-case weights are found for a ratio; give it in place of ranks")
     check_allocation(allocation, ratio, ranks, domains, among=sola.ALLOCATIONS if splits else ALLOCATIONS)
     if splits and (factors != "plain" or shifted or refine):
         raise ValueError(f"{chosen.label} has no pivoted factors, shifted inputs or refinement")
@@ -130,7 +138,9 @@ def compress_(
         domains = [own_text(model, seed=seed)]
         clock.lap("sample")
     judge = inner if splits and (inner := chosen.inner(options)[0]).needs_gradients else chosen
-    stats = take_statistics(model, stats, domains, judge, allocation, clock, seed, progress)
+    stats = take_statistics(
+        model, stats, domains, judge, allocation, clock, seed, progress, weights=weights, ratio=ratio
+    )
     if shifted and not domains:
         raise ValueError("shifted inputs are followed on a text: pass windows=")
     if refine and not shifted:
@@ -196,15 +206,19 @@ def take_statistics(
     seed: int,
     progress: bool = False,
     layers: Sequence[str] | None = None,
+    weights: Sequence[float] | str = "uniform",
+    ratio: float | None = None,
 ) -> Statistics | None:
     """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet."""
-    if stats is None and domains and (method.needs_moments or allocation == "fisher"):
+    if stats is None and domains and (method.needs_moments or allocation == "fisher" or weights != "uniform"):
         each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
-        stats = each[0] if len(each) == 1 else mix(each)
+        stats = each[0] if len(each) == 1 else mix(each, weights, model=model, ratio=ratio)
         clock.lap("calibrate")
     if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
         each = [fisher(model, ids[::GRADIENTS_EVERY], layers=layers, seed=seed, progress=progress) for ids in domains]
-        stats = stats.with_gradients({name: sum(H[name] for H in each) / len(each) for name in each[0]})
+        shares = stats.shares(len(domains))
+        mean = {name: sum(w * H[name] for w, H in zip(shares, each, strict=True)) for name in each[0]}
+        stats = stats.with_gradients(mean)
         clock.lap("gradients")
     return stats
 
