@@ -186,7 +186,7 @@ def test_every_domain_counts_the_same():
 
 
 def test_both_streams_follow_the_weights_that_the_statistics_were_mixed_with():
-    """All weight on one domain is that domain alone, whether given with the windows or by mixed statistics; equal weights are not."""
+    """Whether given with the windows or by mixed statistics; all weight on one domain is that domain alone, others are not."""
     domains, how = [IDS, token_ids(seed=7)], {"method": "kfac", "shifted": True, "ratio": 0.3}
 
     def factors(stats=None, **more):
