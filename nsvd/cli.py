@@ -74,6 +74,8 @@ def compress(chosen: argparse.Namespace) -> None:
         raise ValueError("--allocation, --factors, --shifted and --refine go with --ratio")
     if chosen.cache_ratio is None and chosen.joint is not None:
         raise ValueError("--joint goes with --cache-ratio")
+    if chosen.ratio is None and chosen.weights == "worst-case":
+        raise ValueError("--weights worst-case goes with --ratio")
     check_target(chosen.out)
     _writable(chosen.out)
     bar = sys.stderr.isatty()
@@ -85,8 +87,9 @@ def compress(chosen: argparse.Namespace) -> None:
         if chosen.allocation == "strs" and len({ids.shape[1] for ids in windows}) > 1:
             raise ValueError(f"--allocation strs needs windows of one length, so not {name}")
         calibration = {"corpus": name, "seed": chosen.seed, "windows": [list(ids.shape) for ids in windows]}
-    if method.needs_moments:
-        stats = nsvd.mix([nsvd.calibrate(model, ids, progress=bar) for ids in windows])
+    if windows and (method.needs_moments or chosen.weights != "uniform"):
+        each = [nsvd.calibrate(model, ids, progress=bar) for ids in windows]
+        stats = nsvd.mix(each, chosen.weights, model=model, ratio=chosen.ratio)
         calibration |= {"statistics": stats.origin}
     about, said = {"model": chosen.model, "calibration": calibration}, []
     if chosen.ratio is not None:
@@ -257,6 +260,10 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", metavar="CORPUS",
         help="a corpus, self (sampled from the model), random, or a sum such as self+wikitext2 "
         "(default: self for best, else mini/encyclopedia)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--weights", choices=["uniform", "worst-case"], default="uniform",
+        help="of a sum's parts: equal, or such that the part that fares worst fares best (default: uniform)",
     )  # fmt: skip
     sub.add_argument(
         "--allocation", choices=["uniform", "strs", "spectrum", "fisher", "sola"], help="how ranks are shared out"

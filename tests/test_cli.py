@@ -130,6 +130,20 @@ def test_the_command_line_does_what_python_does(here, models, capsys):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_parts_of_a_sum_can_be_weighed_for_the_worst(here, models, capsys):
+    """The report says with which weights; by default they are equal."""
+    how = ["--method", "asvd-1", "--ratio", 0.3, "--calibration", "self+random", "--count", 8, "--length", 32]
+    said(capsys, "compress", models / "dense", "equal", *how)
+    said(capsys, "compress", models / "dense", "worst", *how, "--weights", "worst-case")
+    equal, worst = (
+        json.loads((here / out / "nsvd_report.json").read_text())["calibration"]["statistics"]["weights"]
+        for out in ("equal", "worst")
+    )
+    assert equal == [0.5, 0.5]
+    assert worst != equal
+    assert sum(worst) == pytest.approx(1)
+
+
 def test_gradients_allocate_the_ranks_of_any_method(here, capsys):
     """A method that looks at no input still gets the text that the gradients come from."""
     line = said(capsys, "compress", MINI, "low", "--method", "svd", "--ratio", 0.2, "--allocation", "fisher", *SHORT)
@@ -215,6 +229,10 @@ def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
         ([*NSVD, "--allocation", "strs", "--search-count", -1], "--search-count is -1"),
         ([*NSVD, "--length", 1], "2 tokens at least"),
         ([*NSVD, "--refine", -1], "--refine is -1"),
+        (
+            ["--method", "asvd-1", "--cache-ratio", 0.5, "--weights", "worst-case"],
+            "--weights worst-case goes with --ratio",
+        ),
         ([*NSVD, "--joint"], "--joint goes with --cache-ratio"),
         (["--method", "svd", "--cache-ratio", 0.5, "--factors", "pivoted"], "go with --ratio"),
         (

@@ -12,6 +12,8 @@ SOURCES = workbook.notebooks()
 TINY = {
     "count": 8,  # more tokens than channels, or Cholesky has nothing to factor
     "test_count": 2,
+    "own_counts": [4, 8],
+    "temperatures": [0.8, 1.0],
     "search_count": 3,
     "kept": [0.3, 0.6],
     "length": 64,

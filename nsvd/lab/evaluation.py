@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
-from nsvd.model.loss import window_losses
+from nsvd.model.hooks import evaluating
+from nsvd.model.loss import check_text, window_losses
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,32 @@ def evaluate(
     if tokenizer is not None:
         size = len(tokenizer.decode(windows.flatten(), skip_special_tokens=True).encode()) / windows.numel()
     return Evaluation(losses, windows.shape[1] - 1, size)
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, dense: nn.Module, windows: Tensor, *, batch: int | None = None) -> float:
+    """Mean KL(p_dense ‖ p_model) of the next token, in nats a token: what the model has forgotten of the dense one.
+
+    Every position but the last of each window (count, length), as in ``evaluate``.
+
+    Raises:
+        ValueError: if there is no window, or windows of fewer than two tokens.
+        FloatingPointError: if it is NaN or Inf.
+    """
+    check_text(windows)
+    total = 0.0
+    for ids in windows.split(batch or max(1, 4096 // windows.shape[1])):
+        ours, theirs = (_log_probabilities(one, ids) for one in (model, dense))
+        total += kl_div(ours, theirs.to(ours.device), reduction="sum", log_target=True).item()
+    if not math.isfinite(total):
+        raise FloatingPointError("the divergence from the dense model is NaN or Inf")
+    return total / (len(windows) * (windows.shape[1] - 1))
+
+
+def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
+    with evaluating(model):
+        logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    return logits[:, :-1].float().log_softmax(-1)
 
 
 def perplexity(model: nn.Module, windows: Tensor, **options) -> float:

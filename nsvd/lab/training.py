@@ -32,7 +32,10 @@ from nsvd.model.checkpoint import default_device
 from nsvd.model.files import replacing
 
 BOS, EOS = "<s>", "</s>"
-WRITERS = ("o_proj.weight", "down_proj.weight")  # matrices of a LLaMA block whose outputs are added to the residual stream
+WRITERS = (
+    "o_proj.weight",
+    "down_proj.weight",
+)  # matrices of a LLaMA block whose outputs are added to the residual stream
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,9 @@ def deepened(model: torch.nn.Module, blocks: int) -> torch.nn.Module:
     if copies == 1:
         return model
     known = model.state_dict()
-    deep = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**model.config.to_dict(), "num_hidden_layers": blocks}))
+    deep = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**{**model.config.to_dict(), "num_hidden_layers": blocks})
+    )
     state = {}
     for name, tensor in deep.state_dict().items():
         head, number, tail = re.fullmatch(r"(?:(.*\.layers\.)(\d+))?(.*)", name).groups()

@@ -97,9 +97,9 @@ def oas(G: Float[Tensor, "d_in d_in"], n: int) -> float:
     r"""The μ of ``ridge`` that oracle-approximating shrinkage gives a second moment of n independent normal inputs.
 
     It answers for sampling noise only: G + μ mean(diag G) I is, up to a factor, the estimate (1 − ρ) G + ρ mean(diag G) I of least
-    expected squared error, μ = ρ / (1 − ρ) (Chen, Wiesel, Eldar and Hero 2010, equation 23). Text of another domain is
-    another matter.
+    expected squared error, μ = ρ / (1 − ρ) (Chen, Wiesel, Eldar and Hero 2010, equation 23). A multiple of the
+    identity is shrunk wholly: ρ = 1, μ = ∞. Text of another domain is another matter.
     """
     d, trace, square = len(G), G.trace().item(), G.square().sum().item()
-    rho = ((1 - 2 / d) * square + trace**2) / ((n + 1 - 2 / d) * (square - trace**2 / d))
-    return math.inf if rho >= 1 else rho / (1 - rho)
+    noise, spread = (1 - 2 / d) * square + trace**2, (n + 1 - 2 / d) * (square - trace**2 / d)  # ρ is their ratio, or 1
+    return math.inf if noise >= spread else noise / (spread - noise)

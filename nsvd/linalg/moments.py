@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,3 +37,14 @@ class Moments:
         if self.mean_abs is None:
             raise ValueError("this method scales channels by their mean absolute value: pass mean_abs beside G")
         return self.mean_abs
+
+
+def mixing(G: Sequence[Float[Tensor, "d_in d_in"]], weights: Sequence[float]) -> list[Tensor]:
+    """The coefficients of one metric of several domains: a_d = c w_d / mean(diag G_d), the metric Σ_d a_d G_d.
+
+    The weights w have the sum 1, so that each domain counts by its weight and not by its size; c = Σ_d w_d mean(diag G_d) gives the
+    average size back.
+    """
+    sizes = [g.diagonal().mean().clamp(min=torch.finfo(g.dtype).tiny) for g in G]
+    c = sum(w * size for w, size in zip(weights, sizes, strict=True))
+    return [w * c / size for w, size in zip(weights, sizes, strict=True)]

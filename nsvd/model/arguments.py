@@ -11,6 +11,7 @@ from nsvd.linalg import Method
 from nsvd.linalg.factors import check_factors
 from nsvd.linalg.methods import SplitMethod
 from nsvd.model.allocation import ALLOCATIONS, check_allocation
+from nsvd.model.moments import check_mixture
 from nsvd.model.recipes import RECIPES, base_method, recipe
 from nsvd.model.sola import SOLA_ALLOCATIONS
 
@@ -61,6 +62,7 @@ def resolve(
     shifted: bool | None,
     refine: int,
     windows: Tensor | Sequence[Tensor] | None,
+    weights: Sequence[float] | str,
 ) -> Arguments:
     """All arguments resolved; raises ``ValueError`` for those that are wrong, or do not go together, for any model."""
     chosen, method = recipe(name), base_method(name)
@@ -76,6 +78,9 @@ def resolve(
         domains=[windows] if isinstance(windows, Tensor) else list(windows or ()),
     )  # fmt: skip
     check_factors(ask.factors)
+    check_mixture(weights, max(1, len(ask.domains)))
+    if weights == "worst-case" and ratio is None:
+        raise ValueError("worst-case weights are found for a ratio; give it in place of ranks")
     check_allocation(ask.allocation, ratio, ranks, ask.domains, among=SOLA_ALLOCATIONS if splits else ALLOCATIONS)
     absent = {"pivoted factors": ask.factors != "plain", "shifted inputs": ask.shifted, "refinement": refine}
     for what, wanted in absent.items():

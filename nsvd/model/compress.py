@@ -66,6 +66,7 @@ def compress_(
     shifted: bool | None = None,
     refine: int = 0,
     windows: Tensor | Sequence[Tensor] | None = None,
+    weights: Sequence[float] | str = "uniform",
     prepared: Mapping[str, Decomposition] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -95,8 +96,10 @@ def compress_(
         refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
             dense block gave out; goes with ``shifted``. A hundred or two are what it takes. Errors are weighed by the loss
             where the statistics hold the gradients of a block's last layer, else all alike.
-        windows: token ids (count, length), or one such tensor for each of several domains that count equally: to calibrate on
+        windows: token ids (count, length), or one such tensor for each of several domains: to calibrate on
             when ``stats`` is not given, to search on with ``strs``, to take gradients from, to follow with ``shifted``.
+        weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
+            ``mix``. Statistics that are given bring the weights they were mixed with.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.
         seed: of what is sampled.
 
@@ -105,7 +108,9 @@ def compress_(
             is named); NaN or Inf in a weight (the layer is named); statistics that do not fit; a model compressed before.
         FloatingPointError: NaN or Inf in an activation, from ``calibrate``, or in a loss of the search.
     """
-    ask = resolve(method, options, ratio, ranks, allocation, factors, shifted, refine, windows)
+    ask = resolve(method, options, ratio, ranks, allocation, factors, shifted, refine, windows, weights)
+    if weights != "uniform" and stats is not None:
+        raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
     layers, clock = targets(model), Clock()
@@ -114,7 +119,9 @@ def compress_(
     if ask.sampled:
         ask = replace(ask, domains=[own_text(model, seed=seed)])
         clock.lap("sample")
-    stats = take_statistics(model, stats, ask.domains, ask.judge, ask.allocation, clock, seed, progress)
+    stats = take_statistics(
+        model, stats, ask.domains, ask.judge, ask.allocation, clock, seed, progress, weights=weights, ratio=ratio
+    )
     check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
     if ask.splits:
         result = _split(model, layers, stats, ask, prepared, clock, progress)

@@ -93,7 +93,9 @@ class Exchange:
             self.clock.lap("errors")
 
         texts = domains if refine else [ids[::FOLLOW_EVERY] for ids in domains]
-        how = {"mu": self.options.get("mu", TARGET_RIDGE), "finish": finish if refine else None, "progress": progress}
+        weights = self.stats.shares(len(domains)) if self.stats else None
+        how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": weights}
+        how |= {"finish": finish if refine else None, "progress": progress}
         try:
             replace_in_order_(model, texts, list(ranks), replace, **how)
         except BaseException:

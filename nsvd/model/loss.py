@@ -21,8 +21,7 @@ def window_losses(
         ValueError: if there is no window, or windows of fewer than two tokens.
         FloatingPointError: if a loss is NaN or Inf.
     """
-    if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
-        raise ValueError(f"windows must be a (count, length ≥ 2) tensor of token ids, not {tuple(windows.shape)}")
+    check_text(windows)
     device = next(model.parameters()).device
     batch = batch or max(1, 4096 // windows.shape[1])
     losses = []
@@ -36,3 +35,9 @@ def window_losses(
     if not losses.isfinite().all():
         raise FloatingPointError(f"the loss of window {int((~losses.isfinite()).nonzero()[0])} is NaN or Inf")
     return losses
+
+
+def check_text(windows: Tensor) -> None:
+    """Raise ``ValueError`` unless there is a token to predict in every window."""
+    if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
+        raise ValueError(f"windows must be a (count, length ≥ 2) tensor of token ids, not {tuple(windows.shape)}")

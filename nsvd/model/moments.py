@@ -14,10 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nsvd.linalg import Moments
+from nsvd.linalg import Moments, rank_for_ratio
+from nsvd.linalg.moments import mixing
+from nsvd.linalg.worst_case import worst_case_weights
 from nsvd.model.files import fingerprint, replacing
 from nsvd.model.hooks import evaluating, watch_inputs
 from nsvd.model.targets import targets
+
+WEIGHTS = ("uniform", "worst-case")  # of several domains, by name
 
 
 class RunningMoments:
@@ -72,6 +76,11 @@ class Statistics(Mapping[str, Moments]):
         """The same with H of every layer, as ``fisher`` returns it."""
         return replace(self, gradients=dict(gradients))
 
+    def shares(self, count: int) -> list[float]:
+        """Weights, of sum 1, of ``count`` domains: those they were mixed with, equal ones where that were not so many."""
+        weights = self.origin.get("weights", [])
+        return list(weights) if len(weights) == count else [1 / count] * count
+
     def fingerprint(self) -> str:
         """Digits that change with any second moment, of inputs or gradients."""
         return fingerprint([*(m.G for m in self.moments.values()), *self.gradients.values()])
@@ -104,19 +113,38 @@ class Statistics(Mapping[str, Moments]):
         return cls(moments, about["inputs"], about["origin"], gradients)
 
 
-def mix(domains: Sequence[Statistics], weights: Sequence[float] | None = None) -> Statistics:
-    """Statistics of several domains as one metric: G = c Σ_d w_d G_d / mean(diag G_d), of equal or given weights w.
+def mix(
+    domains: Sequence[Statistics],
+    weights: Sequence[float] | str = "uniform",
+    *,
+    model: nn.Module | None = None,
+    ratio: float | None = None,
+) -> Statistics:
+    """Statistics of several domains as one metric: G = c Σ_d w_d G_d / mean(diag G_d), Σ_d w_d = 1.
 
     c = Σ_d w_d mean(diag G_d) gives the metric the average scale back; mean absolute values are mixed alike, and gradients,
-    where all domains have them, averaged. All must be of the same layers, weights at least 0 and not all 0.
+    where all domains have them, averaged with these weights.
+
+    Args:
+        domains: statistics of the same layers, from any texts, the model's own among them.
+        weights: ``uniform``; a number for each domain; or ``worst-case``, for which the largest of the domains' losses is smallest
+            once ``ratio`` of the ``model``'s parameters are removed, see ``nsvd.linalg.worst_case``.
+        model: what the statistics were taken from; for ``worst-case`` only.
+        ratio: fraction of the parameters removed, the same from every layer; for ``worst-case`` only.
+
+    Raises:
+        ValueError: not one weight for each domain, a negative one or all 0; an unknown name; ``worst-case`` without model and
+            ratio; different layers.
     """
-    weights = [1.0] * len(domains) if weights is None else list(weights)
-    if len(weights) != len(domains) or not domains or min(weights) < 0 or sum(weights) == 0:
-        raise ValueError(f"{len(domains)} domains and the weights {weights}: give one weight, not negative, for each")
-    shares = [w / sum(weights) for w in weights]
+    check_mixture(weights, len(domains))
     first = domains[0]
     if any(other.inputs != first.inputs for other in domains):
         raise ValueError("the statistics to mix are not of the same layers")
+    if weights == "worst-case":
+        shares = _worst_case(domains, model, ratio)
+    else:
+        weights = [1.0] * len(domains) if weights == "uniform" else weights
+        shares = [w / sum(weights) for w in weights]
     moments = {name: _mixed([d.moments[name] for d in domains], shares) for name in first.moments}
     gradients = {}
     if all(d.gradients for d in domains):
@@ -124,12 +152,36 @@ def mix(domains: Sequence[Statistics], weights: Sequence[float] | None = None) -
     return Statistics(moments, first.inputs, {"mixed": [d.origin for d in domains], "weights": shares}, gradients)
 
 
+def check_mixture(weights: Sequence[float] | str, count: int) -> None:
+    """Raise ``ValueError`` unless these can be the weights of so many domains."""
+    if isinstance(weights, str):
+        if weights not in WEIGHTS:
+            raise ValueError(
+                f"unknown weights {weights!r}; there are {', '.join(WEIGHTS)}, or a number for each domain"
+            )
+        weights = [1.0] * count
+    if len(weights) != count or not count or not min(weights) >= 0 or sum(weights) == 0:
+        raise ValueError(f"{count} domains and the weights {list(weights)}: give one weight, not negative, for each")
+
+
 def _mixed(parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
-    scales = [m.G.diagonal().mean().clamp(min=torch.finfo(m.G.dtype).tiny) for m in parts]
-    scale = sum(w * s for w, s in zip(shares, scales, strict=True))
-    G = sum(w * scale / s * m.G for w, s, m in zip(shares, scales, parts, strict=True))
-    mean_abs = sum(w * (scale / s).sqrt() * m.mean_abs for w, s, m in zip(shares, scales, parts, strict=True))
+    scales = mixing([m.G for m in parts], shares)
+    G = sum(a * m.G for a, m in zip(scales, parts, strict=True))
+    mean_abs = sum((w * a).sqrt() * m.mean_abs for w, a, m in zip(shares, scales, parts, strict=True))
     return Moments(G, mean_abs, sum(m.n for m in parts))
+
+
+def _worst_case(domains: Sequence[Statistics], model: nn.Module | None, ratio: float | None) -> list[float]:
+    if model is None or ratio is None:
+        raise ValueError(
+            "worst-case weights are those of a model with some of its parameters removed: give model and ratio"
+        )
+    layers = []
+    for name, layer in targets(model).items():
+        if name in domains[0]:
+            W = layer.weight.detach()
+            layers.append((W, [d[name].G for d in domains], rank_for_ratio(*W.shape, ratio)))
+    return worst_case_weights(layers).weights
 
 
 @torch.no_grad()

@@ -63,15 +63,19 @@ def take_statistics(
     seed: int,
     progress: bool = False,
     layers: Sequence[str] | None = None,
+    weights: Sequence[float] | str = "uniform",
+    ratio: float | None = None,
 ) -> Statistics | None:
     """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet."""
-    if stats is None and domains and (method.needs_moments or allocation == "fisher"):
+    if stats is None and domains and (method.needs_moments or allocation == "fisher" or weights != "uniform"):
         each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
-        stats = each[0] if len(each) == 1 else mix(each)
+        stats = each[0] if len(each) == 1 else mix(each, weights, model=model, ratio=ratio)
         clock.lap("calibrate")
     if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
         each = [fisher(model, ids[::GRADIENTS_EVERY], layers=layers, seed=seed, progress=progress) for ids in domains]
-        stats = stats.with_gradients({name: sum(H[name] for H in each) / len(each) for name in each[0]})
+        shares = stats.shares(len(domains))
+        mean = {name: sum(w * H[name] for w, H in zip(shares, each, strict=True)) for name in each[0]}
+        stats = stats.with_gradients(mean)
         clock.lap("gradients")
     return stats
 

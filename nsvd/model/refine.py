@@ -24,8 +24,8 @@ def refine_block_(
     """Lower Σ tr(E Eᵀ H), E (d, n) the block's output in the compressed stream minus that in the dense one, in place.
 
     Adam on the factors alone, ``steps`` batches in seeded order, the rate falling linearly to zero; every domain counts
-    equally, each in units of the loss it begins with. H (d, d), or its diagonal, is what the model's loss makes of an error at
-    the block's output, None the identity. Works on float32 copies that are cast to the factors' dtype at every step.
+    by its weight, each in units of the loss it begins with. H (d, d), or its diagonal, is what the model's loss makes of an
+    error at the block's output, None the identity. Works on float32 copies that are cast to the factors' dtype at every step.
     """
     factors = [
         p for m in block.modules() if isinstance(m, CompressedLayer) for n, p in m.named_parameters() if "bias" not in n
@@ -50,7 +50,7 @@ def refine_block_(
             for group in adam.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / 10) * (1 - step / steps)
             with torch.enable_grad():
-                loss = _error(block, index, item, H) / unit[item.domain]
+                loss = item.weight * _error(block, index, item, H) / unit[item.domain]
                 gradients = torch.autograd.grad(loss, factors)
             for copy, gradient in zip(copies, gradients, strict=True):
                 copy.grad = gradient.float()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
+from nsvd.linalg.moments import mixing
 from nsvd.linalg.two_sided import shifted
 from nsvd.model.hooks import evaluating, watch_calls, watch_inputs
 from nsvd.model.moments import shared_inputs
@@ -32,6 +33,7 @@ class Batch:
     """Windows of one domain on their way through the blocks."""
 
     domain: int
+    weight: float  # of the domain, 1 on average
     dense: Tensor  # hidden states (count, length, d) before the block
     ours: Tensor
     calls: list[tuple[tuple, dict]]  # the other arguments of every block
@@ -50,15 +52,17 @@ def replace_in_order_(
     replace: Replace,
     *,
     mu: float,
+    weights: Sequence[float] | None = None,
     finish: Callable[[int, nn.Module, Sequence[Batch]], None] | None = None,
     batch: int = 16,
     progress: bool = False,
 ) -> None:
     """Exchange the named layers, block by block and in forward order, for what ``replace`` makes of target and moments.
 
-    All ``domains`` (token ids, count × length each) have equal weight, as in ``moments.mix``; ``mu`` is the ridge that keeps a
-    target near the layer's own weight where its inputs say nothing. ``finish`` is called with every block once its layers are
-    exchanged and the dense stream behind it is known. What was exchanged stays exchanged when something raises.
+    All ``domains`` (token ids, count × length each) have equal ``weights`` unless some of sum 1 are given, and are mixed as by
+    ``moments.mix``; ``mu`` is the ridge that keeps a target near the layer's own weight where its inputs say nothing. ``finish``
+    is called with every block once its layers are exchanged and the dense stream behind it is known. What was exchanged
+    stays exchanged when something raises.
 
     One block runs at a time. Held besides are, of all the calibration text, the hidden states of both streams before the block,
     what the dense stream holds at the landmarks of the block's layers and behind it, and the blocks' other arguments (masks,
@@ -69,12 +73,13 @@ def replace_in_order_(
         FloatingPointError: if an input holds NaN or Inf; the layer is named.
     """
     name, blocks = decoder_blocks(model)
+    weights = [1 / len(domains)] * len(domains) if weights is None else weights
     leaders = shared_inputs(model, names, domains[0][:1, :8])
     lost = [layer for layer in names if layer not in leaders or not layer.startswith(f"{name}.")]
     if lost:
         raise ValueError(f"layer {lost[0]} is in none of the blocks {name}, so it cannot be compressed in their order")
     with evaluating(model):
-        batches = [_enter(model, blocks, domain, ids) for domain, ids in _batches(domains, batch)]
+        batches = [_enter(model, blocks, d, len(domains) * weights[d], ids) for d, ids in _batches(domains, batch)]
         for index, block in enumerate(tqdm(blocks, "shifted", disable=not progress, leave=False)):
             groups: dict[str, list[str]] = {}
             for layer in names:
@@ -87,7 +92,7 @@ def replace_in_order_(
             for item in batches:
                 item.wanted = _arrivals(block, item.dense, item.calls[index], set(places.values()))
             for leader, group in groups.items():
-                _replace_group(model, index, block, leader, group, places[leader], batches, len(domains), replace, mu)
+                _replace_group(model, index, block, leader, group, places[leader], batches, weights, replace, mu)
             if finish is not None:
                 finish(index, block, batches)
             for item in batches:
@@ -110,19 +115,19 @@ def _replace_group(
     group: Sequence[str],
     place: nn.Module | None,
     batches: Sequence[Batch],
-    domains: int,
+    weights: Sequence[float],
     replace: Replace,
     mu: float,
 ) -> None:
     """Measure what arrives at one input, and what is missing at the landmark; exchange the layers that read it."""
     layer = model.get_submodule(leader)
-    sums = [_Sums() for _ in range(domains)]
+    sums = [_Sums() for _ in weights]
     for item in batches:
         seen: list[Tensor] = []
         with watch_inputs(layer, [""], lambda _name, x, seen=seen: seen.append(x)):
             have = _value_at(place, block, item.ours, item.calls[index])
         sums[item.domain].add(seen[0], item.wanted[place] - have)
-    G, missing, mean_abs = _mixed(sums)
+    G, missing, mean_abs = _mixed(sums, weights)
     moments = Moments(G, mean_abs, sum(s.n for s in sums))
     if not (G.isfinite().all() and missing.isfinite().all()):
         raise FloatingPointError(f"the input of layer {leader} holds NaN or Inf on the calibration text")
@@ -146,15 +151,14 @@ class _Sums:
         self.n += len(x)
 
 
-def _mixed(sums: Sequence[_Sums]) -> tuple[Tensor, Tensor, Tensor]:
-    """G, C and E|x'| of all domains, each weighed by 1 / mean(diag G_d), its root the last, as in ``moments.mix``."""
-    scales = [s.outer.diagonal().mean() for s in sums]
-    scale = sum(t / s.n for t, s in zip(scales, sums, strict=True)) / len(sums)
+def _mixed(sums: Sequence[_Sums], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """G, E and E|x'| of all domains, mixed as ``moments.mix`` mixes G and mean absolute values."""
+    scales = mixing([s.outer / s.n for s in sums], weights)
     outer, cross = (
-        sum(getattr(s, part) / t for t, s in zip(scales, sums, strict=True)) * scale / len(sums)
-        for part in ("outer", "cross")
+        sum(a * getattr(s, part) / s.n for a, s in zip(scales, sums, strict=True)) for part in ("outer", "cross")
     )
-    mean_abs = sum((scale / (t * s.n)).sqrt() * s.absolute for t, s in zip(scales, sums, strict=True)) / len(sums)
+    roots = [(w * a) ** 0.5 for w, a in zip(weights, scales, strict=True)]
+    mean_abs = sum(root * s.absolute / s.n for root, s in zip(roots, sums, strict=True))
     return outer, cross, mean_abs
 
 
@@ -164,7 +168,7 @@ def _batches(domains: Sequence[Tensor], batch: int) -> Iterator[tuple[int, Tenso
             yield domain, ids
 
 
-def _enter(model: nn.Module, blocks: nn.ModuleList, domain: int, ids: Tensor) -> Batch:
+def _enter(model: nn.Module, blocks: nn.ModuleList, domain: int, weight: float, ids: Tensor) -> Batch:
     """Hidden states before the first block and the other arguments of every block, from one pass of the dense model."""
     names = {id(module): name for name, module in model.named_modules()}
     calls: dict[str, tuple[tuple, dict]] = {}
@@ -178,7 +182,7 @@ def _enter(model: nn.Module, blocks: nn.ModuleList, domain: int, ids: Tensor) ->
         hidden = args[0] if args else kwargs.pop("hidden_states")
         states = hidden if states is None else states
         rest.append((args[1:], kwargs))
-    return Batch(domain, states, states, rest, {})
+    return Batch(domain, weight, states, states, rest, {})
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:

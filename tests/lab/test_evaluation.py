@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsvd
-from nsvd.lab.evaluation import average_improvement, evaluate, excess_closed, paired_interval
+from nsvd.lab.evaluation import average_improvement, divergence, evaluate, excess_closed, paired_interval
 from tests.tiny import compressed, poison, tiny_model, tiny_tokenizer, token_ids
 
 IDS = token_ids(9, 16)
@@ -146,3 +146,22 @@ def test_the_interval_is_around_the_average_improvement_and_repeatable():
     wide = paired_interval(ours, theirs, level=0.999)
     assert wide[0] < low < value < high < wide[1]
     assert paired_interval(ours, theirs) == (low, high)
+
+
+def test_divergence_is_what_a_plain_sum_over_the_vocabulary_says():
+    """Σ p_dense (ln p_dense − ln p), of every predicted token; none from itself, and not the same in both directions."""
+    dense = tiny_model()
+    dense.model.norm.weight.data.mul_(30)  # or a random model predicts all tokens alike
+    low = compressed(dense)
+    with torch.no_grad():
+        p, q = (m(input_ids=IDS).logits[:, :-1].double().log_softmax(-1) for m in (dense, low))
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    for batch in (None, 4):
+        assert divergence(low, dense, IDS, batch=batch) == pytest.approx(expected, rel=1e-4)
+    assert divergence(dense, dense, IDS) == pytest.approx(0, abs=1e-7)
+    assert divergence(dense, low, IDS) != pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="length ≥ 2"):
+        divergence(low, dense, IDS[:, :1])
+    poison(low, "model.norm.weight")
+    with pytest.raises(FloatingPointError, match="divergence"):
+        divergence(low, dense, IDS)

@@ -175,3 +175,10 @@ def test_shrinkage_fades_with_the_number_of_tokens():
     G = layer(9, 11, 4).G
     assert oas(G, 10**6) == pytest.approx(oas(G, 10**3) / 1000, rel=0.05)
     assert oas(torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.1])), 3) == math.inf
+
+
+def test_a_multiple_of_the_identity_is_shrunk_wholly():
+    """The limit ρ = 1 where the estimate and its target are one; so with a single channel, and with nothing but zeros."""
+    for G in (torch.eye(5), 7 * torch.eye(5), torch.eye(1), torch.zeros(3, 3)):
+        assert oas(G, 100) == math.inf
+    assert oas(torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 9.0])), 100) < 1

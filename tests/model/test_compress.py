@@ -237,6 +237,9 @@ def test_prepare_takes_the_options_of_the_outer_step(stats):
         ({"ranks": {"model.nothing": 3}}, r"no layer 'model\.nothing'.*the model has model\.layers\.0"),
         ({"ranks": {Q: 0}}, rf"layer {Q}: rank 0 is not in 1 … 32"),
         ({"ranks": {Q: 33}}, rf"layer {Q}: rank 33"),
+        ({"ratio": 0.3, "weights": "best"}, r"unknown weights 'best'; there are uniform, worst-case, or a number"),
+        ({"ratio": 0.3, "windows": [IDS, IDS], "weights": [1, 2, 3]}, r"2 domains and the weights \[1, 2, 3\]"),
+        ({"ratio": 0.3, "windows": [IDS, IDS], "weights": [2, 1]}, r"statistics that are given are mixed already"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_nothing_is_changed(arguments, message, stats):
@@ -466,6 +469,22 @@ def test_several_domains_are_mixed_and_not_pooled():
     assert not torch.equal(factors(pooled)[f"{Q}.up.weight"], factors(ours)[f"{Q}.up.weight"])
     report = nsvd.compress_(tiny_model(), method="best", windows=domains, ratio=0.3)
     assert report.ratio_reached >= 0.3
+
+
+@pytest.mark.parametrize("method", ["asvd-1", "svd"])
+def test_worst_case_weights_are_found_for_the_ratio(method):
+    """By name as by the statistics mixed so, for a method that asks for no moments, too; ranks alone do not fix them."""
+    domains, ours, theirs = [IDS, token_ids(2, 5, seed=5)], tiny_model(), tiny_model()
+    how = {"method": method, "windows": domains, "shifted": True}
+    nsvd.compress_(ours, ratio=0.3, weights="worst-case", **how)
+    each = [nsvd.calibrate(theirs, ids) for ids in domains]
+    nsvd.compress_(theirs, nsvd.mix(each, "worst-case", model=theirs, ratio=0.3), ratio=0.3, **how)
+    assert_equal_tensors(factors(ours), factors(theirs))
+    equal = tiny_model()
+    nsvd.compress_(equal, ratio=0.3, **how)
+    assert not torch.equal(factors(equal)[f"{DOWN}.up.weight"], factors(ours)[f"{DOWN}.up.weight"])
+    with pytest.raises(ValueError, match="found for a ratio"):
+        nsvd.compress_(tiny_model(), ranks={Q: 3}, weights="worst-case", **how)
 
 
 def test_gradients_are_taken_from_the_text_only_where_they_are_missing(stats):

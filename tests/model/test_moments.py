@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import nsvd
+from nsvd.linalg import rank_for_ratio
+from nsvd.linalg.worst_case import worst_case_weights
 from nsvd.model.hooks import watch_inputs
 from nsvd.model.moments import shared_inputs
 from tests.tiny import DOWN, K, Q, assert_same, poison, state, tiny_model, token_ids
@@ -321,3 +323,39 @@ def test_calibration_is_repeatable():
     model = tiny_model()
     first, second = nsvd.calibrate(model, IDS), nsvd.calibrate(copy.deepcopy(model), IDS)
     assert all(torch.equal(first[name].G, second[name].G) for name in first)
+
+
+def test_worst_case_weights_are_those_of_the_model_s_layers_at_the_ratio():
+    """The mix by name is the mix by the weights that the mathematics finds for all layers; alike domains get equal ones."""
+    model, domains = tiny_model(), [nsvd.calibrate(tiny_model(), ids) for ids in (IDS, token_ids(2, 5, seed=5))]
+    found = nsvd.mix(domains, "worst-case", model=model, ratio=0.3)
+    layers = [
+        (layer.weight.detach(), [d[name].G for d in domains], rank_for_ratio(*layer.weight.shape, 0.3))
+        for name, layer in nsvd.targets(model).items()
+    ]
+    given = worst_case_weights(layers).weights
+    assert found.origin["weights"] == given == found.shares(2)
+    assert abs(given[0] - 0.5) > 0.01
+    assert torch.equal(found[DOWN].G, nsvd.mix(domains, given)[DOWN].G)
+    alike = nsvd.mix([domains[0]] * 2, "worst-case", model=model, ratio=0.3)
+    assert alike.origin["weights"] == pytest.approx([0.5, 0.5])
+    assert nsvd.mix(domains, "uniform").origin["weights"] == [0.5, 0.5]
+
+
+def test_worst_case_weights_need_a_model_with_parameters_removed():
+    """Another name is refused with those that there are."""
+    stats = nsvd.calibrate(tiny_model(), IDS)
+    with pytest.raises(ValueError, match="unknown weights 'best'; there are uniform, worst-case, or a number"):
+        nsvd.mix([stats, stats], "best")
+    for missing in ({"ratio": 0.3}, {"model": tiny_model()}):
+        with pytest.raises(ValueError, match="give model and ratio"):
+            nsvd.mix([stats, stats], "worst-case", **missing)
+
+
+def test_statistics_say_what_they_were_mixed_with():
+    """As many weights as domains, equal ones where another number of domains was mixed, or none."""
+    stats = nsvd.calibrate(tiny_model(), IDS)
+    mixed = nsvd.mix([stats, stats], [3, 1])
+    assert mixed.shares(2) == [0.75, 0.25]
+    assert mixed.shares(4) == [0.25] * 4
+    assert stats.shares(1) == [1]

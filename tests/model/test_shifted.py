@@ -206,6 +206,27 @@ def test_several_domains_are_measured_as_they_are_mixed():
         torch.testing.assert_close(moments.mean_abs, mixed[name].mean_abs, rtol=1e-6, atol=1e-9)
 
 
+def test_both_streams_follow_the_weights_that_the_statistics_were_mixed_with():
+    """Whether given with the windows or by mixed statistics; all weight on one domain is that domain alone, others are not."""
+    domains, how = [IDS, token_ids(seed=7)], {"method": "kfac", "shifted": True, "ratio": 0.3}
+
+    def factors(stats=None, **more):
+        model = tiny_model(dtype=torch.float64)
+        nsvd.compress_(model, stats and stats(model), **how, **more)
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    def mixed(weights):
+        return lambda model: nsvd.mix([nsvd.calibrate(model, ids) for ids in domains], weights)
+
+    alone = factors(windows=domains[0])
+    torch.testing.assert_close(factors(windows=domains, weights=[2, 0]), alone, rtol=1e-5, atol=1e-7)
+    for weights in ([3, 1], [1, 1]):
+        given = factors(windows=domains, weights=weights)
+        assert torch.equal(given, factors(mixed(weights), windows=domains))
+        assert (given - alone).norm() > 1e-3 * alone.norm()
+    assert torch.equal(given, factors(windows=domains))
+
+
 @pytest.mark.parametrize("method", ["asvd-1", "kfac"])
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(method):
     """NaN in an activation of block 1, after block 0 was exchanged: the layer is named, all are put back, no hook stays."""
