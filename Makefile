@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+REAL_TEXT ?= 04_evaluation 10_beyond_nsvd
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: workbook test lab benchmark clean
+.PHONY: workbook real-text test lab benchmark clean
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +18,16 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt
 workbook: $(VENV)/ready ## run every notebook on the embedded model and corpora
 	HF_HUB_OFFLINE=1 $(BIN)/nsvd run all --jobs $(JOBS) -p fresh true
 	@echo "executed notebooks: notebooks/executed   figures: figures   numbers: data/results"
+
+real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=folder; see notebooks/presets/real-text.yaml
+	@test -d "$(EVAL)" || { echo "make real-text EVAL=folder: there is no folder '$(EVAL)'"; exit 2; }
+	@test ! -e eval -o -L eval || { echo "make real-text: eval is to be a link to $(EVAL), and is a file or folder"; exit 2; }
+	ln -sfn "$(realpath $(EVAL))" eval
+	for name in $(REAL_TEXT); do \
+		HF_HUB_OFFLINE=1 $(BIN)/nsvd run $$name --preset notebooks/presets/real-text.yaml --out notebooks/executed/real-text \
+			-p results data/results/real-text/$$name.jsonl -p fresh true || exit 1; \
+	done
+	@echo "executed notebooks: notebooks/executed/real-text   numbers: data/results/real-text"
 
 test: $(VENV)/ready ## lint and test
 	$(BIN)/ruff check .

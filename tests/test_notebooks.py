@@ -1,14 +1,24 @@
 """The workbook: every notebook runs, sources carry no outputs, presets name only what is declared."""
 
+import json
+import re
+
 import nbformat
 import papermill
 import pytest
 import yaml
 
-from nsvd.lab import workbook
+import nsvd
+from nsvd.lab import paper, workbook
+from nsvd.lab.corpora import HUB
 from nsvd.lab.paths import checkout
 
 SOURCES = workbook.notebooks()
+FOLDER = checkout() / "notebooks"
+PRESETS = sorted((FOLDER / "presets").glob("*.yaml"))
+REAL_TEXT = sorted((FOLDER / "executed/real-text").glob("[0-9][0-9]_*.ipynb"))
+EXECUTED = [*sorted((FOLDER / "executed").glob("[0-9][0-9]_*.ipynb")), *REAL_TEXT]
+ABSOLUTE = re.compile(r"""["'(]/(home|root|work|tmp|mnt|usr|Users|var|opt)/""")
 TINY = {
     "count": 8,  # more tokens than channels, or Cholesky has nothing to factor
     "test_count": 2,
@@ -35,6 +45,23 @@ TINY = {
     "refine": 2,
     "check": False,
 }
+
+
+def preset(name: str) -> dict:
+    return yaml.safe_load((FOLDER / f"presets/{name}.yaml").read_text(encoding="utf-8"))
+
+
+def written_for(preset) -> list:
+    """The notebooks named in the first line of a preset (a file, or its text)."""
+    text = preset if isinstance(preset, str) else preset.read_text(encoding="utf-8")
+    first = text.splitlines()[0]
+    numbers = re.match(r"# For notebooks (\d\d)(?:( to | and )(\d\d))?[.:]", first)
+    assert numbers, f"'# For notebooks NN and NN.' or '… to NN.' is to stand first, not {first!r}"
+    start, link, end = numbers.groups()
+    return [
+        source for source in SOURCES
+        if source.stem[:2] in (start, end) or (link == " to " and start <= source.stem[:2] <= end)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.stem)
@@ -65,18 +92,93 @@ def test_a_source_notebook_is_clean(source):
     assert notebook.cells[0].source.startswith("# ")
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.stem)
-def test_the_executed_notebook_is_of_this_source(source):
+@pytest.mark.parametrize("file", EXECUTED, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_the_executed_notebook_is_of_this_source(file):
     """Cell for cell, but for injected parameters: what people read was made by what is here."""
-    executed = nbformat.read(source.parent / "executed" / source.name, 4)
+    executed = nbformat.read(file, 4)
     cells = [cell.source for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    assert cells == [cell.source for cell in nbformat.read(source, 4).cells]
+    assert cells == [cell.source for cell in nbformat.read(FOLDER / file.name, 4).cells]
+    assert not [
+        out for cell in executed.cells for out in cell.get("outputs", []) if out.output_type in ("error", "stream")
+    ]
 
 
-@pytest.mark.parametrize(
-    "preset", sorted((checkout() / "notebooks/presets").glob("*.yaml")), ids=lambda file: file.stem
-)
-def test_a_preset_names_only_declared_parameters(preset):
-    """papermill itself would run on with the defaults."""
-    declared = set().union(*(papermill.inspect_notebook(str(source)) for source in SOURCES))
-    assert set(yaml.safe_load(preset.read_text())) <= declared
+def test_every_notebook_has_been_executed():
+    """On the embedded model and texts."""
+    assert {source.name for source in SOURCES} <= {file.name for file in EXECUTED if file.parent.name == "executed"}
+
+
+@pytest.mark.parametrize("file", REAL_TEXT, ids=lambda file: file.stem)
+def test_a_run_on_real_text_is_the_presets_and_tells_numbers_only(file):
+    """Its parameters are those of ``real-text.yaml``; no path of the machine it ran on, and no text, is in it or its results."""
+    given = nbformat.read(file, 4).metadata.nsvd.parameters
+    wanted = {name: value for name, value in preset("real-text").items() if name in given}
+    assert {name: value for name, value in given.items() if name not in ("results", "fresh")} == wanted
+    assert set(wanted) == set(preset("real-text")) & set(papermill.inspect_notebook(str(FOLDER / file.name)))
+    assert given["results"] == f"data/results/real-text/{file.stem}.jsonl"
+    content = re.sub(r'"image/png": "[^"]*"', "", file.read_text(encoding="utf-8"))
+    results = (checkout() / given["results"]).read_text(encoding="utf-8")
+    assert not ABSOLUTE.search(content)
+    assert not ABSOLUTE.search(results)
+    strings = [value for line in results.splitlines() for value in json.loads(line)["parameters"].values()]
+    assert max(len(value) for value in strings if isinstance(value, str)) < 40
+
+
+def test_an_absolute_path_would_be_found():
+    """And a folder, a fraction or a formula is none."""
+    assert all(ABSOLUTE.search(text) for text in ('"/home/me/eval:ptb"', "'/work/x/y'", '"/tmp/z.jsonl"'))
+    assert not any(ABSOLUTE.search(text) for text in ('"eval:ptb"', "k1 / k", "data/results/a.jsonl", "</td>"))
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
+def test_a_preset_names_only_parameters_of_the_notebooks_that_it_is_for(file):
+    """Its first line says which; papermill itself would run on with the defaults."""
+    sources, values = written_for(file), preset(file.stem)
+    declared = {source.stem: set(papermill.inspect_notebook(str(source))) for source in sources}
+    assert set(values) <= set().union(*declared.values())
+    assert all(set(values) & names for names in declared.values())
+
+
+def test_a_preset_without_notebooks_or_with_another_parameter_would_be_found(tmp_path):
+    """The first line is read as written, and must be there."""
+    assert [file.stem[:2] for file in written_for("# For notebooks 01 to 03.")] == ["01", "02", "03"]
+    assert [file.stem[:2] for file in written_for("# For notebooks 04 and 10: more words")] == ["04", "10"]
+    with pytest.raises(AssertionError, match="For notebooks"):
+        written_for("# Some settings")
+    assert "ratios" not in set().union(
+        *(papermill.inspect_notebook(str(s)) for s in written_for("# For notebooks 05."))
+    )
+
+
+def test_the_mini_preset_spells_out_the_defaults():
+    """Every value is what each of its notebooks takes by itself; an empty list of corpora stands for the embedded ones."""
+    values = preset("mini")
+    for source in written_for(FOLDER / "presets/mini.yaml"):
+        for name, entry in papermill.inspect_notebook(str(source)).items():
+            if name in values:
+                default = yaml.safe_load(entry["default"].replace("True", "true"))
+                assert values[name] == (list(nsvd.EMBEDDED) if name == "corpora" and default == [] else default), (
+                    source.stem
+                )
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "llama-13b", "llama-30b", "vicuna-7b", "opt-6.7b", "mistral-7b"])
+def test_the_papers_setting_is_there_for_each_of_its_models(name):
+    """256 windows of 2048 tokens of WikiText-2, eight sets, 10 to 50 % removed, its k1; it is not claimed to have run."""
+    values, text = preset(name), (FOLDER / f"presets/{name}.yaml").read_text(encoding="utf-8")
+    assert name.split("-")[0] in values["model"].lower()
+    assert (values["calibration"], values["count"], values["length"]) == ("wikitext2", 256, 2048)
+    assert sorted(values["corpora"]) == sorted(HUB)
+    assert (values["corpora"][0], values["ratios"], values["k1"]) == ("wikitext2", list(paper.AVERAGE), 0.95)
+    assert values["splits"] == [0.99, 0.95, 0.9, 0.85, 0.8]
+    assert "has not been run here" in re.sub(r"\s*\n# ", " ", text)
+
+
+def test_the_front_page_and_the_readme_lead_to_every_notebook():
+    """The front page by its title, which is its question; links are good where the executed notebooks lie together."""
+    front = "\n".join(cell.source for cell in nbformat.read(SOURCES[0], 4).cells)
+    readme = (checkout() / "README.md").read_text(encoding="utf-8")
+    for source in SOURCES:
+        title = nbformat.read(source, 4).cells[0].source.splitlines()[0].removeprefix("# ")
+        assert source is SOURCES[0] or f"| [{source.stem}]({source.name}) | {title} |" in front
+        assert f"| [{source.stem}](notebooks/executed/{source.name}) |" in readme

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nsvd.linalg import Decomposition, from_metric, rank_for_ratio
+from nsvd.linalg import METHODS, Decomposition, from_metric, rank_for_ratio
 from nsvd.linalg.errors import calibration_loss, condition_number, effective_rank, principal_cosines
 from nsvd.linalg.sola import overlap
 from nsvd.model.moments import Statistics
@@ -46,26 +47,26 @@ def input_shape(stats: Statistics) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def similarity(calibration: Statistics, other: Statistics, *, k: float = 0.25) -> pd.DataFrame:
+def similarity(calibration: Statistics, other: Statistics, *, k: float | None = 0.25) -> pd.DataFrame:
     """How alike the inputs of every layer are on two texts.
 
     ``mean_abs`` is the cosine between the vectors of mean absolute channel values (all that ASVD-0 sees), ``moment`` the cosine
     between the second moments as vectors, tr(G G') / (‖G‖‖G'‖) (all that ASVD-I sees), and ``subspace`` the mean squared cosine
-    of the principal angles between the leading eigenspaces of k · d_in dimensions (k for two random ones).
+    of the principal angles between the leading eigenspaces of k · d_in dimensions (k for two random ones); the only one
+    that needs eigenvectors, left out where ``k`` is None.
     """
     rows = []
     for name, ours in calibration.moments.items():
         theirs = other[name]
-        size = max(1, round(k * len(ours.G)))
-        spaces = [torch.linalg.eigh(m.G).eigenvectors[:, -size:] for m in (ours, theirs)]
-        rows.append(
-            place(name)
-            | {
-                "mean_abs": torch.cosine_similarity(ours.mean_abs, theirs.mean_abs, dim=0).item(),
-                "moment": torch.cosine_similarity(ours.G.flatten(), theirs.G.flatten(), dim=0).item(),
-                "subspace": principal_cosines(*spaces).square().mean().item(),
-            }
-        )
+        row = {
+            "mean_abs": torch.cosine_similarity(ours.mean_abs, theirs.mean_abs, dim=0).item(),
+            "moment": torch.cosine_similarity(ours.G.flatten(), theirs.G.flatten(), dim=0).item(),
+        }
+        if k is not None:
+            size = max(1, round(k * len(ours.G)))
+            spaces = [torch.linalg.eigh(m.G).eigenvectors[:, -size:] for m in (ours, theirs)]
+            row["subspace"] = principal_cosines(*spaces).square().mean().item()
+        rows.append(place(name) | row)
     return pd.DataFrame(rows)
 
 
@@ -89,6 +90,25 @@ def transfer(
             optimum = from_metric(W, G).s[k:].square().sum().item()
             error = (calibration_loss(W, chosen, G) / whole) ** 0.5
             rows.append(place(name) | {"text": text, "error": error, "optimum": (optimum / whole) ** 0.5})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def nesting(
+    model: nn.Module, prepared: Mapping[str, Decomposition], text: Statistics, ratio: float, *, k1: float = 0.95
+) -> pd.DataFrame:
+    """What the inner step of NSVD-I changes on a text, a row a layer; ``prepared`` is that of ``asvd-1``.
+
+    ``change`` is ln ‖(W − Ŵ) X‖² of NSVD-I less that of ASVD-I at the same rank, X of the text: below 0 where nesting helps. On the
+    calibration text itself it is never below 0, ASVD-I being the minimiser there.
+    """
+    rows, method = [], METHODS["nsvd-1"]
+    for name, layer in targets(model).items():
+        W = layer.weight.double().cpu()
+        k, one = rank_for_ratio(*W.shape, ratio), prepared[name]
+        both = (method.cut(one, k, k1=k1), one.truncate(k))
+        ours, theirs = (calibration_loss(W, factors.dense(), text[name].G) for factors in both)
+        rows.append(place(name) | {"change": math.log(ours / theirs)})
     return pd.DataFrame(rows)
 
 

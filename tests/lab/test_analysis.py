@@ -1,10 +1,12 @@
 """Tables over layers and texts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import nsvd
-from nsvd.lab.analysis import prime_overlap, rescored
+from nsvd.lab.analysis import nesting, prime_overlap, rescored, similarity
 from tests.tiny import tiny_model, token_ids
 
 DOWN = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
@@ -30,3 +32,23 @@ def test_rescored_statistics_change_the_ranking_only():
     assert all(changed[name] is stats[name] for name in stats if name != DOWN[0])
     with pytest.raises(KeyError, match="nonsense"):
         rescored(stats, {"nonsense": score})
+
+
+def test_nesting_costs_on_the_calibration_text_and_helps_where_all_directions_count_alike():
+    """A row a layer: change > 0 on the text calibrated on, < 0 where G is the identity, 0 with k1 = 1; of ASVD-I's own k."""
+    model = tiny_model()
+    stats = nsvd.calibrate(model, token_ids())
+    prepared = nsvd.prepare(model, stats, "asvd-1")
+    white = {name: replace(stats[name], G=torch.eye(len(stats[name].G), dtype=torch.float64)) for name in stats}
+    assert (nesting(model, prepared, stats, 0.3, k1=0.5).change > 0).all()
+    assert (nesting(model, prepared, white, 0.3, k1=0.5).change < 0).all()
+    assert nesting(model, prepared, stats, 0.3, k1=1.0).change.tolist() == [0] * len(stats)
+    assert nesting(model, prepared, stats, 0.3, k1=0.5).layer.tolist() == list(stats)
+
+
+def test_similarity_without_eigenvectors_is_the_same_but_for_the_subspaces():
+    """``k=None`` leaves that column out and changes no other; with itself every measure is 1."""
+    stats = nsvd.calibrate(tiny_model(), token_ids())
+    whole = similarity(stats, stats)
+    assert similarity(stats, stats, k=None).equals(whole.drop(columns="subspace"))
+    assert torch.tensor(whole[["mean_abs", "moment", "subspace"]].values) == pytest.approx(1)
