@@ -17,12 +17,23 @@ from nsvd.model.checkpoint import is_compressed, mark_compressed
 from nsvd.model.exchange import Exchange, layer_table
 from nsvd.model.layers import CompressedLayer
 from nsvd.model.moments import Statistics
-from nsvd.model.prepare import check_gradients, check_statistics, check_weights, prepare, take_statistics
+from nsvd.model.prepare import (
+    check_gradients,
+    check_statistics,
+    check_weights,
+    mean_gradients,
+    prepare,
+    take_statistics,
+)
 from nsvd.model.recipes import recipe
 from nsvd.model.report import Clock, peak_memory, versions
 from nsvd.model.sampling import own_text
 from nsvd.model.sola import split
 from nsvd.model.targets import targets
+
+RANKS_EVERY = (
+    2  # every second window is enough for moments that decide on ranks alone, as where the layers see shifted ones
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,8 @@ def compress_(
             from them and the gradients of the loss. The last three hold all decompositions in memory at once.
             For ``sola``: ``sola`` (its default), or ``uniform`` or ``spectrum`` over the layers that it compresses.
         factors: how they are stored: ``plain`` (the default), or ``pivoted``, which buys more rank for the same parameters.
-        shifted: take the layers in order, each for the inputs it gets after those before it are compressed.
+        shifted: take the layers in order, each for the inputs it gets after those before it are compressed. With ranks to be found
+            by a method that uses gradients, these are then averaged over the dense model and the compressed one.
         refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
             dense block gave out; goes with ``shifted``. A hundred or two are what it takes. Errors are weighed by the loss
             where the statistics hold the gradients of a block's last layer, else all alike.
@@ -119,14 +131,16 @@ def compress_(
     if ask.sampled:
         ask = replace(ask, domains=[own_text(model, seed=seed)])
         clock.lap("sample")
-    stats = take_statistics(
-        model, stats, ask.domains, ask.judge, ask.allocation, clock, seed, progress, weights=weights, ratio=ratio
-    )
+    texts = ask.domains
+    if stats is None and ask.shifted and wanted is None:
+        texts = [ids[::RANKS_EVERY] for ids in texts]
+    how = {"weights": weights, "ratio": ratio}
+    stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, seed, progress, **how)
     check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
     if ask.splits:
         result = _split(model, layers, stats, ask, prepared, clock, progress)
     else:
-        result = _factor(model, layers, stats, ask, wanted, prepared, clock, progress)
+        result = _factor(model, layers, stats, ask, wanted, prepared, clock, seed, progress)
     return _report(model, ask, layers, result, clock)
 
 
@@ -157,28 +171,75 @@ def _factor(
     wanted: dict[str, int] | None,
     prepared: Mapping[str, Decomposition] | None,
     clock: Clock,
+    seed: int,
     progress: bool,
 ) -> _Result:
     """Find the ranks where they are not known, and exchange every layer that becomes smaller."""
     tokens = 0
+
+    def exchange(stats: Statistics | None, ranks: Mapping[str, int]) -> tuple[Exchange, dict[str, int]]:
+        smaller = {name: k for name, k in ranks.items() if saves_parameters(*layers[name].weight.shape, k, ask.factors)}
+        return Exchange(layers, stats, ask.method, ask.method.resolve(ask.options), ask.factors, clock), smaller
+
     if wanted is None:
-        how = {"method": recipe(ask.name).method, "progress": progress, **ask.options}
-        if ask.allocation == "fisher":
-            check_gradients(layers, stats, "allocation 'fisher'")
-        if prepared is None:
-            prepared = prepare(model, stats, **how)
-            clock.lap("decompose")
-        text = torch.cat(ask.domains) if ask.allocation == "strs" else None
-        found = searched(model, stats, prepared, ask.ratio, ask.allocation, text, factors=ask.factors, **how)
-        wanted, tokens = found
-        clock.lap("search")
-    smaller = {name: k for name, k in wanted.items() if saves_parameters(*layers[name].weight.shape, k, ask.factors)}
-    job = Exchange(layers, stats, ask.method, ask.method.resolve(ask.options), ask.factors, clock)
+        wanted, tokens, prepared = _searched(model, layers, stats, ask, prepared, clock, progress)
+        if ask.shifted and ask.method.needs_gradients:
+            stats = _both_ends(model, stats, ask, *exchange(stats, wanted), prepared, clock, seed, progress)
+            wanted, tokens, prepared = _searched(model, layers, stats, ask, None, clock, progress)
+    job, smaller = exchange(stats, wanted)
     if ask.shifted:
         errors = job.in_order(model, smaller, ask.domains, ask.refine, progress)
     else:
         errors = job.at_once(model, smaller, prepared, progress)
     return _Result(layer_table(layers, wanted, smaller, ask.factors, errors), list(smaller), [], tokens)
+
+
+def _searched(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    stats: Statistics | None,
+    ask: Arguments,
+    prepared: Mapping[str, Decomposition] | None,
+    clock: Clock,
+    progress: bool,
+) -> tuple[dict[str, int], int, Mapping[str, Decomposition]]:
+    """Ranks, tokens that went through the model to find them, and the decompositions."""
+    how = {"method": recipe(ask.name).method, "progress": progress, **ask.options}
+    if ask.allocation == "fisher":
+        check_gradients(layers, stats, "allocation 'fisher'")
+    if prepared is None:
+        prepared = prepare(model, stats, **how)
+        clock.lap("decompose")
+    text = torch.cat(ask.domains) if ask.allocation == "strs" else None
+    ranks, tokens = searched(model, stats, prepared, ask.ratio, ask.allocation, text, factors=ask.factors, **how)
+    clock.lap("search")
+    return ranks, tokens, prepared
+
+
+def _both_ends(
+    model: nn.Module,
+    stats: Statistics,
+    ask: Arguments,
+    job: Exchange,
+    ranks: Mapping[str, int],
+    prepared: Mapping[str, Decomposition],
+    clock: Clock,
+    seed: int,
+    progress: bool,
+) -> Statistics:
+    """The statistics, their gradients averaged with those of the model compressed without following the inputs.
+
+    The loss bends differently at the two ends of the way from the dense to the compressed model: the mean is the trapezoid rule.
+    """
+    known = stats.gradients
+    job.at_once(model, ranks, prepared, progress)
+    how = {"layers": known, "diagonal": next(iter(known.values())).ndim == 1, "seed": seed, "progress": progress}
+    try:
+        there = mean_gradients(model, ask.domains, stats.shares(len(ask.domains)), others=True, **how)
+    finally:
+        job.undo(model, ranks)
+    clock.lap("gradients")
+    return stats.with_gradients({name: (H.to(there[name]) + there[name]) / 2 for name, H in known.items()})
 
 
 def _split(

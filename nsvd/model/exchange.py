@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -20,7 +20,6 @@ from nsvd.model.refine import refine_block_
 from nsvd.model.report import Clock, relative_errors
 from nsvd.model.shifted import Batch, replace_in_order_
 
-FOLLOW_EVERY = 2  # every second window is enough for the two streams, unless blocks are fitted to them as well
 TARGET_RIDGE = 0.03  # of shifted targets, for methods without a ridge of their own: the inputs never fix a target alone
 Errors = dict[str, dict[str, float]]  # relative errors by layer
 
@@ -62,6 +61,11 @@ class Exchange:
         self.clock.lap("exchange")
         return errors
 
+    def undo(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Put the layers themselves back."""
+        for name in names:
+            model.set_submodule(name, self.layers[name])
+
     def in_order(
         self, model: nn.Module, ranks: Mapping[str, int], domains: Sequence[Tensor], refine: int, progress: bool
     ) -> Errors:
@@ -92,15 +96,13 @@ class Exchange:
                     errors[name] = relative_errors(self.layers[name], now, self.stats, name)
             self.clock.lap("errors")
 
-        texts = domains if refine else [ids[::FOLLOW_EVERY] for ids in domains]
         weights = self.stats.shares(len(domains)) if self.stats else None
         how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": weights}
         how |= {"finish": finish if refine else None, "progress": progress}
         try:
-            replace_in_order_(model, texts, list(ranks), replace, **how)
+            replace_in_order_(model, domains, list(ranks), replace, **how)
         except BaseException:
-            for name in ranks:
-                model.set_submodule(name, self.layers[name])
+            self.undo(model, ranks)
             raise
         self.clock.lap("follow")
         return errors

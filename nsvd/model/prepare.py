@@ -18,7 +18,7 @@ from nsvd.model.report import Clock
 from nsvd.model.roles import roles
 from nsvd.model.targets import targets
 
-GRADIENTS_EVERY = 4  # every fourth window is enough for the gradients
+GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gradients, where that leaves sixteen
 
 
 @torch.no_grad()
@@ -72,12 +72,22 @@ def take_statistics(
         stats = each[0] if len(each) == 1 else mix(each, weights, model=model, ratio=ratio)
         clock.lap("calibrate")
     if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
-        each = [fisher(model, ids[::GRADIENTS_EVERY], layers=layers, seed=seed, progress=progress) for ids in domains]
-        shares = stats.shares(len(domains))
-        mean = {name: sum(w * H[name] for w, H in zip(shares, each, strict=True)) for name in each[0]}
-        stats = stats.with_gradients(mean)
+        how = {"layers": layers, "seed": seed, "progress": progress}
+        stats = stats.with_gradients(mean_gradients(model, domains, stats.shares(len(domains)), **how))
         clock.lap("gradients")
     return stats
+
+
+def mean_gradients(
+    model: nn.Module, domains: Sequence[Tensor], shares: Sequence[float], *, others: bool = False, **how
+) -> dict[str, Tensor]:
+    """H of every layer on some windows of every domain, averaged; with ``others`` on windows half-way between those."""
+    sums: dict[str, Tensor] = {}
+    for ids, share in zip(domains, shares, strict=True):
+        step = max(1, min(GRADIENTS_EVERY, len(ids) // GRADIENTS_LEAST))
+        for name, H in fisher(model, ids[step // 2 if others else 0 :: step], **how).items():
+            sums[name] = sums.get(name, 0.0) + share * H
+    return sums
 
 
 def check_weights(layers: Mapping[str, nn.Linear]) -> None:

@@ -10,9 +10,9 @@ trying, not by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Batch:
     ours: Tensor
     calls: list[tuple[tuple, dict]]  # the other arguments of every block
     wanted: dict[nn.Module | None, Tensor]  # what the dense stream holds at the landmarks of the block; None: behind it
+    outputs: dict[str, object] = field(default_factory=dict)  # of the block's parts that will not change any more
 
 
 class _Reached(Exception):
@@ -65,8 +66,8 @@ def replace_in_order_(
     stays exchanged when something raises.
 
     One block runs at a time. Held besides are, of all the calibration text, the hidden states of both streams before the block,
-    what the dense stream holds at the landmarks of the block's layers and behind it, and the blocks' other arguments (masks,
-    rotations).
+    what the dense stream holds at the landmarks of the block's layers and behind it, the outputs of parts of the block that
+    are done (its attention), and the blocks' other arguments (masks, rotations).
 
     Raises:
         ValueError: if a layer is in none of the model's blocks; it is named.
@@ -82,7 +83,7 @@ def replace_in_order_(
         batches = [_enter(model, blocks, d, len(domains) * weights[d], ids) for d, ids in _batches(domains, batch)]
         for index, block in enumerate(tqdm(blocks, "shifted", disable=not progress, leave=False)):
             groups: dict[str, list[str]] = {}
-            for layer in names:
+            for layer in leaders:  # in forward order
                 if layer.startswith(f"{name}.{index}."):
                     groups.setdefault(leaders[layer], []).append(layer)
             places: dict[str, nn.Module | None] = {}
@@ -91,12 +92,18 @@ def replace_in_order_(
                 places[leader] = _landmark(block, layer, batches[0], index) if len(group) == 1 else layer
             for item in batches:
                 item.wanted = _arrivals(block, item.dense, item.calls[index], set(places.values()))
+            settled: list[str] = []
             for leader, group in groups.items():
-                _replace_group(model, index, block, leader, group, places[leader], batches, weights, replace, mu)
+                where = (model.get_submodule(leader), places[leader])
+                _replace_group(model, index, block, *where, group, batches, weights, replace, mu, settled)
+                settled = _settled(block, name, index, groups, leader)
             if finish is not None:
                 finish(index, block, batches)
+                settled = []
             for item in batches:
-                item.dense, item.ours = item.wanted[None], run_block(block, item.ours, item.calls[index])
+                with _remembering(block, settled, item):
+                    item.dense, item.ours = item.wanted[None], run_block(block, item.ours, item.calls[index])
+                item.outputs.clear()
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -111,31 +118,75 @@ def _replace_group(
     model: nn.Module,
     index: int,
     block: nn.Module,
-    leader: str,
-    group: Sequence[str],
+    layer: nn.Module,
     place: nn.Module | None,
+    group: Sequence[str],
     batches: Sequence[Batch],
     weights: Sequence[float],
     replace: Replace,
     mu: float,
+    settled: Sequence[str],
 ) -> None:
     """Measure what arrives at one input, and what is missing at the landmark; exchange the layers that read it."""
-    layer = model.get_submodule(leader)
     sums = [_Sums() for _ in weights]
     for item in batches:
         seen: list[Tensor] = []
-        with watch_inputs(layer, [""], lambda _name, x, seen=seen: seen.append(x)):
+        with _remembering(block, settled, item), watch_inputs(layer, [""], lambda _name, x, seen=seen: seen.append(x)):
             have = _value_at(place, block, item.ours, item.calls[index])
         sums[item.domain].add(seen[0], item.wanted[place] - have)
     G, missing, mean_abs = _mixed(sums, weights)
     moments = Moments(G, mean_abs, sum(s.n for s in sums))
     if not (G.isfinite().all() and missing.isfinite().all()):
-        raise FloatingPointError(f"the input of layer {leader} holds NaN or Inf on the calibration text")
+        raise FloatingPointError(f"the input of layer {group[0]} holds NaN or Inf on the calibration text")
     for name in group:
         W = model.get_submodule(name).weight.double()
         with naming(name):
             target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
         model.set_submodule(name, replace(name, target, moments))
+
+
+def _settled(block: nn.Module, name: str, index: int, groups: Mapping[str, Sequence[str]], done: str) -> list[str]:
+    """The parts of the block, of several layers each, whose layers are all exchanged once the group ``done`` is."""
+    begin = f"{name}.{index}."
+    leaders = list(groups)
+    later = [layer for leader in leaders[leaders.index(done) + 1 :] for layer in groups[leader]]
+    named = {layer for group in groups.values() for layer in group}
+    return [
+        part
+        for part, module in block.named_children()
+        if begin + part not in named
+        and any(layer.startswith(f"{begin}{part}.") for layer in named)
+        and not any(layer.startswith(f"{begin}{part}.") for layer in later)
+    ]
+
+
+@contextmanager
+def _remembering(block: nn.Module, settled: Sequence[str], item: Batch) -> Iterator[None]:
+    """Settled parts of the block run once for a batch; after that their output is given back.
+
+    Layers are exchanged in forward order, so what comes before a settled part does not change either.
+    """
+    before = {part: block.get_submodule(part) for part in settled}
+    with ExitStack() as stack:
+        for part, module in before.items():
+            if part in item.outputs:
+                stack.callback(block.set_submodule, part, module)
+                block.set_submodule(part, _Remembered(item.outputs[part]))
+            else:
+                keep = lambda _m, _a, out, part=part: item.outputs.__setitem__(part, out)  # noqa: E731
+                stack.callback(module.register_forward_hook(keep).remove)
+        yield
+
+
+class _Remembered(nn.Module):
+    """Gives out what it was given, whatever comes in."""
+
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_args, **_kwargs) -> object:
+        return self.output
 
 
 class _Sums:
