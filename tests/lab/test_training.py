@@ -1,11 +1,13 @@
 """The training of a reference model can be stopped at any time and ends in the same bytes."""
 
+import copy
 import gzip
 import json
 import random
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import nsvd
 from nsvd.lab import training
@@ -195,3 +197,29 @@ def test_a_recipe_can_go_on_from_an_embedded_model(text, tmp_path):
 def test_missing_text_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"recipe toy needs .*prose\.jsonl\.gz"):
         documents(tmp_path, "prose", TOY)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_a_deepened_model_computes_what_the_shallow_one_does(copies):
+    """Each block is followed by copies that add nothing, and all of them can learn: gradients reach what they write."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**(ARCHITECTURE | {"num_hidden_layers": 2}), vocab_size=300)
+    shallow = AutoModelForCausalLM.from_config(config).double()
+    deep = training.deepened(copy.deepcopy(shallow), 2 * copies).double()
+    assert deep.config.num_hidden_layers == len(deep.model.layers) == 2 * copies
+    ids = torch.randint(300, (2, 9))
+    assert torch.equal(deep(ids).logits, shallow(ids).logits)
+    deep(input_ids=ids, labels=ids).loss.backward()
+    for block in deep.model.layers:
+        for writer in (block.self_attn.o_proj, block.mlp.down_proj):
+            assert writer.weight.grad.norm() > 0
+
+
+def test_a_run_can_only_be_deepened_by_whole_copies():
+    """Neither to a depth between, nor to a smaller one."""
+    shallow = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**(ARCHITECTURE | {"num_hidden_layers": 2}), vocab_size=300)
+    )
+    for blocks in (1, 3):
+        with pytest.raises(ValueError, match=f"{blocks} blocks are not a multiple of the 2"):
+            training.deepened(shallow, blocks)
