@@ -88,7 +88,7 @@ def transfer(
             G = stats[name].G
             whole = calibration_loss(W, torch.zeros_like(W), G)
             optimum = from_metric(W, G).s[k:].square().sum().item()
-            error = (calibration_loss(W, chosen, G) / whole) ** 0.5
+            error = max(calibration_loss(W, chosen, G) / whole, 0.0) ** 0.5
             rows.append(place(name) | {"text": text, "error": error, "optimum": (optimum / whole) ** 0.5})
     return pd.DataFrame(rows)
 
@@ -108,7 +108,8 @@ def nesting(
         k, one = rank_for_ratio(*W.shape, ratio), prepared[name]
         both = (method.cut(one, k, k1=k1), one.truncate(k))
         ours, theirs = (calibration_loss(W, factors.dense(), text[name].G) for factors in both)
-        rows.append(place(name) | {"change": math.log(ours / theirs)})
+        tiny = 1e-12 * max(ours, theirs, 1e-300)  # both are nothing where the text has fewer tokens than k
+        rows.append(place(name) | {"change": math.log(max(ours, tiny) / max(theirs, tiny))})
     return pd.DataFrame(rows)
 
 

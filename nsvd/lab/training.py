@@ -34,8 +34,10 @@ from nsvd.model.files import replacing
 BOS, EOS = "<s>", "</s>"
 WRITERS = (
     "o_proj.weight",
+    "o_proj.bias",
     "down_proj.weight",
-)  # matrices of a LLaMA block whose outputs are added to the residual stream
+    "down_proj.bias",
+)  # of a LLaMA block, to the residual stream
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,7 @@ def worst_case_weights(layers: Sequence[Layer], *, rounds: int = 16, step: float
             best = (w.tolist(), losses)
         if count == 1 or average <= 0:
             break
-        w = w * (step / (1 + turn) ** 0.5 * (losses / average - 1)).exp()
-        w = w / w.sum()
+        w = (w.log() + step / (1 + turn) ** 0.5 * (losses / average - 1)).softmax(0)
     return WorstCase(*best, bound)
 
 

@@ -109,7 +109,8 @@ def compress_(
             dense block gave out; goes with ``shifted``. A hundred or two are what it takes. Errors are weighed by the loss
             where the statistics hold the gradients of a block's last layer, else all alike.
         windows: token ids (count, length), or one such tensor for each of several domains: to calibrate on
-            when ``stats`` is not given, to search on with ``strs``, to take gradients from, to follow with ``shifted``.
+            when ``stats`` is not given (every second one, with ``shifted``), to search on with ``strs``, to take gradients from, to
+            follow with ``shifted``.
         weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
             ``mix``. Statistics that are given bring the weights they were mixed with.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.
@@ -185,9 +186,11 @@ def _factor(
         wanted, tokens, prepared = _searched(model, layers, stats, ask, prepared, clock, progress)
         if ask.shifted and ask.method.needs_gradients:
             stats = _both_ends(model, stats, ask, *exchange(stats, wanted), prepared, clock, seed, progress)
+            prepared = None  # of a large model a great deal of memory
             wanted, tokens, prepared = _searched(model, layers, stats, ask, None, clock, progress)
     job, smaller = exchange(stats, wanted)
     if ask.shifted:
+        prepared = None
         errors = job.in_order(model, smaller, ask.domains, ask.refine, progress)
     else:
         errors = job.at_once(model, smaller, prepared, progress)
@@ -232,14 +235,14 @@ def _both_ends(
     The loss bends differently at the two ends of the way from the dense to the compressed model: the mean is the trapezoid rule.
     """
     known = stats.gradients
-    job.at_once(model, ranks, prepared, progress)
     how = {"layers": known, "diagonal": next(iter(known.values())).ndim == 1, "seed": seed, "progress": progress}
     try:
+        job.at_once(model, ranks, prepared, progress)
         there = mean_gradients(model, ask.domains, stats.shares(len(ask.domains)), others=True, **how)
     finally:
         job.undo(model, ranks)
     clock.lap("gradients")
-    return stats.with_gradients({name: (H.to(there[name]) + there[name]) / 2 for name, H in known.items()})
+    return stats.with_gradients({name: there[name].add_(H.to(there[name])).div_(2) for name, H in known.items()})
 
 
 def _split(

@@ -160,7 +160,7 @@ def check_mixture(weights: Sequence[float] | str, count: int) -> None:
                 f"unknown weights {weights!r}; there are {', '.join(WEIGHTS)}, or a number for each domain"
             )
         weights = [1.0] * count
-    if len(weights) != count or not count or not min(weights) >= 0 or sum(weights) == 0:
+    if len(weights) != count or not count or not all(0 <= w < float("inf") for w in weights) or not any(weights):
         raise ValueError(f"{count} domains and the weights {list(weights)}: give one weight, not negative, for each")
 
 

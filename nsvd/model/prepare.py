@@ -81,12 +81,14 @@ def take_statistics(
 def mean_gradients(
     model: nn.Module, domains: Sequence[Tensor], shares: Sequence[float], *, others: bool = False, **how
 ) -> dict[str, Tensor]:
-    """H of every layer on some windows of every domain, averaged; with ``others`` on windows half-way between those."""
+    """H of every layer on some windows of every domain, averaged; with ``others`` on windows half-way between, if any."""
     sums: dict[str, Tensor] = {}
     for ids, share in zip(domains, shares, strict=True):
         step = max(1, min(GRADIENTS_EVERY, len(ids) // GRADIENTS_LEAST))
-        for name, H in fisher(model, ids[step // 2 if others else 0 :: step], **how).items():
-            sums[name] = sums.get(name, 0.0) + share * H
+        found = fisher(model, ids[step // 2 if others else 0 :: step], **how)
+        for name in list(found):  # one after the other, so that a large model's are not held twice
+            H = found.pop(name).mul_(share)
+            sums[name] = sums[name].add_(H) if name in sums else H
     return sums
 
 

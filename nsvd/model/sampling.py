@@ -78,8 +78,8 @@ def _batch(model: PreTrainedModel, length: int) -> int:
     """Windows of which keys and values take no more than ``CACHE_BYTES``: 1 … 128."""
     config = model.config.get_text_config()
     shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = config.hidden_size * shared // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * width * model.dtype.itemsize * length
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * shared * head * model.dtype.itemsize * length
     return min(max(CACHE_BYTES // each, 1), 128)
 
 
