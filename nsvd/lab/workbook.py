@@ -88,8 +88,9 @@ def run(
         return _execute(file, {k: v for k, v in (beside | given).items() if k in declared[file]}, folder)
 
     with _threads_shared(jobs), ThreadPoolExecutor(jobs) as pool:
-        outcomes = pool.map(one, chosen[i - 1 :: n])
-        return list(tqdm(outcomes, "notebooks", total=len(chosen[i - 1 :: n]), disable=not progress, leave=False))
+        mine = chosen[i - 1 :: n]
+        outcomes = pool.map(one, reversed(mine))  # the last of the workbook takes longest, so it starts first
+        return list(tqdm(outcomes, "notebooks", total=len(mine), disable=not progress, leave=False))[::-1]
 
 
 @contextmanager
