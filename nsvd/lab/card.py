@@ -79,7 +79,8 @@ def card(folder: Path, corpora: list[str], calibration: str = EMBEDDED[0]) -> st
     picked = [curve[i] for i in sorted({round(i * (len(curve) - 1) / 9) for i in range(10)})]
     size, last, begin = model.num_parameters(), curve[-1], ""
     if recipe.start:
-        begin = f"from the weights of `{recipe.start}` on, see its card; "
+        before = json.loads((folder.parent / recipe.start / "training.jsonl").read_text().splitlines()[-1])["tokens"]
+        begin = f"from the weights of `{recipe.start}` on, see its card (with its tokens {(before + last['tokens']) / size:.1f} a parameter); "
     return TEXT.format(
         **{name: value for name, value in vars(recipe).items() if name != "tokens"},
         kind=recipe.architecture["model_type"],
