@@ -79,8 +79,9 @@ def card(folder: Path, corpora: list[str], calibration: str = EMBEDDED[0]) -> st
     picked = [curve[i] for i in sorted({round(i * (len(curve) - 1) / 9) for i in range(10)})]
     size, last, begin = model.num_parameters(), curve[-1], ""
     if recipe.start:
-        before = json.loads((folder.parent / recipe.start / "training.jsonl").read_text().splitlines()[-1])["tokens"]
-        begin = f"from the weights of `{recipe.start}` on, see its card (with its tokens {(before + last['tokens']) / size:.1f} a parameter); "
+        before = (embedded_models()[recipe.start] / "training.jsonl").read_text().splitlines()
+        each = (json.loads(before[-1])["tokens"] + last["tokens"]) / size
+        begin = f"from the weights of `{recipe.start}` on, see its card (with its tokens {each:.1f} a parameter); "
     return TEXT.format(
         **{name: value for name, value in vars(recipe).items() if name != "tokens"},
         kind=recipe.architecture["model_type"],
