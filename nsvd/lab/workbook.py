@@ -89,8 +89,9 @@ def run(
 
     with _threads_shared(jobs), ThreadPoolExecutor(jobs) as pool:
         mine = chosen[i - 1 :: n]
-        outcomes = pool.map(one, reversed(mine))  # the last of the workbook takes longest, so it starts first
-        return list(tqdm(outcomes, "notebooks", total=len(mine), disable=not progress, leave=False))[::-1]
+        turn = 1 if jobs == 1 else -1  # the last of the workbook take longest, so side by side they start first
+        outcomes = pool.map(one, mine[::turn])
+        return list(tqdm(outcomes, "notebooks", total=len(mine), disable=not progress, leave=False))[::turn]
 
 
 @contextmanager

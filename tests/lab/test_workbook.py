@@ -147,6 +147,14 @@ def test_shards_share_the_notebooks_out(n, project, executed):
     assert executed[0][0] == "01_first"
 
 
+def test_side_by_side_the_last_notebook_starts_first(project, executed):
+    """It takes longest; what is returned is in the order of the workbook all the same."""
+    outcomes = workbook.run(jobs=2, out=project / "out")
+    assert executed[0][0] in ("10_third", "02_second")
+    assert executed[-1][0] == "01_first"
+    assert [outcome.notebook for outcome in outcomes] == ["01_first", "02_second", "10_third"]
+
+
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (-1, 2), (1, 0)])
 def test_a_shard_that_cannot_be_is_refused(shard, project, executed):
     """i runs from 1 to n."""
