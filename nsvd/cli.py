@@ -68,10 +68,12 @@ def compress(chosen: argparse.Namespace) -> None:
         raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
     if chosen.search_count < 1:
         raise ValueError(f"--search-count is {chosen.search_count}; 1 window is the least")
-    if chosen.refine < 0:
-        raise ValueError(f"--refine is {chosen.refine}, but a number of steps is not negative")
-    if chosen.ratio is None and (chosen.allocation or chosen.factors or chosen.shifted or chosen.refine):
-        raise ValueError("--allocation, --factors, --shifted and --refine go with --ratio")
+    for name in ("refine", "distill"):
+        if getattr(chosen, name) < 0:
+            raise ValueError(f"--{name} is {getattr(chosen, name)}, but a number of steps is not negative")
+    for name in ("allocation", "factors", "shifted", "refine", "distill"):
+        if chosen.ratio is None and getattr(chosen, name):
+            raise ValueError(f"--{name} goes with --ratio")
     if chosen.cache_ratio is None and chosen.joint is not None:
         raise ValueError("--joint goes with --cache-ratio")
     if chosen.ratio is None and chosen.weights == "worst-case":
@@ -81,26 +83,31 @@ def compress(chosen: argparse.Namespace) -> None:
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
     windows, stats, calibration = [], None, None
-    if method.needs_moments or chosen.allocation in ("strs", "fisher") or chosen.shifted:
+    needed = method.needs_moments or chosen.weights != "uniform"
+    if needed or chosen.allocation in ("strs", "fisher") or chosen.shifted or chosen.distill:
         name = chosen.calibration or ("self" if chosen.method in RECIPES else "mini/encyclopedia")
         windows = domains(name, model, tokenizer, length=chosen.length, count=chosen.count, seed=chosen.seed)
         if chosen.allocation == "strs" and len({ids.shape[1] for ids in windows}) > 1:
             raise ValueError(f"--allocation strs needs windows of one length, so not {name}")
         calibration = {"corpus": name, "seed": chosen.seed, "windows": [list(ids.shape) for ids in windows]}
-    if windows and (method.needs_moments or chosen.weights != "uniform"):
+    if needed and chosen.cache_ratio is not None:  # for both
         each = [nsvd.calibrate(model, ids, progress=bar) for ids in windows]
         stats = nsvd.mix(each, chosen.weights, model=model, ratio=chosen.ratio)
         calibration |= {"statistics": stats.origin}
-    about, said = {"model": chosen.model, "calibration": calibration}, []
+    about, said = {"model": chosen.model}, []
     if chosen.ratio is not None:
-        if chosen.allocation == "strs":
-            windows = [ids[: chosen.search_count] for ids in windows]
-            calibration["search_windows"] = [list(ids.shape) for ids in windows]
+        strs = chosen.allocation == "strs"
         report = nsvd.compress_(
             model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, factors=chosen.factors,
-            shifted=chosen.shifted, refine=chosen.refine, windows=windows, seed=chosen.seed, progress=bar, **options,
+            shifted=chosen.shifted, refine=chosen.refine, distill=chosen.distill, windows=windows,
+            weights=chosen.weights if stats is None else "uniform", search_count=chosen.search_count if strs else None,
+            seed=chosen.seed, progress=bar, **options,
         )  # fmt: skip
         about |= _as_json(report) | ({"moves": report.moves} if report.moves else {})
+        if calibration:
+            calibration |= {"statistics": report.calibration}
+        if strs:
+            calibration["search_windows"] = [list(ids[: chosen.search_count].shape) for ids in windows]
         dense = int(report.table.dense.sum())
         said.append(
             f"{report.ratio_reached:.1%} of {report.params_before:,} parameters removed ({report.params_after:,} left), "
@@ -111,7 +118,7 @@ def compress(chosen: argparse.Namespace) -> None:
         report = nsvd.compress_kv_(model, stats, **how, windows=windows, seed=chosen.seed, **options)
         about["cache"] = _as_json(report)
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
-    nsvd.save(model, tokenizer, chosen.out, report=about)
+    nsvd.save(model, tokenizer, chosen.out, report=about | {"calibration": calibration})
     label = chosen.method if chosen.method in RECIPES else method.label
     print(f"{chosen.out}: {label}, {'; '.join(said)}")
 
@@ -274,6 +281,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--refine", type=int, default=0, metavar="STEPS", help="of gradient descent on each block's factors"
+    )
+    sub.add_argument(
+        "--distill",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="of gradient descent on all factors, towards the dense model",
     )
     sub.add_argument(
         "--search-count", type=int, default=32, help="calibration windows for strs to search on (default: 32)"

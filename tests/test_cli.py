@@ -130,6 +130,29 @@ def test_the_command_line_does_what_python_does(here, models, capsys):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_so_it_does_with_all_that_goes_into_best(here, models, capsys):
+    """Two texts, their weights, ranks searched for, layers in order, both last steps; without a text its own."""
+    (here / "text.txt").write_text("some words to calibrate on, " * 100, encoding="utf-8")
+    model, tokenizer = nsvd.load(models / "dense", device="cpu")
+    text = nsvd.windows("text.txt", tokenizer, split="calibration", count=6, length=24)
+    last = ["--refine", 2, "--distill", 2]
+    best = ["--method", "best", "--ratio", 0.3, "--length", 24, "--device", "cpu"]
+    worst = ["--weights", "worst-case", *last]
+    said(capsys, "compress", models / "dense", "both", *best, "--calibration", "self+text.txt", "--count", 12, *worst)
+    said(capsys, "compress", models / "dense", "none", *best, "--count", 8)
+    both = {"windows": [nsvd.own_text(model, 6, 24), text], "weights": "worst-case", "refine": 2, "distill": 2}
+    none = {"windows": nsvd.own_text(model, 8, 24)}
+    for out, how in (("both", both), ("none", none)):
+        ours = nsvd.load(models / "dense", device="cpu")[0]
+        report = nsvd.compress_(ours, method="best", ratio=0.3, **how)
+        ours, theirs = ours.state_dict(), nsvd.load(out, device="cpu")[0].state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        told = json.loads((here / out / "nsvd_report.json").read_text(encoding="utf-8"))
+        assert told["calibration"]["statistics"] == report.calibration
+        assert (told["refine"], told["distill"], told["seed"]) == (report.refine, report.distill, 0)
+
+
 def test_the_parts_of_a_sum_can_be_weighed_for_the_worst(here, models, capsys):
     """The report says with which weights; by default they are equal."""
     how = ["--method", "asvd-1", "--ratio", 0.3, "--calibration", "self+random", "--count", 8, "--length", 32]
@@ -229,12 +252,13 @@ def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
         ([*NSVD, "--allocation", "strs", "--search-count", -1], "--search-count is -1"),
         ([*NSVD, "--length", 1], "2 tokens at least"),
         ([*NSVD, "--refine", -1], "--refine is -1"),
+        ([*NSVD, "--distill", -2], "--distill is -2"),
         (
             ["--method", "asvd-1", "--cache-ratio", 0.5, "--weights", "worst-case"],
             "--weights worst-case goes with --ratio",
         ),
         ([*NSVD, "--joint"], "--joint goes with --cache-ratio"),
-        (["--method", "svd", "--cache-ratio", 0.5, "--factors", "pivoted"], "go with --ratio"),
+        (["--method", "svd", "--cache-ratio", 0.5, "--factors", "pivoted"], "--factors goes with --ratio"),
         (
             [*NSVD, "--allocation", "strs", "--calibration", "self+mini/encyclopedia", "--count", 4],
             "windows of one length",

@@ -29,7 +29,11 @@ class Arguments:
     factors: str
     shifted: bool
     refine: int
+    distill: int
     domains: list[Tensor]
+    search_count: int | None
+    seed: int
+    progress: bool
 
     @property
     def splits(self) -> bool:
@@ -55,14 +59,19 @@ class Arguments:
 def resolve(
     name: str,
     options: dict,
+    *,
     ratio: float | None,
     ranks: Mapping[str, int] | None,
     allocation: str | None,
     factors: str | None,
     shifted: bool | None,
     refine: int,
+    distill: int,
     windows: Tensor | Sequence[Tensor] | None,
     weights: Sequence[float] | str,
+    search_count: int | None,
+    seed: int,
+    progress: bool,
 ) -> Arguments:
     """All arguments resolved; raises ``ValueError`` for those that are wrong, or do not go together, for any model."""
     chosen, method = recipe(name), base_method(name)
@@ -74,22 +83,32 @@ def resolve(
         allocation=allocation or usual,
         factors=factors or chosen.weights.get("factors", "plain"),
         shifted=chosen.weights.get("shifted", False) if shifted is None else shifted,
-        refine=refine,
+        refine=refine, distill=distill,
         domains=[windows] if isinstance(windows, Tensor) else list(windows or ()),
+        search_count=search_count, seed=seed, progress=progress,
     )  # fmt: skip
     check_factors(ask.factors)
     check_mixture(weights, max(1, len(ask.domains)))
+    if weights != "uniform" and not (ask.domains or ask.sampled):
+        raise ValueError("weights are those of domains of text: pass windows=")
     if weights == "worst-case" and ratio is None:
         raise ValueError("worst-case weights are found for a ratio; give it in place of ranks")
     check_allocation(ask.allocation, ratio, ranks, ask.domains, among=SOLA_ALLOCATIONS if splits else ALLOCATIONS)
-    absent = {"pivoted factors": ask.factors != "plain", "shifted inputs": ask.shifted, "refinement": refine}
+    last = {"refine": refine, "distill": distill}
+    absent = {"pivoted factors": ask.factors != "plain", "shifted inputs": ask.shifted}
+    absent |= {"refinement": refine, "distillation": distill}
     for what, wanted in absent.items():
         if splits and wanted:
             raise ValueError(f"{method.label} has no {what}")
-    if refine < 0:
-        raise ValueError(f"refine is {refine}, but a number of steps is not negative")
+    for what, steps in last.items():
+        if steps < 0:
+            raise ValueError(f"{what} is {steps}, but a number of steps is not negative")
     if refine and not ask.shifted:
         raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
     if ask.shifted and not (ask.domains or ask.sampled):
         raise ValueError("shifted inputs are followed on a text: pass windows=")
+    if distill and not (ask.domains or ask.sampled):
+        raise ValueError("distill goes over a text: pass windows=, such as own_text(model)")
+    if search_count is not None and search_count < 1:
+        raise ValueError(f"search_count is {search_count}; 1 window is the least")
     return ask

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nsvd.linalg import Decomposition, saves_parameters
-from nsvd.model.allocation import searched, uniform
+from nsvd.linalg import Decomposition
+from nsvd.model.allocation import uniform
 from nsvd.model.arguments import Arguments, resolve
 from nsvd.model.checkpoint import is_compressed, mark_compressed
-from nsvd.model.exchange import Exchange, layer_table
 from nsvd.model.layers import CompressedLayer
 from nsvd.model.moments import Statistics
-from nsvd.model.prepare import (
-    check_gradients,
-    check_statistics,
-    check_weights,
-    mean_gradients,
-    prepare,
-    take_statistics,
-)
-from nsvd.model.recipes import recipe
+from nsvd.model.prepare import check_statistics, check_weights, take_statistics
 from nsvd.model.report import Clock, peak_memory, versions
 from nsvd.model.sampling import own_text
 from nsvd.model.sola import split
 from nsvd.model.targets import targets
+from nsvd.model.whole_layers import Result, WholeLayers
 
 RANKS_EVERY = (
     2  # every second window is enough for moments that decide on ranks alone, as where the layers see shifted ones
@@ -46,6 +37,9 @@ class Report:
     factors: str  # of FACTORS
     shifted: bool
     refine: int  # steps a block
+    distill: int  # steps
+    seed: int
+    calibration: dict | None  # where the statistics come from, and the weights of several domains
     search_tokens: int  # that went through the model to find the ranks
     ratio: float | None  # asked
     ratio_reached: float
@@ -76,8 +70,10 @@ def compress_(
     factors: str | None = None,
     shifted: bool | None = None,
     refine: int = 0,
+    distill: int = 0,
     windows: Tensor | Sequence[Tensor] | None = None,
     weights: Sequence[float] | str = "uniform",
+    search_count: int | None = None,
     prepared: Mapping[str, Decomposition] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -108,11 +104,15 @@ def compress_(
         refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
             dense block gave out; goes with ``shifted``. A hundred or two are what it takes. Errors are weighed by the loss
             where the statistics hold the gradients of a block's last layer, else all alike.
+        distill: after everything, this many steps of gradient descent on all factors at once, towards what the dense model
+            predicts after every token of ``windows`` (Kullback–Leibler divergence). Two hundred are what it takes; each costs
+            some five passes over 1024 tokens of every domain, and memory for the gradients of the whole model.
         windows: token ids (count, length), or one such tensor for each of several domains: to calibrate on
             when ``stats`` is not given (every second one, with ``shifted``), to search on with ``strs``, to take gradients from, to
-            follow with ``shifted``.
+            follow with ``shifted``, to ``distill`` on.
         weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
             ``mix``. Statistics that are given bring the weights they were mixed with.
+        search_count: how many windows of every domain ``strs`` searches on; by default all.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options.
         seed: of what is sampled.
 
@@ -121,7 +121,10 @@ def compress_(
             is named); NaN or Inf in a weight (the layer is named); statistics that do not fit; a model compressed before.
         FloatingPointError: NaN or Inf in an activation, from ``calibrate``, or in a loss of the search.
     """
-    ask = resolve(method, options, ratio, ranks, allocation, factors, shifted, refine, windows, weights)
+    ask = resolve(
+        method, options, ratio=ratio, ranks=ranks, allocation=allocation, factors=factors, shifted=shifted, refine=refine,
+        distill=distill, windows=windows, weights=weights, search_count=search_count, seed=seed, progress=progress,
+    )  # fmt: skip
     if weights != "uniform" and stats is not None:
         raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
     if is_compressed(model):
@@ -139,17 +142,10 @@ def compress_(
     stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, seed, progress, **how)
     check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
     if ask.splits:
-        result = _split(model, layers, stats, ask, prepared, clock, progress)
+        result = _split(model, layers, stats, ask, prepared, clock)
     else:
-        result = _factor(model, layers, stats, ask, wanted, prepared, clock, seed, progress)
-    return _report(model, ask, layers, result, clock)
-
-
-class _Result(NamedTuple):
-    table: pd.DataFrame
-    changed: list[str]  # layers that are compressed now
-    moves: list
-    tokens: int  # that went through the model to find the ranks
+        result = WholeLayers(model, layers, ask, clock).run(stats, wanted, prepared)
+    return _report(model, ask, layers, stats, result, clock)
 
 
 def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Arguments) -> dict[str, int] | None:
@@ -164,87 +160,6 @@ def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Arguments) ->
     return dict(ask.ranks)
 
 
-def _factor(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    stats: Statistics | None,
-    ask: Arguments,
-    wanted: dict[str, int] | None,
-    prepared: Mapping[str, Decomposition] | None,
-    clock: Clock,
-    seed: int,
-    progress: bool,
-) -> _Result:
-    """Find the ranks where they are not known, and exchange every layer that becomes smaller."""
-    tokens = 0
-
-    def exchange(stats: Statistics | None, ranks: Mapping[str, int]) -> tuple[Exchange, dict[str, int]]:
-        smaller = {name: k for name, k in ranks.items() if saves_parameters(*layers[name].weight.shape, k, ask.factors)}
-        return Exchange(layers, stats, ask.method, ask.method.resolve(ask.options), ask.factors, clock), smaller
-
-    if wanted is None:
-        wanted, tokens, prepared = _searched(model, layers, stats, ask, prepared, clock, progress)
-        if ask.shifted and ask.method.needs_gradients:
-            stats = _both_ends(model, stats, ask, *exchange(stats, wanted), prepared, clock, seed, progress)
-            prepared = None  # of a large model a great deal of memory
-            wanted, tokens, prepared = _searched(model, layers, stats, ask, None, clock, progress)
-    job, smaller = exchange(stats, wanted)
-    if ask.shifted:
-        prepared = None
-        errors = job.in_order(model, smaller, ask.domains, ask.refine, progress)
-    else:
-        errors = job.at_once(model, smaller, prepared, progress)
-    return _Result(layer_table(layers, wanted, smaller, ask.factors, errors), list(smaller), [], tokens)
-
-
-def _searched(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    stats: Statistics | None,
-    ask: Arguments,
-    prepared: Mapping[str, Decomposition] | None,
-    clock: Clock,
-    progress: bool,
-) -> tuple[dict[str, int], int, Mapping[str, Decomposition]]:
-    """Ranks, tokens that went through the model to find them, and the decompositions."""
-    how = {"method": recipe(ask.name).method, "progress": progress, **ask.options}
-    if ask.allocation == "fisher":
-        check_gradients(layers, stats, "allocation 'fisher'")
-    if prepared is None:
-        prepared = prepare(model, stats, **how)
-        clock.lap("decompose")
-    text = torch.cat(ask.domains) if ask.allocation == "strs" else None
-    ranks, tokens = searched(model, stats, prepared, ask.ratio, ask.allocation, text, factors=ask.factors, **how)
-    clock.lap("search")
-    return ranks, tokens, prepared
-
-
-def _both_ends(
-    model: nn.Module,
-    stats: Statistics,
-    ask: Arguments,
-    job: Exchange,
-    ranks: Mapping[str, int],
-    prepared: Mapping[str, Decomposition],
-    clock: Clock,
-    seed: int,
-    progress: bool,
-) -> Statistics:
-    """The statistics, their gradients averaged with those of the model compressed without following the inputs.
-
-    The loss bends differently at the two ends of the way from the dense to the compressed model: the mean is the trapezoid rule.
-    """
-    known = stats.gradients
-    how = {"layers": known, "diagonal": next(iter(known.values())).ndim == 1, "seed": seed, "progress": progress}
-    try:
-        job.at_once(model, ranks, prepared, progress)
-        there = mean_gradients(model, ask.domains, stats.shares(len(ask.domains)), others=True, **how)
-    finally:
-        job.undo(model, ranks)
-    clock.lap("gradients")
-    return stats.with_gradients({name: there[name].add_(H.to(there[name])).div_(2) for name, H in known.items()})
-
-
 def _split(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
@@ -252,20 +167,26 @@ def _split(
     ask: Arguments,
     prepared: Mapping[str, Decomposition] | None,
     clock: Clock,
-    progress: bool,
-) -> _Result:
+) -> Result:
     """The same for SoLA, which has its own search."""
     table, new, moves = split(
         model, layers, stats, ask.method, ask.options, ratio=ask.ratio, ranks=ask.ranks, allocation=ask.allocation,
-        prepared=prepared, clock=clock, progress=progress,
+        prepared=prepared, clock=clock, progress=ask.progress,
     )  # fmt: skip
     for name, layer in new.items():
         model.set_submodule(name, layer)
     clock.lap("exchange")
-    return _Result(table, [name for name, layer in new.items() if isinstance(layer, CompressedLayer)], moves, 0)
+    return Result(table, [name for name, layer in new.items() if isinstance(layer, CompressedLayer)], moves)
 
 
-def _report(model: nn.Module, ask: Arguments, layers: Mapping[str, nn.Linear], result: _Result, clock: Clock) -> Report:
+def _report(
+    model: nn.Module,
+    ask: Arguments,
+    layers: Mapping[str, nn.Linear],
+    stats: Statistics | None,
+    result: Result,
+    clock: Clock,
+) -> Report:
     """What was done; told to the model, too, so that it is saved with it."""
     table = result.table
     before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
@@ -273,12 +194,13 @@ def _report(model: nn.Module, ask: Arguments, layers: Mapping[str, nn.Linear], r
     report = Report(
         method=ask.name, options=ask.method.resolve(ask.options),
         allocation=ask.allocation if ask.ranks is None else "given", factors=ask.factors,
-        shifted=ask.shifted, refine=ask.refine, search_tokens=result.tokens, ratio=ask.ratio,
+        shifted=ask.shifted, refine=ask.refine, distill=ask.distill, seed=ask.seed,
+        calibration=None if stats is None else stats.origin, search_tokens=result.tokens, ratio=ask.ratio,
         ratio_reached=1 - after / before, params_before=before, params_after=after, bytes_before=before * size,
         bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table,
-        moves=result.moves,
+        moves=list(result.moves),
     )  # fmt: skip
     if result.changed:
-        told = ("method", "options", "allocation", "factors", "shifted", "refine", "ratio", "ratio_reached")
+        told = ("method", "options", "allocation", "factors", "shifted", "refine", "distill", "ratio", "ratio_reached")
         mark_compressed(model, result.changed, **{name: getattr(report, name) for name in told})
     return report

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, LowRank, Method, Moments
 from nsvd.linalg.factors import n_params
+from nsvd.model.distill import distill_
 from nsvd.model.layers import CompressedLayer, stand_in
 from nsvd.model.moments import Statistics
 from nsvd.model.prepare import naming, prepare_layer
@@ -90,14 +91,9 @@ class Exchange:
                 return
             refine_block_(block, index, batches, self._stream_metric(inside[-1], batches[0]), steps=refine)
             self.clock.lap("refine")
-            for name in inside:
-                if name in ranks:
-                    now = model.get_submodule(name).dense()
-                    errors[name] = relative_errors(self.layers[name], now, self.stats, name)
-            self.clock.lap("errors")
+            errors.update(self._errors(model, [name for name in inside if name in ranks]))
 
-        weights = self.stats.shares(len(domains)) if self.stats else None
-        how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": weights}
+        how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(domains)}
         how |= {"finish": finish if refine else None, "progress": progress}
         try:
             replace_in_order_(model, domains, list(ranks), replace, **how)
@@ -106,6 +102,37 @@ class Exchange:
             raise
         self.clock.lap("follow")
         return errors
+
+    def distill(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        domains: Sequence[Tensor],
+        steps: int,
+        seed: int,
+        progress: bool,
+    ) -> Errors:
+        """All exchanged layers together, towards what the dense model predicts."""
+        names = list(names)
+        dense = {name: self.layers[name] for name in names}
+        try:
+            distill_(model, dense, domains, self._shares(domains), steps=steps, seed=seed, progress=progress)
+        except BaseException:
+            self.undo(model, names)
+            raise
+        self.clock.lap("distill")
+        return self._errors(model, names)
+
+    def _errors(self, model: nn.Module, names: Iterable[str]) -> Errors:
+        """Relative errors of what stands in the model now."""
+        errors = {}
+        for name in names:
+            errors[name] = relative_errors(self.layers[name], model.get_submodule(name).dense(), self.stats, name)
+        self.clock.lap("errors")
+        return errors
+
+    def _shares(self, domains: Sequence[Tensor]) -> list[float]:
+        return self.stats.shares(len(domains)) if self.stats else [1 / len(domains)] * len(domains)
 
     @property
     def gradients(self) -> Mapping[str, Tensor]:

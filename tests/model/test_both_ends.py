@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import nsvd
-from nsvd.model import compress
+from nsvd.model import whole_layers
+from nsvd.model.exchange import Exchange
 from nsvd.model.prepare import mean_gradients
 from tests.tiny import assert_same, logits, state, tiny_model, token_ids
 
@@ -56,6 +57,24 @@ def test_the_windows_of_the_two_ends_are_others():
     assert not first & set(seen)
 
 
+def test_ranks_are_found_on_every_second_window_and_all_are_followed(monkeypatch):
+    """Where ranks are given, or layers are not followed, the statistics are of all."""
+    followed = []
+
+    def in_order(self, model, ranks, domains, *rest, known=Exchange.in_order):
+        followed.append([tuple(ids.shape) for ids in domains])
+        return known(self, model, ranks, domains, *rest)
+
+    monkeypatch.setattr(Exchange, "in_order", in_order)
+    how = {"method": "best", "windows": IDS}
+    report = nsvd.compress_(tiny_model(), ratio=0.4, **how)
+    assert report.calibration["windows"] == [20, 9]
+    found = ranks(report)
+    assert nsvd.compress_(tiny_model(), ranks=found, **how).calibration["windows"] == [40, 9]
+    assert nsvd.compress_(tiny_model(), ratio=0.4, shifted=False, **how).calibration["windows"] == [40, 9]
+    assert followed == [[(40, 9)]] * 2
+
+
 def test_an_error_at_the_other_end_leaves_the_model_as_it_was(monkeypatch):
     """Gradients fail while the compressed layers are in their place."""
     model, stats = model_and_statistics()
@@ -64,7 +83,7 @@ def test_an_error_at_the_other_end_leaves_the_model_as_it_was(monkeypatch):
     def fails(*_args, **_how):
         raise FloatingPointError("no gradient")
 
-    monkeypatch.setattr(compress, "mean_gradients", fails)
+    monkeypatch.setattr(whole_layers, "mean_gradients", fails)
     with pytest.raises(FloatingPointError, match="no gradient"):
         nsvd.compress_(model, stats, method="best", ratio=0.4, windows=IDS)
     assert_same(before, model)
