@@ -11,6 +11,8 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+SEARCH_COUNT = 32  # windows of every part, as in the ASVD paper
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input, 1 for a notebook that failed."""
@@ -66,8 +68,11 @@ def compress(chosen: argparse.Namespace) -> None:
         raise ValueError(f"cache ratio is {chosen.cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
     if chosen.ratio is not None and not 0 <= chosen.ratio < 1:
         raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
-    if chosen.search_count < 1:
-        raise ValueError(f"--search-count is {chosen.search_count}; 1 window is the least")
+    strs = chosen.allocation == "strs"
+    if chosen.search_count is not None and (chosen.search_count < 1 or not strs):
+        raise ValueError(
+            f"--search-count is {chosen.search_count}; it goes with --allocation strs, 1 window is the least"
+        )
     for name in ("refine", "distill"):
         if getattr(chosen, name) < 0:
             raise ValueError(f"--{name} is {getattr(chosen, name)}, but a number of steps is not negative")
@@ -90,24 +95,27 @@ def compress(chosen: argparse.Namespace) -> None:
         if chosen.allocation == "strs" and len({ids.shape[1] for ids in windows}) > 1:
             raise ValueError(f"--allocation strs needs windows of one length, so not {name}")
         calibration = {"corpus": name, "seed": chosen.seed, "windows": [list(ids.shape) for ids in windows]}
-    if needed and chosen.cache_ratio is not None:  # for both
+    if needed and chosen.cache_ratio is not None:  # of the dense model, for the cache, too
         each = [nsvd.calibrate(model, ids, progress=bar) for ids in windows]
         stats = nsvd.mix(each, chosen.weights, model=model, ratio=chosen.ratio)
         calibration |= {"statistics": stats.origin}
-    about, said = {"model": chosen.model}, []
+    about, said, search = (
+        {"model": chosen.model},
+        [],
+        SEARCH_COUNT if chosen.search_count is None else chosen.search_count,
+    )
     if chosen.ratio is not None:
-        strs = chosen.allocation == "strs"
         report = nsvd.compress_(
             model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, factors=chosen.factors,
             shifted=chosen.shifted, refine=chosen.refine, distill=chosen.distill, windows=windows,
-            weights=chosen.weights if stats is None else "uniform", search_count=chosen.search_count if strs else None,
+            weights=chosen.weights if stats is None else "uniform", search_count=search if strs else None,
             seed=chosen.seed, progress=bar, **options,
         )  # fmt: skip
         about |= _as_json(report) | ({"moves": report.moves} if report.moves else {})
         if calibration:
             calibration |= {"statistics": report.calibration}
         if strs:
-            calibration["search_windows"] = [list(ids[: chosen.search_count].shape) for ids in windows]
+            calibration["search_windows"] = [list(ids[:search].shape) for ids in windows]
         dense = int(report.table.dense.sum())
         said.append(
             f"{report.ratio_reached:.1%} of {report.params_before:,} parameters removed ({report.params_after:,} left), "
@@ -290,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of gradient descent on all factors, towards the dense model",
     )
     sub.add_argument(
-        "--search-count", type=int, default=32, help="calibration windows for strs to search on (default: 32)"
+        "--search-count", type=int, help=f"calibration windows for strs to search on (default: {SEARCH_COUNT})"
     )
     common(sub)
 

@@ -178,7 +178,8 @@ def test_ranks_are_searched_on_request(method, here, capsys):
     """The embedded model by STRS on two windows, and by spectrum: target met, the allocation in report and config."""
     tiny = ["--method", method, "--ratio", 0.2, *SHORT]
     for allocation in ("strs", "spectrum"):
-        line = said(capsys, "compress", MINI, allocation, *tiny, "--allocation", allocation, "--search-count", 2)
+        search = ["--search-count", 2] if allocation == "strs" else []
+        line = said(capsys, "compress", MINI, allocation, *tiny, "--allocation", allocation, *search)
         assert line.startswith(f"{allocation}: ")
         report = json.loads((here / allocation / "nsvd_report.json").read_text(encoding="utf-8"))
         assert 0.2 <= report["ratio_reached"] < 0.201
@@ -250,6 +251,7 @@ def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
         ([*NSVD, "--count", 10**6], "too short"),
         ([*NSVD, "--count", 0], "0 windows"),
         ([*NSVD, "--allocation", "strs", "--search-count", -1], "--search-count is -1"),
+        ([*NSVD, "--search-count", 8], "goes with --allocation strs"),
         ([*NSVD, "--length", 1], "2 tokens at least"),
         ([*NSVD, "--refine", -1], "--refine is -1"),
         ([*NSVD, "--distill", -2], "--distill is -2"),

@@ -29,7 +29,7 @@ English, Chinese and Japanese; stored in bfloat16. It is made to be compressed a
   what is in `data/text` is part of the project; the weights are.
 * **Training**: {begin}{tokens:,} tokens ({per_parameter:.1f} a parameter), {steps:,} steps of {batch} windows; Muon for the
   matrices of the blocks (rate {lr_matrix}), AdamW for the rest ({lr_rest}), linear decay to zero over the last {decay:.0%},
-  seed {seed}; {hours:.1f} hours.
+  seed {seed}; {hours:.1f} hours on {machine}.
 
 {curve}
 
@@ -49,8 +49,8 @@ Inputs of the layers on that calibration text, over the {inputs} distinct inputs
 """
 
 
-def card(folder: Path, corpora: list[str], calibration: str = EMBEDDED[0]) -> str:
-    """Markdown text about the model in a folder that ``nsvd.lab.training`` wrote."""
+def card(folder: Path, corpora: list[str], machine: str, calibration: str = EMBEDDED[0]) -> str:
+    """Markdown text about the model in a folder that ``nsvd.lab.training`` wrote, on the kind of machine named."""
     recipe = Recipe.load(folder / "recipe.json")
     curve = [json.loads(line) for line in (folder / "training.jsonl").open()]
     model, tokenizer = load(folder, dtype="float32")
@@ -94,6 +94,7 @@ def card(folder: Path, corpora: list[str], calibration: str = EMBEDDED[0]) -> st
         per_parameter=last["tokens"] / size,
         steps=last["step"],
         hours=last["seconds"] / 3600,
+        machine=machine,
         curve=_markdown(
             [{"million tokens": f"{row['tokens'] / 1e6:.1f}", "loss": f"{row['loss']:.3f}"} for row in picked]
         ),
@@ -114,9 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m nsvd.lab.card", description=main.__doc__)
     parser.add_argument("model", choices=embedded_models())
     parser.add_argument("--data", nargs="*", default=[], metavar="CORPUS", help="measured besides the embedded corpora")
+    parser.add_argument("--machine", default="a CPU", help="kind of machine it was trained on (default: a CPU)")
     chosen = parser.parse_args()
     folder = embedded_models()[chosen.model]
-    text = card(folder, [*EMBEDDED, *chosen.data])
+    text = card(folder, [*EMBEDDED, *chosen.data], chosen.machine)
     with replacing(folder / "README.md") as part:
         part.write_text(text, encoding="utf-8")
 

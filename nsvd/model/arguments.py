@@ -11,7 +11,7 @@ from nsvd.linalg import Method
 from nsvd.linalg.factors import check_factors
 from nsvd.linalg.methods import SplitMethod
 from nsvd.model.allocation import ALLOCATIONS, check_allocation
-from nsvd.model.moments import check_mixture
+from nsvd.model.moments import check_mixture, check_windows
 from nsvd.model.recipes import RECIPES, base_method, recipe
 from nsvd.model.sola import SOLA_ALLOCATIONS
 
@@ -87,6 +87,8 @@ def resolve(
         domains=[windows] if isinstance(windows, Tensor) else list(windows or ()),
         search_count=search_count, seed=seed, progress=progress,
     )  # fmt: skip
+    for ids in ask.domains:
+        check_windows(ids)
     check_factors(ask.factors)
     check_mixture(weights, max(1, len(ask.domains)))
     if weights != "uniform" and not (ask.domains or ask.sampled):
@@ -94,21 +96,22 @@ def resolve(
     if weights == "worst-case" and ratio is None:
         raise ValueError("worst-case weights are found for a ratio; give it in place of ranks")
     check_allocation(ask.allocation, ratio, ranks, ask.domains, among=SOLA_ALLOCATIONS if splits else ALLOCATIONS)
-    last = {"refine": refine, "distill": distill}
     absent = {"pivoted factors": ask.factors != "plain", "shifted inputs": ask.shifted}
     absent |= {"refinement": refine, "distillation": distill}
     for what, wanted in absent.items():
         if splits and wanted:
             raise ValueError(f"{method.label} has no {what}")
-    for what, steps in last.items():
-        if steps < 0:
-            raise ValueError(f"{what} is {steps}, but a number of steps is not negative")
+    for what, steps in (("refine", refine), ("distill", distill)):
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"{what} is {steps}, but a number of steps is whole and not negative")
     if refine and not ask.shifted:
         raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
     if ask.shifted and not (ask.domains or ask.sampled):
         raise ValueError("shifted inputs are followed on a text: pass windows=")
     if distill and not (ask.domains or ask.sampled):
         raise ValueError("distill goes over a text: pass windows=, such as own_text(model)")
+    if search_count is not None and ask.allocation != "strs":
+        raise ValueError(f"search_count is of allocation 'strs'; allocation {ask.allocation!r} searches on no text")
     if search_count is not None and search_count < 1:
         raise ValueError(f"search_count is {search_count}; 1 window is the least")
     return ask

@@ -13,6 +13,7 @@ from nsvd.linalg import Decomposition
 from nsvd.model.allocation import uniform
 from nsvd.model.arguments import Arguments, resolve
 from nsvd.model.checkpoint import is_compressed, mark_compressed
+from nsvd.model.exchange import Exchange
 from nsvd.model.layers import CompressedLayer
 from nsvd.model.moments import Statistics
 from nsvd.model.prepare import check_statistics, check_weights, take_statistics
@@ -20,7 +21,7 @@ from nsvd.model.report import Clock, peak_memory, versions
 from nsvd.model.sampling import own_text
 from nsvd.model.sola import split
 from nsvd.model.targets import targets
-from nsvd.model.whole_layers import Result, WholeLayers
+from nsvd.model.whole_layers import Result, factor
 
 RANKS_EVERY = (
     2  # every second window is enough for moments that decide on ranks alone, as where the layers see shifted ones
@@ -38,6 +39,7 @@ class Report:
     shifted: bool
     refine: int  # steps a block
     distill: int  # steps
+    losses: list[float]  # at every one of them, nats a token
     seed: int
     calibration: dict | None  # where the statistics come from, and the weights of several domains
     search_tokens: int  # that went through the model to find the ranks
@@ -50,7 +52,9 @@ class Report:
     seconds: dict[str, float]  # by stage
     peak_memory: int  # bytes: of the GPU where there is one, else of the process so far
     versions: dict[str, str]
-    table: pd.DataFrame  # a row a layer; errors of the float64 factors, or of the refined ones in the model's dtype
+    table: (
+        pd.DataFrame
+    )  # a row a layer; errors of the float64 factors, or of refined and distilled ones in the model's dtype
     moves: list = field(default_factory=list)  # of SoLA's search, see ``nsvd.linalg.sola_ranks``
 
     def as_dict(self) -> dict:
@@ -106,20 +110,20 @@ def compress_(
             where the statistics hold the gradients of a block's last layer, else all alike.
         distill: after everything, this many steps of gradient descent on all factors at once, towards what the dense model
             predicts after every token of ``windows`` (Kullback–Leibler divergence). Two hundred are what it takes; each costs
-            some five passes over 1024 tokens of every domain, and memory for the gradients of the whole model.
+            some four passes over 1024 tokens of every domain, a window at least, and memory for the gradients of the whole model.
         windows: token ids (count, length), or one such tensor for each of several domains: to calibrate on
             when ``stats`` is not given (every second one, with ``shifted``), to search on with ``strs``, to take gradients from, to
             follow with ``shifted``, to ``distill`` on.
         weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
             ``mix``. Statistics that are given bring the weights they were mixed with.
         search_count: how many windows of every domain ``strs`` searches on; by default all.
-        prepared: what ``prepare`` returned for this model, statistics, outer step and options.
+        prepared: what ``prepare`` returned for this model, statistics, outer step and options; to follow inputs needs others.
         seed: of what is sampled.
 
     Raises:
         ValueError: unknown method, option, allocation or layer; ratio or k1 out of range or rounding to nothing (the layer
             is named); NaN or Inf in a weight (the layer is named); statistics that do not fit; a model compressed before.
-        FloatingPointError: NaN or Inf in an activation, from ``calibrate``, or in a loss of the search.
+        FloatingPointError: NaN or Inf in an activation, from ``calibrate``, in a loss of the search, or in one of the last steps.
     """
     ask = resolve(
         method, options, ratio=ratio, ranks=ranks, allocation=allocation, factors=factors, shifted=shifted, refine=refine,
@@ -144,7 +148,7 @@ def compress_(
     if ask.splits:
         result = _split(model, layers, stats, ask, prepared, clock)
     else:
-        result = WholeLayers(model, layers, ask, clock).run(stats, wanted, prepared)
+        result = factor(Exchange(model, layers, stats, ask, clock), wanted, prepared)
     return _report(model, ask, layers, stats, result, clock)
 
 
@@ -168,7 +172,7 @@ def _split(
     prepared: Mapping[str, Decomposition] | None,
     clock: Clock,
 ) -> Result:
-    """The same for SoLA, which has its own search."""
+    """``compress_`` by SoLA, which has its own search for ranks."""
     table, new, moves = split(
         model, layers, stats, ask.method, ask.options, ratio=ask.ratio, ranks=ask.ranks, allocation=ask.allocation,
         prepared=prepared, clock=clock, progress=ask.progress,
@@ -176,7 +180,7 @@ def _split(
     for name, layer in new.items():
         model.set_submodule(name, layer)
     clock.lap("exchange")
-    return Result(table, [name for name, layer in new.items() if isinstance(layer, CompressedLayer)], moves)
+    return Result(table, [name for name, layer in new.items() if isinstance(layer, CompressedLayer)], moves=moves)
 
 
 def _report(
@@ -194,7 +198,7 @@ def _report(
     report = Report(
         method=ask.name, options=ask.method.resolve(ask.options),
         allocation=ask.allocation if ask.ranks is None else "given", factors=ask.factors,
-        shifted=ask.shifted, refine=ask.refine, distill=ask.distill, seed=ask.seed,
+        shifted=ask.shifted, refine=ask.refine, distill=ask.distill, losses=list(result.losses), seed=ask.seed,
         calibration=None if stats is None else stats.origin, search_tokens=result.tokens, ratio=ask.ratio,
         ratio_reached=1 - after / before, params_before=before, params_after=after, bytes_before=before * size,
         bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nsvd.model.descent import descend_, shuffled
-from nsvd.model.hooks import evaluating
+from nsvd.model.hooks import evaluating, exchanged
 
 TOKENS = 1024  # of every domain in a step, a window at least
 
@@ -25,43 +23,34 @@ def distill_(
     steps: int,
     seed: int = 0,
     progress: bool = False,
-) -> None:
+) -> list[float]:
     """Lower Σ weight · E KL(dense ‖ compressed) of the next-token distributions over the factors of the model, in place.
 
     Nats a token, E over the tokens of a domain's windows (token ids, count × length each); ``layers`` are the dense ones
     that the compressed layers stand for, so with them in place the model is its own teacher. Knowledge distillation
     (arXiv 1503.02531) at temperature 1: the text gives the contexts only, none of its tokens is a target. Every step needs
-    the gradients of the whole model.
+    the gradients of the whole model. Domains of weight 0 are left out.
+
+    Returns:
+        The loss at every step, on the windows of this step.
+
+    Raises:
+        FloatingPointError: if it becomes NaN or Inf.
     """
-    sizes = [min(max(1, TOKENS // ids.shape[1]), len(ids)) for ids in domains]
-    orders = [shuffled(len(ids), steps * n, seed) for ids, n in zip(domains, sizes, strict=True)]
-    bar = tqdm(total=steps, desc="distill", disable=not progress, leave=False)
+    texts = [(ids, weight) for ids, weight in zip(domains, weights, strict=True) if weight]
+    sizes = [min(max(1, TOKENS // ids.shape[1]), len(ids)) for ids, _ in texts]
+    orders = [shuffled(len(ids), steps * n, seed) for (ids, _), n in zip(texts, sizes, strict=True)]
+    device = next(model.parameters()).device
 
-    def loss(step: int) -> Tensor:
-        parts = []
-        for ids, n, order, weight in zip(domains, sizes, orders, weights, strict=True):
-            ids = ids[order[step * n : (step + 1) * n]].to(next(model.parameters()).device)
-            with torch.no_grad(), instead(model, layers):
-                wanted = _predicted(model, ids)
-            parts.append(weight * (wanted.exp() * (wanted - _predicted(model, ids))).sum(-1).mean())
-        bar.update()
-        return sum(parts)
+    def loss(step: int) -> Iterator[Tensor]:
+        for (ids, weight), n, order in zip(texts, sizes, orders, strict=True):
+            some = ids[order[step * n : (step + 1) * n]].to(device)
+            with torch.no_grad(), exchanged(model, layers):
+                wanted = _predicted(model, some)
+            yield weight * (wanted.exp() * (wanted - _predicted(model, some))).sum(-1).mean()
 
-    with evaluating(model), bar:
-        descend_(model, loss, steps=steps)
-
-
-@contextmanager
-def instead(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """These modules in the place of those of the same names, for a while."""
-    before = {name: model.get_submodule(name) for name in modules}
-    try:
-        for name, module in modules.items():
-            model.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in before.items():
-            model.set_submodule(name, module)
+    with evaluating(model):
+        return descend_(model, loss, steps=steps, name="distillation", progress=progress)
 
 
 def _predicted(model: nn.Module, ids: Tensor) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nsvd.linalg import Decomposition, LowRank, Method, Moments
+from nsvd.linalg import Decomposition, LowRank, Moments, saves_parameters
 from nsvd.linalg.factors import n_params
+from nsvd.model.arguments import Arguments
 from nsvd.model.distill import distill_
 from nsvd.model.layers import CompressedLayer, stand_in
 from nsvd.model.moments import Statistics
@@ -22,141 +23,120 @@ from nsvd.model.report import Clock, relative_errors
 from nsvd.model.shifted import Batch, replace_in_order_
 
 TARGET_RIDGE = 0.03  # of shifted targets, for methods without a ridge of their own: the inputs never fix a target alone
-Errors = dict[str, dict[str, float]]  # relative errors by layer
 
 
 @dataclass
 class Exchange:
-    """Factor layers by one method and put the factors in their place."""
+    """Factor layers of a model as the arguments of ``compress_`` ask, and put the factors in their place."""
 
-    layers: Mapping[str, nn.Linear]
+    model: nn.Module
+    layers: Mapping[str, nn.Linear]  # dense, all that could be exchanged
     stats: Statistics | None
-    method: Method
-    options: dict
-    factors: str
+    ask: Arguments
     clock: Clock
+    errors: dict[str, dict[str, float]] = field(default_factory=dict, init=False)  # relative ones, by layer
 
-    def cut(self, name: str, one: Decomposition, k: int) -> tuple[CompressedLayer, dict[str, float]]:
-        """The stand-in of a layer, and its relative errors."""
-        with naming(name):
-            value: LowRank = self.method.cut(one, k, **self.options)
-        new = stand_in(self.layers[name], value, self.factors)
-        self.clock.lap("cut")
-        errors = relative_errors(self.layers[name], value.dense(), self.stats, name)
-        self.clock.lap("errors")
-        return new, errors
+    def __post_init__(self) -> None:
+        self.options = self.ask.method.resolve(self.ask.options)
 
-    def at_once(
-        self, model: nn.Module, ranks: Mapping[str, int], prepared: Mapping[str, Decomposition] | None, progress: bool
-    ) -> Errors:
+    def smaller(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        """The ranks of those layers that are worth exchanging."""
+        shapes = {name: self.layers[name].weight.shape for name in ranks}
+        return {name: k for name, k in ranks.items() if saves_parameters(*shapes[name], k, self.ask.factors)}
+
+    def at_once(self, ranks: Mapping[str, int], prepared: Mapping[str, Decomposition] | None) -> None:
         """Every layer for the inputs of the dense model; all factored before the first is exchanged."""
-        new, errors = {}, {}
-        for name, k in tqdm(ranks.items(), "compress", disable=not progress, leave=False):
+        new = {}
+        for name, k in tqdm(ranks.items(), "compress", disable=not self.ask.progress, leave=False):
             layer = self.layers[name]
             have = None if prepared is None else prepared[name].to(layer.weight.device)
-            one = have or prepare_layer(layer, name, self.stats, self.method, self.options)
+            one = have or prepare_layer(layer, name, self.stats, self.ask.method, self.options)
             self.clock.lap("decompose")
-            new[name], errors[name] = self.cut(name, one, k)
+            new[name] = self._cut(name, one, k)
         for name, layer in new.items():
-            model.set_submodule(name, layer)
+            self.model.set_submodule(name, layer)
         self.clock.lap("exchange")
-        return errors
 
-    def undo(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Put the layers themselves back."""
-        for name in names:
-            model.set_submodule(name, self.layers[name])
-
-    def in_order(
-        self, model: nn.Module, ranks: Mapping[str, int], domains: Sequence[Tensor], refine: int, progress: bool
-    ) -> Errors:
+    def in_order(self, ranks: Mapping[str, int]) -> None:
         """Every layer for the inputs that the layers before it leave it, towards what the dense model has there."""
-        errors: Errors = {}
+        ask = self.ask
 
         def replace(name: str, target: Tensor, moments: Moments) -> CompressedLayer:
             self.clock.lap("follow")
-            H = self.gradients.get(name)
+            H = self._gradients.get(name)
             known = dataclasses.replace(moments, H=None if H is None else H.to(target.device))
             with naming(name):
-                one = self.method.prepare(target, known, **self.options)
+                one = ask.method.prepare(target, known, **self.options)
             self.clock.lap("decompose")
-            new, errors[name] = self.cut(name, one, ranks[name])
-            return new
+            return self._cut(name, one, ranks[name])
 
         def finish(index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
             self.clock.lap("follow")
-            prefix = next(name for name, module in model.named_modules() if module is block)
+            prefix = next(name for name, module in self.model.named_modules() if module is block)
             inside = [name for name in self.layers if name.startswith(f"{prefix}.")]
             if not any(name in ranks for name in inside):
                 return
-            refine_block_(block, index, batches, self._stream_metric(inside[-1], batches[0]), steps=refine)
+            H = self._stream_metric(inside[-1], batches[0])
+            refine_block_(block, index, batches, H, steps=ask.refine, seed=ask.seed)
             self.clock.lap("refine")
-            errors.update(self._errors(model, [name for name in inside if name in ranks]))
+            self._measure(name for name in inside if name in ranks)
 
-        how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(domains)}
-        how |= {"finish": finish if refine else None, "progress": progress}
-        try:
-            replace_in_order_(model, domains, list(ranks), replace, **how)
-        except BaseException:
-            self.undo(model, ranks)
-            raise
+        how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(), "progress": ask.progress}
+        how |= {"finish": finish if ask.refine else None}
+        replace_in_order_(self.model, ask.domains, list(ranks), replace, **how)
         self.clock.lap("follow")
-        return errors
 
-    def distill(
-        self,
-        model: nn.Module,
-        names: Iterable[str],
-        domains: Sequence[Tensor],
-        steps: int,
-        seed: int,
-        progress: bool,
-    ) -> Errors:
-        """All exchanged layers together, towards what the dense model predicts."""
-        names = list(names)
-        dense = {name: self.layers[name] for name in names}
-        try:
-            distill_(model, dense, domains, self._shares(domains), steps=steps, seed=seed, progress=progress)
-        except BaseException:
-            self.undo(model, names)
-            raise
+    def distill(self, names: Sequence[str]) -> list[float]:
+        """All exchanged layers together, towards what the dense model predicts; the loss at every step."""
+        ask, dense = self.ask, {name: self.layers[name] for name in names}
+        how = {"steps": ask.distill, "seed": ask.seed, "progress": ask.progress}
+        losses = distill_(self.model, dense, ask.domains, self._shares(), **how)
         self.clock.lap("distill")
-        return self._errors(model, names)
+        self._measure(names)
+        return losses
 
-    def _errors(self, model: nn.Module, names: Iterable[str]) -> Errors:
-        """Relative errors of what stands in the model now."""
-        errors = {}
+    def undo(self, names: Iterable[str]) -> None:
+        """Put the layers themselves back."""
         for name in names:
-            errors[name] = relative_errors(self.layers[name], model.get_submodule(name).dense(), self.stats, name)
-        self.clock.lap("errors")
-        return errors
+            self.model.set_submodule(name, self.layers[name])
 
-    def _shares(self, domains: Sequence[Tensor]) -> list[float]:
-        return self.stats.shares(len(domains)) if self.stats else [1 / len(domains)] * len(domains)
+    def table(self, wanted: Mapping[str, int], smaller: Mapping[str, int]) -> pd.DataFrame:
+        """A row a layer for the report."""
+        rows = []
+        for name, layer in self.layers.items():
+            d_out, d_in = layer.weight.shape
+            params = n_params(d_out, d_in, smaller[name], self.ask.factors) if name in smaller else d_out * d_in
+            row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": wanted.get(name), "dense": name not in smaller}
+            rows.append(row | {"params": params} | self.errors.get(name, {}))
+        return pd.DataFrame(rows).astype({"rank": "Int64"})
+
+    def _cut(self, name: str, one: Decomposition, k: int) -> CompressedLayer:
+        """The stand-in of a layer; its errors are noted."""
+        with naming(name):
+            value: LowRank = self.ask.method.cut(one, k, **self.options)
+        new = stand_in(self.layers[name], value, self.ask.factors)
+        self.clock.lap("cut")
+        self.errors[name] = relative_errors(self.layers[name], value.dense(), self.stats, name)
+        self.clock.lap("errors")
+        return new
+
+    def _measure(self, names: Iterable[str]) -> None:
+        """Note the errors of what stands in the model now."""
+        for name in names:
+            now = self.model.get_submodule(name).dense()
+            self.errors[name] = relative_errors(self.layers[name], now, self.stats, name)
+        self.clock.lap("errors")
+
+    def _shares(self) -> list[float]:
+        count = len(self.ask.domains)
+        return self.stats.shares(count) if self.stats else [1 / count] * count
 
     @property
-    def gradients(self) -> Mapping[str, Tensor]:
+    def _gradients(self) -> Mapping[str, Tensor]:
         """H of the layers that the statistics know it of."""
         return {} if self.stats is None else self.stats.gradients
 
     def _stream_metric(self, last: str, item: Batch) -> Tensor | None:
         """H of the block's last layer, what the loss makes of errors there; None where it is not known, or no H of the stream."""
-        H = self.gradients.get(last)
+        H = self._gradients.get(last)
         return None if H is None or len(H) != item.ours.shape[-1] else H.to(item.ours.device, torch.float32)
-
-
-def layer_table(
-    layers: Mapping[str, nn.Linear],
-    wanted: Mapping[str, int],
-    smaller: Mapping[str, int],
-    factors: str,
-    errors: Mapping[str, dict],
-) -> pd.DataFrame:
-    """A row a layer for the report."""
-    rows = []
-    for name, layer in layers.items():
-        d_out, d_in = layer.weight.shape
-        params = n_params(d_out, d_in, smaller[name], factors) if name in smaller else d_out * d_in
-        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": wanted.get(name), "dense": name not in smaller}
-        rows.append(row | {"params": params} | errors.get(name, {}))
-    return pd.DataFrame(rows).astype({"rank": "Int64"})

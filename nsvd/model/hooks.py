@@ -1,4 +1,4 @@
-"""Look at the inputs of named layers while a model runs; run it as it is used, not as it is trained."""
+"""Look at the inputs of named layers while a model runs, or exchange layers for a while; run it as it is used, not as trained."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ def intervening(
             hook = model.get_submodule(name).register_forward_hook(lambda _m, _args, y, f=f: f(y))
             stack.callback(hook.remove)
         yield
+
+
+@contextmanager
+def exchanged(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The named layers of the model replaced while in the context; put back on exit, also when something raises."""
+    before = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield
+    finally:
+        for name, layer in before.items():
+            model.set_submodule(name, layer)
 
 
 @contextmanager

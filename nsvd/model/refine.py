@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,11 @@ def refine_block_(
     """
     order, unit = shuffled(len(batches), steps, seed), _units(block, index, batches, H)
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int) -> Iterator[Tensor]:
         item = batches[order[step]]
-        return item.weight * _error(block, index, item, H) / unit[item.domain]
+        yield item.weight * _error(block, index, item, H) / unit[item.domain]
 
-    descend_(block, loss, steps=steps)
+    descend_(block, loss, steps=steps, name=f"refinement of block {index}")
 
 
 def _error(block: nn.Module, index: int, item: Batch, H: Tensor | None) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, LowRank, Method, by_name, rank_for_ratio
 from nsvd.model.files import fingerprint
+from nsvd.model.hooks import exchanged
 from nsvd.model.layers import LowRankLinear
 from nsvd.model.loss import window_losses
 from nsvd.model.moments import Statistics, calibrate
@@ -122,19 +122,6 @@ def sensitivity(
                     records.add(about | {"layer": name, "kept": fraction}, found)
             rows.append({"layer": name, "kept": fraction} | found)
     return Sensitivity(pd.DataFrame(rows, columns=COLUMNS), dense)
-
-
-@contextmanager
-def exchanged(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The named layers of the model replaced while in the context; put back on exit, also when something raises."""
-    before = {name: model.get_submodule(name) for name in layers}
-    try:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-        yield
-    finally:
-        for name, layer in before.items():
-            model.set_submodule(name, layer)
 
 
 def losses_with(model: nn.Module, factors: Mapping[str, LowRank], windows: Tensor) -> list[float]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import nsvd
-from nsvd.model import distill
+from nsvd.model import descent, distill, exchange
 from nsvd.model.descent import descend_, shuffled
-from nsvd.model.distill import distill_, instead
+from nsvd.model.distill import distill_
+from nsvd.model.hooks import exchanged
 from tests.tiny import assert_refused, assert_same, float32, state, tiny_model, token_ids  # noqa: F401
 
 IDS, OTHER = token_ids(12, 16), token_ids(8, 10)
@@ -42,11 +43,14 @@ def test_predictions_come_nearer_to_those_of_the_dense_model(family):
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     known = [divergence(model, dense, ids) for ids in (IDS, OTHER)]
     model.train()
-    distill_(model, layers, [IDS, OTHER], [0.5, 0.5], steps=30)
+    losses = distill_(model, layers, [IDS, OTHER], [0.5, 0.5], steps=30)
     assert all(module.training for module in model.modules())
     model.eval()
     now = [divergence(model, dense, ids) for ids in (IDS, OTHER)]
     assert sum(now) < 0.8 * sum(known)
+    assert len(losses) == 30
+    assert losses[0] == pytest.approx(sum(known) / 2, rel=1e-3)
+    assert losses[-1] == pytest.approx(sum(now) / 2, rel=0.02)
     after = model.state_dict()
     factors = {name for name in before if name.endswith((".down.weight", ".up.weight"))}
     assert factors == {name for name in before if not torch.equal(before[name], after[name])}
@@ -57,14 +61,24 @@ def test_the_loss_is_the_weighted_divergence_from_the_dense_model(monkeypatch):
     """One batch of each domain holds all its windows here, so that the order does not matter."""
     dense, model, layers = low_rank(dtype=torch.float64)
     seen = []
-    monkeypatch.setattr(distill, "descend_", lambda _model, loss, steps: seen.append(loss(0)))
+    monkeypatch.setattr(distill, "descend_", lambda _model, loss, **_how: seen.append(sum(loss(0))))
     distill_(model, layers, [IDS, OTHER], [0.3, 0.7], steps=1)
     expected = 0.3 * divergence(model, dense, IDS) + 0.7 * divergence(model, dense, OTHER)
     assert seen[0].item() == pytest.approx(expected, rel=1e-9)
     assert divergence(dense, dense, IDS) == 0
 
 
+def test_it_generalizes():
+    """On windows that no step has seen the divergence falls as well."""
+    dense, model, layers = low_rank()
+    unseen = token_ids(20, 16, seed=9)
+    before = divergence(model, dense, unseen)
+    distill_(model, layers, [token_ids(200, 16, seed=8)], [1.0], steps=60)
+    assert divergence(model, dense, unseen) < 0.9 * before
+
+
 def test_a_domain_of_weight_0_is_no_matter():
+    """Not even where the model has no prediction for it."""
     results = []
     for other in (OTHER, token_ids(8, 10, seed=5)):
         _, model, layers = low_rank()
@@ -101,13 +115,35 @@ def test_compress_ends_with_it(how):
     assert divergence(made[0], dense, IDS) < divergence(made[2], dense, IDS)
 
 
-def test_factors_keep_the_dtype_of_the_model():
-    """Steps too small for it add up in float32."""
-    one, other = (tiny_model(dtype=torch.bfloat16) for _ in range(2))
-    nsvd.compress_(one, method="svd", ratio=0.4, windows=IDS, distill=10)
-    nsvd.compress_(other, method="svd", ratio=0.4)
-    assert {p.dtype for p in one.parameters()} == {torch.bfloat16}
-    assert not same_weights(one, other)
+def test_steps_too_small_for_the_dtype_of_the_model_add_up(monkeypatch):
+    """Each is a hundredth of what bfloat16 can tell apart; a hundred of them move the factors, which stay bfloat16."""
+    moved = {}
+    for steps in (1, 100):
+        one, other = (tiny_model(dtype=torch.bfloat16) for _ in range(2))
+        nsvd.compress_(other, method="svd", ratio=0.4)
+        nsvd.compress_(one, method="svd", ratio=0.4)
+        monkeypatch.setattr(descent, "RATE", 1e-4)
+        descent.descend_(one, lambda _step, one=one: [sum_of(one)], steps=steps, name="test")
+        assert {p.dtype for p in one.parameters()} == {torch.bfloat16}
+        start = dict(other.named_parameters())
+        factors = [(p, start[n]) for n, p in one.named_parameters() if n.endswith(".down.weight")]
+        moved[steps] = sum((p != q).sum().item() for p, q in factors) / sum(p.numel() for p, _ in factors)
+    assert moved[1] < 0.05 < 0.3 < moved[100]
+
+
+def sum_of(model):
+    """A loss of which every factor has a gradient of one sign."""
+    return sum(p.sum() for n, p in model.named_parameters() if n.endswith((".down.weight", ".up.weight")))
+
+
+def test_weights_and_seed_reach_it(monkeypatch):
+    """Those the statistics were mixed with; the seed of the call, for both last steps."""
+    seen = []
+    monkeypatch.setattr(exchange, "distill_", lambda *args, **how: seen.append((args[3], how["seed"])) or [])
+    monkeypatch.setattr(exchange, "refine_block_", lambda *_args, **how: seen.append(how["seed"]))
+    how = {"windows": [IDS, OTHER], "weights": [1, 4], "ratio": 0.4, "shifted": True, "refine": 2, "distill": 2}
+    nsvd.compress_(tiny_model(), method="asvd-1", seed=7, **how)
+    assert seen == [7, 7, ([0.2, 0.8], 7)]
 
 
 def test_best_distils_on_the_text_it_samples():
@@ -119,6 +155,8 @@ def test_best_distils_on_the_text_it_samples():
     ("arguments", "message"),
     [
         ({"method": "svd", "distill": -1}, "distill is -1"),
+        ({"method": "svd", "distill": 2.5, "windows": IDS}, "distill is 2.5"),
+        ({"method": "svd", "distill": 2, "windows": IDS[:0]}, r"not \(0, 16\)"),
         ({"method": "svd", "distill": 3}, "distill goes over a text"),
         ({"method": "sola", "distill": 3, "windows": IDS}, "SoLA has no distillation"),
     ],
@@ -127,17 +165,40 @@ def test_what_does_not_go_together_is_refused(arguments, message):
     assert_refused(tiny_model(), None, {"ratio": 0.3} | arguments, message)
 
 
-def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+@pytest.mark.parametrize(("call", "step"), [(4, 2), (8, 4)])
+def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was(call, step, monkeypatch):
+    """In a step on the way or in the last one."""
     model = tiny_model()
     before, calls = state(model), []
 
     def predicted(model, ids, known=distill._predicted):
         calls.append(len(ids))
-        return known(model, ids) * (float("nan") if len(calls) == 4 else 1.0)
+        return known(model, ids) * (float("nan") if len(calls) == call else 1.0)
 
     monkeypatch.setattr(distill, "_predicted", predicted)
-    with pytest.raises(FloatingPointError, match="loss is nan at step 2 of the last 5"):
-        nsvd.compress_(model, method="svd", ratio=0.5, windows=IDS, distill=5)
+    with pytest.raises(FloatingPointError, match=f"distillation: NaN or Inf at step {step} of 4"):
+        nsvd.compress_(model, method="svd", ratio=0.5, windows=IDS, distill=4)
+    assert_same(before, model)
+
+
+def test_so_does_a_gradient_that_is_not_finite():
+    """The loss itself is fine: the square root of 0."""
+    _, model, _ = low_rank()
+    with pytest.raises(FloatingPointError, match="test: NaN or Inf at step 1 of 1, at a loss of 0"):
+        descend_(model, lambda _step: [(0 * sum_of(model)).abs().sqrt()], steps=1, name="test")
+
+
+def test_and_an_error_after_it(monkeypatch):
+    """When what came out is measured, say for want of memory."""
+    model = tiny_model()
+    before = state(model)
+
+    def fails(*_args):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(exchange.Exchange, "_measure", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        nsvd.compress_(model, method="svd", ratio=0.5, windows=IDS, distill=2)
     assert_same(before, model)
 
 
@@ -148,7 +209,7 @@ def test_modules_are_put_back_whatever_happens():
     seen = []
 
     def use_and_fail():
-        with instead(model, {name: other}):
+        with exchanged(model, {name: other}):
             seen.append(model.get_submodule(name))
             raise KeyError
 
@@ -162,7 +223,7 @@ def test_without_factors_there_is_nothing_to_descend_on():
     def loss(_step):
         raise AssertionError("the loss was asked for")
 
-    descend_(tiny_model(), loss, steps=3)
+    assert descend_(tiny_model(), loss, steps=3, name="test") == []
 
 
 def test_every_window_comes_up_before_any_comes_again():

@@ -235,6 +235,18 @@ def test_other_gradients_are_another_table(stats, tmp_path):
     assert tables[0].scores != tables[1].scores
 
 
+def test_the_search_may_read_fewer_windows_than_are_followed():
+    """Ranks are those of a search on the first of them alone; all tokens of both searches are counted."""
+    how = {"method": "kfac", "ratio": 0.3, "allocation": "strs", "windows": TEXT}
+    given = nsvd.calibrate(tiny_model(), TEXT).with_gradients(nsvd.fisher(tiny_model(), TEXT))
+    some = nsvd.compress_(tiny_model(), given, search_count=2, **how)
+    alone = nsvd.compress_(tiny_model(), given, **how | {"windows": TEXT[:2]})
+    assert some.table["rank"].equals(alone.table["rank"])
+    assert some.search_tokens == alone.search_tokens > 0
+    twice = nsvd.compress_(tiny_model(), given, search_count=2, shifted=True, **how)
+    assert twice.search_tokens == 2 * some.search_tokens
+
+
 @pytest.mark.parametrize("factors", ["plain", "pivoted"])
 @pytest.mark.parametrize("choice", ["strs", "spectrum", "fisher"])
 @pytest.mark.parametrize(
@@ -326,6 +338,11 @@ def test_a_perplexity_target_is_kept(stats):
         ({"ratio": 0.3, "allocation": "best"}, "unknown allocation 'best'; there are uniform, strs, spectrum"),
         ({"ratio": 0.3, "allocation": "strs"}, "pass windows="),
         ({"ratio": 0.3, "allocation": "strs", "windows": []}, "pass windows="),
+        (
+            {"ratio": 0.3, "search_count": 2, "windows": IDS},
+            "search_count is of allocation 'strs'; allocation 'uniform'",
+        ),
+        ({"ratio": 0.3, "allocation": "strs", "search_count": 0, "windows": IDS}, "search_count is 0"),
         ({"ratio": 0.3, "allocation": "strs", "windows": [IDS, IDS[:, :9]]}, "pass windows=, of one length"),
         ({"ratio": 0.3, "factors": "sparse"}, "unknown factors 'sparse'; there are plain, pivoted"),
         ({"ranks": {Q: 3}, "allocation": "fisher"}, "give ratio in place of ranks"),
