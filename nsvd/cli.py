@@ -288,14 +288,18 @@ def _parser() -> argparse.ArgumentParser:
         "--shifted", action=argparse.BooleanOptionalAction, help="fit every layer to the inputs it will really get"
     )
     sub.add_argument(
-        "--refine", type=int, default=0, metavar="STEPS", help="of gradient descent on each block's factors"
+        "--refine",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="of gradient descent on each block's factors, a hundred or two, with --shifted (default: 0)",
     )
     sub.add_argument(
         "--distill",
         type=int,
         default=0,
         metavar="STEPS",
-        help="of gradient descent on all factors, towards the dense model",
+        help="of gradient descent on all factors towards the dense model, a hundred or two (default: 0)",
     )
     sub.add_argument(
         "--search-count", type=int, help=f"calibration windows for strs to search on (default: {SEARCH_COUNT})"
