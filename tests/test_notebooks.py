@@ -102,6 +102,7 @@ def test_the_executed_notebook_is_of_this_source(file):
     assert not [
         out for cell in executed.cells for out in cell.get("outputs", []) if out.output_type in ("error", "stream")
     ]
+    assert not ABSOLUTE.search(re.sub(r'"image/png": "[^"]*"', "", file.read_text(encoding="utf-8")))
 
 
 def test_every_notebook_has_been_executed():
