@@ -8,7 +8,7 @@ REAL_TEXT ?= 04_evaluation 10_beyond_nsvd
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: workbook real-text test lab benchmark clean
+.PHONY: workbook real-text readme test lab benchmark clean
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=f
 			-p results data/results/real-text/$$name.jsonl -p fresh true || exit 1; \
 	done
 	@echo "executed notebooks: notebooks/executed/real-text   numbers: data/results/real-text"
+
+readme: $(VENV)/ready ## the tables of README from the numbers of the workbook
+	$(BIN)/python -m nsvd.lab.readme
 
 test: $(VENV)/ready ## lint and test
 	$(BIN)/ruff check .

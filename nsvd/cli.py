@@ -56,6 +56,7 @@ def compress(chosen: argparse.Namespace) -> None:
     import nsvd
     from nsvd.lab.calibration import domains
     from nsvd.model.checkpoint import check_target
+    from nsvd.model.prepare import statistics_of
     from nsvd.model.recipes import RECIPES, base_method
 
     method = base_method(chosen.method)
@@ -96,8 +97,7 @@ def compress(chosen: argparse.Namespace) -> None:
             raise ValueError(f"--allocation strs needs windows of one length, so not {name}")
         calibration = {"corpus": name, "seed": chosen.seed, "windows": [list(ids.shape) for ids in windows]}
     if needed and chosen.cache_ratio is not None:  # of the dense model, for the cache, too
-        each = [nsvd.calibrate(model, ids, progress=bar) for ids in windows]
-        stats = nsvd.mix(each, chosen.weights, model=model, ratio=chosen.ratio)
+        stats = statistics_of(model, windows, chosen.weights, ratio=chosen.ratio, progress=bar)
         calibration |= {"statistics": stats.origin}
     about, said, search = (
         {"model": chosen.model},
@@ -231,7 +231,11 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def common(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--count", type=int, help="number of windows (default: 256 to calibrate, all to evaluate)")
+        sub.add_argument(
+            "--count",
+            type=int,
+            help="number of windows (default: 256 to calibrate, 128 of own text alone; all to evaluate)",
+        )
         sub.add_argument(
             "--length",
             type=int,

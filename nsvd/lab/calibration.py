@@ -17,7 +17,8 @@ def domains(
 
     Those of ``self`` are half as long, see ``own_text``.
 
-    ``count`` windows (256 where none is asked for) are shared out evenly among the parts.
+    ``count`` windows are shared out evenly among the parts. Where none is asked for, 256; 128 where own text or random tokens
+    stand alone.
 
     Raises:
         ValueError: as ``windows``; or fewer windows than parts.
@@ -28,13 +29,15 @@ def domains(
     each = (MAX_CALIBRATION if count is None else count) // len(parts)
     if each < 1:
         raise ValueError(f"{count} windows for the {len(parts)} parts of {name}; 1 each is the least")
+    how = {"length": length, "seed": seed}
+    if count is not None or len(parts) > 1:
+        how["count"] = each
     found = []
     for part in parts:
         if part == "self":
-            found.append(own_text(model, each, length, seed=seed))
+            found.append(own_text(model, **how))
         elif part == "random":
-            found.append(random_tokens(model.config.get_text_config().vocab_size, each, length, seed=seed))
+            found.append(random_tokens(model.config.get_text_config().vocab_size, **how))
         else:
-            asked = each if len(parts) > 1 else count
-            found.append(windows(part, tokenizer, split="calibration", length=length, count=asked, seed=seed))
+            found.append(windows(part, tokenizer, split="calibration", **how))
     return found

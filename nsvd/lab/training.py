@@ -32,12 +32,7 @@ from nsvd.model.checkpoint import default_device
 from nsvd.model.files import replacing
 
 BOS, EOS = "<s>", "</s>"
-WRITERS = (
-    "o_proj.weight",
-    "o_proj.bias",
-    "down_proj.weight",
-    "down_proj.bias",
-)  # of a LLaMA block, to the residual stream
+BLOCK = re.compile(r"(\.layers\.)(\d+)\.")  # the number of a block in the name of its parameters
 
 
 @dataclass(frozen=True)
@@ -142,10 +137,10 @@ def untrained(recipe: Recipe) -> torch.nn.Module:
 
 
 def deepened(model: torch.nn.Module, blocks: int) -> torch.nn.Module:
-    """A LLaMA-like model with ``blocks`` blocks that computes what ``model`` computes.
+    """A model with ``blocks`` blocks: those of ``model`` as often as needed, the whole stack upon itself (arXiv 2405.15319).
 
-    Every block is followed by copies of itself whose two matrices that write to the residual stream are zero (block
-    expansion, arXiv 2401.02415), so nothing is lost at step 0 and everything can be learnt from there.
+    It predicts worse than ``model`` at first, but every one of its blocks is at work from the beginning; copies that begin
+    by adding nothing keep what was learnt, and are easily muted before they become useful.
 
     Raises:
         ValueError: if ``blocks`` is not a multiple of the blocks that there are.
@@ -154,19 +149,13 @@ def deepened(model: torch.nn.Module, blocks: int) -> torch.nn.Module:
     copies, rest = divmod(blocks, before)
     if rest or copies < 1:
         raise ValueError(f"{blocks} blocks are not a multiple of the {before} of the model that the run starts from")
-    if copies == 1:
-        return model
     known = model.state_dict()
     deep = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**{**model.config.to_dict(), "num_hidden_layers": blocks})
     )
-    state = {}
-    for name, tensor in deep.state_dict().items():
-        head, number, tail = re.fullmatch(r"(?:(.*\.layers\.)(\d+))?(.*)", name).groups()
-        of, copy = divmod(int(number), copies) if number else (None, 0)
-        tensor = known[name if number is None else f"{head}{of}{tail}"]
-        state[name] = torch.zeros_like(tensor) if copy and tail.endswith(WRITERS) else tensor
-    deep.load_state_dict(state)
+    deep.load_state_dict(
+        {name: known[BLOCK.sub(lambda m: f"{m[1]}{int(m[2]) % before}.", name)] for name in deep.state_dict()}
+    )
     return deep
 
 

@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = {
     "nid-2": Method("NID-II", family.asvd_2, nid, {"k1": 0.95}),
     "asvd": Method("ASVD", family.asvd, None, {"alpha": 0.5}),
     "ridge": Method("Ridge", family.ridge, None, {"mu": 0.1}),
-    "kfac": Method("K-FAC", kfac, None, {"mu": 0.03, "eta": 0.03}),
+    "kfac": Method("K-FAC", kfac, None, {"mu": 0.01, "eta": 0.03}),
     "sola": SplitMethod("SoLA", family.asvd_1, options=PUBLISHED),
 }
 

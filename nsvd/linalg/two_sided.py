@@ -22,7 +22,7 @@ from nsvd.linalg.decomposition import Decomposition, from_metric
 from nsvd.linalg.moments import Moments
 
 
-def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.03, eta: float = 0.03) -> Decomposition:
+def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.01, eta: float = 0.03) -> Decomposition:
     """Minimise tr(H_η (W − Ŵ) G_μ (W − Ŵ)ᵀ) at every rank, with ridges G_μ = G + μ mean(diag G) I and H_η likewise.
 
     The minimum is Σ_{i>k} s_i², half of it the predicted rise of the loss. H may be a matrix (d_out, d_out) or the

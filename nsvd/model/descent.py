@@ -10,18 +10,25 @@ from tqdm.auto import tqdm
 
 from nsvd.model.layers import CompressedLayer
 
-RATE = 1e-2  # of Adam, in units of each factor's root mean square
+RATE = 1e-2  # of Adam
 WARMUP = 10  # steps
 EPS = 1e-12  # of Adam: gradients of a mean over tokens are small
 
 
 def descend_(
-    part: nn.Module, loss: Callable[[int], Iterable[Tensor]], *, steps: int, name: str, progress: bool = False
+    part: nn.Module,
+    loss: Callable[[int], Iterable[Tensor]],
+    *,
+    steps: int,
+    name: str,
+    rate: float = RATE,
+    progress: bool = False,
 ) -> list[float]:
     """Lower the sum of what ``loss(step)`` yields over the factors of the compressed layers inside ``part``, in place.
 
-    Adam, the rate falling linearly to zero, on copies in float32 at least, cast to the factors' dtype at every step; all else
-    stays. Gradients are taken of one term after the other, so that only one has to be held.
+    Adam, its ``rate`` in units of each factor's root mean square and falling linearly to zero, on copies in float32 at least,
+    cast to the factors' dtype at every step; all else stays. Gradients are taken of one term after the other, so that only
+    one has to be held.
 
     Returns:
         The loss at every step.
@@ -46,7 +53,7 @@ def descend_(
             f.requires_grad_(True)
         for step in tqdm(range(steps), name, disable=not progress, leave=False):
             losses.append(_accumulate(loss(step), factors, copies))
-            now = RATE * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+            now = rate * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
             for group, size in zip(adam.param_groups, sizes, strict=True):
                 group["lr"] = now * size
             norm = sum(copy.grad.square().sum() for copy in copies)

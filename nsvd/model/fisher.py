@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ def fisher(
     *,
     layers: Iterable[str] | None = None,
     diagonal: bool = False,
+    judge: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     batch: int = 8,
     progress: bool = False,
@@ -32,6 +34,8 @@ def fisher(
     position, which makes H the Fisher information of the outputs and not an accident of the text. One forward and one
     backward pass, no gradient of a parameter. Products in float64 where the model is, sums in float64 on the CPU (those of a
     model of 7B parameters take some 80 GB), averaged over tokens. ``diagonal=True`` keeps E[g²] only, (d_out,).
+    ``judge`` gives, for token ids, the logits of another model to draw the labels from: g is then the gradient of how much this
+    model departs from that one, and E[g gᵀ] holds, beside the curvature, the direction in which it does.
 
     Raises:
         ValueError: if ``windows`` is empty, or a layer never runs.
@@ -46,6 +50,10 @@ def fisher(
         new = (g.square().sum(0) if diagonal else g.mT @ g).cpu()
         sums[name] = sums[name].add_(new) if name in sums else new
 
+    def watch(name: str, _module: nn.Module, _args: tuple, out: Tensor) -> None:
+        if out.requires_grad:  # not where the judge runs through the same layer
+            out.register_hook(partial(add, name))
+
     device = next(model.parameters()).device
     generator, frozen = torch.Generator(device).manual_seed(seed), [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as stack:
@@ -58,13 +66,11 @@ def fisher(
         leaf = embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_(True).clone())
         stack.callback(leaf.remove)
         for name in names:
-            hook = model.get_submodule(name).register_forward_hook(
-                lambda _m, _a, out, name=name: out.register_hook(lambda g: add(name, g)) and None
-            )
-            stack.callback(hook.remove)
+            stack.callback(model.get_submodule(name).register_forward_hook(partial(watch, name)).remove)
         for ids in tqdm(windows.split(batch), "fisher", disable=not progress, leave=False):
             logits = model(input_ids=ids.to(device), use_cache=False).logits.float().flatten(0, 1)
-            labels = draw(logits.detach().softmax(-1), generator)[:, 0]
+            said = logits.detach() if judge is None else judge(ids.to(device)).float().flatten(0, 1)
+            labels = draw(said.softmax(-1), generator)[:, 0]
             cross_entropy(logits, labels, reduction="sum").backward()
     for name in names:
         if name not in sums:

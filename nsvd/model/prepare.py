@@ -68,14 +68,27 @@ def take_statistics(
 ) -> Statistics | None:
     """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet."""
     if stats is None and domains and (method.needs_moments or allocation == "fisher" or weights != "uniform"):
-        each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
-        stats = each[0] if len(each) == 1 else mix(each, weights, model=model, ratio=ratio)
+        stats = statistics_of(model, domains, weights, ratio=ratio, layers=layers, progress=progress)
         clock.lap("calibrate")
     if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
         how = {"layers": layers, "seed": seed, "progress": progress}
         stats = stats.with_gradients(mean_gradients(model, domains, stats.shares(len(domains)), **how))
         clock.lap("gradients")
     return stats
+
+
+def statistics_of(
+    model: nn.Module,
+    domains: Sequence[Tensor],
+    weights: Sequence[float] | str = "uniform",
+    *,
+    ratio: float | None = None,
+    layers: Sequence[str] | None = None,
+    progress: bool = False,
+) -> Statistics:
+    """Moments of the windows of every domain, mixed by ``mix`` where there are several."""
+    each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
+    return each[0] if len(each) == 1 else mix(each, weights, model=model, ratio=ratio)
 
 
 def mean_gradients(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from nsvd.model.descent import descend_, shuffled
 from nsvd.model.shifted import Batch, run_block
 
+RATE = 2e-2  # a block alone bears larger steps than the whole model
+
 
 @torch.no_grad()
 def refine_block_(
@@ -26,7 +28,7 @@ def refine_block_(
         item = batches[order[step]]
         yield item.weight * _error(block, index, item, H) / unit[item.domain]
 
-    descend_(block, loss, steps=steps, name=f"refinement of block {index}")
+    descend_(block, loss, steps=steps, rate=RATE, name=f"refinement of block {index}")
 
 
 def _error(block: nn.Module, index: int, item: Batch, H: Tensor | None) -> Tensor:

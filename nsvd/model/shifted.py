@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
@@ -66,8 +67,9 @@ def replace_in_order_(
     stays exchanged when something raises.
 
     One block runs at a time. Held besides are, of all the calibration text, the hidden states of both streams before the block,
-    what the dense stream holds at the landmarks of the block's layers and behind it, the outputs of parts of the block that
-    are done (its attention), and the blocks' other arguments (masks, rotations).
+    what the dense stream holds behind it and at the landmarks of its layers until these are done, the outputs of parts of the
+    block that are done (its attention), for a moment the inputs of the layer that such a part ends with, and the blocks' other
+    arguments (masks, rotations).
 
     Raises:
         ValueError: if a layer is in none of the model's blocks; it is named.
@@ -80,7 +82,9 @@ def replace_in_order_(
     if lost:
         raise ValueError(f"layer {lost[0]} is in none of the blocks {name}, so it cannot be compressed in their order")
     with evaluating(model):
-        batches = [_enter(model, blocks, d, len(domains) * weights[d], ids) for d, ids in _batches(domains, batch)]
+        batches: list[Batch] = []
+        for d, ids in _batches(domains, batch):
+            batches.append(_enter(model, blocks, d, len(domains) * weights[d], ids, batches[-1:]))
         for index, block in enumerate(tqdm(blocks, "shifted", disable=not progress, leave=False)):
             groups: dict[str, list[str]] = {}
             for layer in leaders:  # in forward order
@@ -95,8 +99,13 @@ def replace_in_order_(
             settled: list[str] = []
             for leader, group in groups.items():
                 where = (model.get_submodule(leader), places[leader])
-                _replace_group(model, index, block, *where, group, batches, weights, replace, mu, settled)
-                settled = _settled(block, name, index, groups, leader)
+                before, settled = settled, _settled(block, name, index, groups, leader)
+                ends = next((part for part in settled if part not in before and len(group) == 1), None)
+                _replace_group(model, index, block, *where, group, ends, batches, weights, replace, mu, before)
+                place = places.pop(leader)
+                if place is not None and place not in places.values():
+                    for item in batches:
+                        del item.wanted[place]
             if finish is not None:
                 finish(index, block, batches)
                 settled = []
@@ -121,19 +130,28 @@ def _replace_group(
     layer: nn.Module,
     place: nn.Module | None,
     group: Sequence[str],
+    ends: str | None,
     batches: Sequence[Batch],
     weights: Sequence[float],
     replace: Replace,
     mu: float,
     settled: Sequence[str],
 ) -> None:
-    """Measure what arrives at one input, and what is missing at the landmark; exchange the layers that read it."""
-    sums = [_Sums() for _ in weights]
+    """Measure what arrives at one input, and what is missing at the landmark; exchange the layers that read it.
+
+    If the part of the block that ``ends`` with this one layer gives out the layer's very output, its new one is remembered.
+    """
+    sums, kept = [_Sums() for _ in weights], []
     for item in batches:
         seen: list[Tensor] = []
-        with _remembering(block, settled, item), watch_inputs(layer, [""], lambda _name, x, seen=seen: seen.append(x)):
+        with (
+            _remembering(block, settled, item),
+            watch_inputs(layer, [""], lambda _name, x, seen=seen: seen.append(x)),
+            _last_words(block, ends, layer) as said,
+        ):
             have = _value_at(place, block, item.ours, item.calls[index])
         sums[item.domain].add(seen[0], item.wanted[place] - have)
+        kept.append((seen[0], said[0]) if said else None)
     G, missing, mean_abs = _mixed(sums, weights)
     moments = Moments(G, mean_abs, sum(s.n for s in sums))
     if not (G.isfinite().all() and missing.isfinite().all()):
@@ -143,6 +161,39 @@ def _replace_group(
         with naming(name):
             target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
         model.set_submodule(name, replace(name, target, moments))
+    for item, known in zip(batches, kept, strict=True):
+        if known is not None:
+            x, complete = known
+            item.outputs[ends] = complete(model.get_submodule(group[0])(x))
+
+
+@contextmanager
+def _last_words(block: nn.Module, part: str | None, layer: nn.Module) -> Iterator[list[Callable[[Tensor], object]]]:
+    """How a part of the block makes its output from the layer's: known once it ran, where one of its tensors is the layer's."""
+    own: list[Tensor] = []
+    found: list[Callable[[Tensor], object]] = []
+    if part is None:
+        yield found
+        return
+
+    def compare(_module: nn.Module, _args: tuple, out: object) -> None:
+        leaves, form = tree_flatten(out)
+        for at, leaf in enumerate(leaves):
+            if leaf is own[-1]:
+                leaves[at] = None
+                found.append(lambda new, at=at: tree_unflatten([*leaves[:at], new, *leaves[at + 1 :]], form))
+                return
+
+    hooks = [
+        layer.register_forward_hook(lambda _m, _a, out: own.append(out)),
+        block.get_submodule(part).register_forward_hook(compare),
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+        own.clear()
 
 
 def _settled(block: nn.Module, name: str, index: int, groups: Mapping[str, Sequence[str]], done: str) -> list[str]:
@@ -219,21 +270,38 @@ def _batches(domains: Sequence[Tensor], batch: int) -> Iterator[tuple[int, Tenso
             yield domain, ids
 
 
-def _enter(model: nn.Module, blocks: nn.ModuleList, domain: int, weight: float, ids: Tensor) -> Batch:
-    """Hidden states before the first block and the other arguments of every block, from one pass of the dense model."""
+def _enter(
+    model: nn.Module, blocks: nn.ModuleList, domain: int, weight: float, ids: Tensor, before: Sequence[Batch] = ()
+) -> Batch:
+    """Hidden states before the first block and the other arguments of every block, from one pass of the dense model.
+
+    A pass no further than the first block where its other arguments are those of the batch ``before``: then so are all (masks
+    and rotations depend on the length alone).
+    """
     names = {id(module): name for name, module in model.named_modules()}
-    calls: dict[str, tuple[tuple, dict]] = {}
-    wanted = [names[id(block)] for block in blocks]
-    with watch_calls(model, wanted, lambda name, args, kwargs: calls.__setitem__(name, (args, dict(kwargs)))):
+    states: list[Tensor] = []
+    calls: list[tuple[tuple, dict]] = []
+
+    def observe(_name: str, args: tuple, kwargs: dict) -> None:
+        rest = dict(kwargs)
+        states.append(args[0] if args else rest.pop("hidden_states"))
+        calls.append((args[1:], rest))
+        if before and _same(calls, before[0].calls[:1]):
+            raise _Reached
+
+    with watch_calls(model, [names[id(block)] for block in blocks], observe), suppress(_Reached):
         body = getattr(model, "base_model", model)
         body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
-    states, rest = None, []
-    for name in wanted:
-        args, kwargs = calls[name]
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        states = hidden if states is None else states
-        rest.append((args[1:], kwargs))
-    return Batch(domain, weight, states, states, rest, {})
+    return Batch(domain, weight, states[0], states[0], calls if len(calls) == len(blocks) else before[0].calls, {})
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two nests of tensors and other values are equal."""
+    (ours, form), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    if form != other:
+        return False
+    pairs = zip(ours, theirs, strict=True)
+    return all(type(x) is type(y) and (torch.equal(x, y) if isinstance(x, Tensor) else x == y) for x, y in pairs)
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from nsvd.linalg import Decomposition
 from nsvd.model.allocation import searched
 from nsvd.model.exchange import Exchange
+from nsvd.model.hooks import exchanged
 from nsvd.model.moments import Statistics
 from nsvd.model.prepare import check_gradients, mean_gradients, prepare
 from nsvd.model.recipes import recipe
@@ -74,11 +76,18 @@ def _both_ends(job: Exchange, ranks: Mapping[str, int], prepared: Mapping[str, D
     """The statistics, their gradients averaged with those of the model compressed without following the inputs.
 
     The loss bends differently at the two ends of the way from the dense to the compressed model: the mean is the trapezoid
-    rule.
+    rule. At the far end labels come from the dense model, which is what the compressed one is to be like.
     """
     ask, stats, known, smaller = job.ask, job.stats, job.stats.gradients, job.smaller(ranks)
     how = {"layers": known, "diagonal": next(iter(known.values())).ndim == 1}
-    how |= {"seed": ask.seed, "progress": ask.progress}
+    dense = {name: job.layers[name] for name in smaller}
+
+    @torch.no_grad()
+    def judge(ids: Tensor) -> Tensor:
+        with exchanged(job.model, dense):
+            return job.model(input_ids=ids, use_cache=False).logits
+
+    how |= {"seed": ask.seed, "progress": ask.progress, "judge": judge}
     try:
         job.at_once(smaller, prepared)
         there = mean_gradients(job.model, ask.domains, stats.shares(len(ask.domains)), others=True, **how)

@@ -31,6 +31,14 @@ def test_a_corpus_alone_is_its_windows(tools):
     assert torch.equal(ids, expected)
 
 
+def test_own_text_alone_is_what_the_recipe_takes(tools):
+    """By default as many windows as where no text is given at all; as many as asked for else."""
+    model, tokenizer = tools
+    (ids,) = nsvd.domains("self", model, tokenizer, length=8)
+    assert torch.equal(ids, nsvd.own_text(model, length=8))
+    assert [len(nsvd.domains(name, model, tokenizer, length=8, count=5)[0]) for name in ("self", "random")] == [5, 5]
+
+
 def test_a_file_with_a_plus_in_its_name_is_a_file(tools, tmp_path):
     """And no sum."""
     file = tmp_path / "a+self.txt"

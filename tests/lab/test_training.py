@@ -1,6 +1,5 @@
 """The training of a reference model can be stopped at any time and ends in the same bytes."""
 
-import copy
 import gzip
 import json
 import random
@@ -200,19 +199,24 @@ def test_missing_text_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("copies", [1, 2, 3])
-def test_a_deepened_model_computes_what_the_shallow_one_does(copies):
-    """Each block is followed by copies that add nothing, and all of them can learn: gradients reach what they write."""
+def test_a_deepened_model_runs_through_the_blocks_again_and_again(copies):
+    """Each pass over all of them, weights their own from then on: gradients reach every block."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(**(ARCHITECTURE | {"num_hidden_layers": 2}), vocab_size=300)
     shallow = AutoModelForCausalLM.from_config(config).double()
-    deep = training.deepened(copy.deepcopy(shallow), 2 * copies).double()
+    deep = training.deepened(shallow, 2 * copies).double()
     assert deep.config.num_hidden_layers == len(deep.model.layers) == 2 * copies
     ids = torch.randint(300, (2, 9))
-    assert torch.equal(deep(ids).logits, shallow(ids).logits)
+    states = shallow.model.embed_tokens(ids)
+    rotation = shallow.model.rotary_emb(states, torch.arange(9)[None])
+    mask = torch.full((9, 9), float("-inf")).triu(1).double()[None, None]
+    for _ in range(copies):
+        for block in shallow.model.layers:
+            states = block(states, attention_mask=mask, position_embeddings=rotation)
+    torch.testing.assert_close(deep(ids).logits, shallow.lm_head(shallow.model.norm(states)))
     deep(input_ids=ids, labels=ids).loss.backward()
-    for block in deep.model.layers:
-        for writer in (block.self_attn.o_proj, block.mlp.down_proj):
-            assert writer.weight.grad.norm() > 0
+    assert all(p.grad.norm() > 0 for block in deep.model.layers for p in block.parameters())
+    assert all(p.grad is None for p in shallow.parameters())
 
 
 def test_a_run_can_only_be_deepened_by_whole_copies():

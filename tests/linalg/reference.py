@@ -135,7 +135,7 @@ def interpolate(R: Tensor, k: int) -> Tensor:
 
 def square_root(method: str, x: Layer, alpha: float = 0.5, mu: float | None = None, eta: float = 0.03) -> Tensor:
     """The S of a method, as its paper builds it."""
-    mu = {"kfac": 0.03}.get(method, 0.1) if mu is None else mu
+    mu = {"kfac": 0.01}.get(method, 0.1) if mu is None else mu
     eye = torch.eye(x.W.shape[1])
     P, root, _ = torch.linalg.svd(x.X / x.X.shape[1] ** 0.5)  # G = P Λ Pᵀ, root = Λ^{1/2}
     return {

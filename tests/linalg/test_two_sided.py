@@ -14,7 +14,7 @@ GENERIC = layer(9, 12, 4, condition=1e3)
 ridges = st.sampled_from([0.0, 0.01, 1.0])
 
 
-def predicted(x, approximation, mu: float = 0.03, eta: float = 0.03) -> float:
+def predicted(x, approximation, mu: float = 0.01, eta: float = 0.03) -> float:
     """tr(H_η (W − Ŵ) G_μ (W − Ŵ)ᵀ), twice the predicted rise of the loss."""
     E = x.W - approximation
     return torch.trace(ridged(x.H, eta) @ E @ ridged(x.G, mu) @ E.mT).item()

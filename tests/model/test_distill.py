@@ -105,7 +105,7 @@ def test_compress_ends_with_it(how):
     made, dense = [], tiny_model()
     for steps in (10, 10, 0):
         made.append(tiny_model())
-        report = nsvd.compress_(made[-1], ratio=0.4, windows=IDS, distill=steps, **how)
+        report = nsvd.compress_(made[-1], ratio=0.6, windows=IDS, distill=steps, **how)
         assert (report.distill, report.as_dict()["distill"], "distill" in report.seconds) == (steps, steps, steps > 0)
         row = report.table[~report.table.dense].iloc[0]
         W = dense.get_submodule(row.layer).weight.detach().double()
@@ -115,15 +115,14 @@ def test_compress_ends_with_it(how):
     assert divergence(made[0], dense, IDS) < divergence(made[2], dense, IDS)
 
 
-def test_steps_too_small_for_the_dtype_of_the_model_add_up(monkeypatch):
+def test_steps_too_small_for_the_dtype_of_the_model_add_up():
     """Each is a hundredth of what bfloat16 can tell apart; a hundred of them move the factors, which stay bfloat16."""
     moved = {}
     for steps in (1, 100):
         one, other = (tiny_model(dtype=torch.bfloat16) for _ in range(2))
         nsvd.compress_(other, method="svd", ratio=0.4)
         nsvd.compress_(one, method="svd", ratio=0.4)
-        monkeypatch.setattr(descent, "RATE", 1e-4)
-        descent.descend_(one, lambda _step, one=one: [sum_of(one)], steps=steps, name="test")
+        descent.descend_(one, lambda _step, one=one: [sum_of(one)], steps=steps, rate=1e-4, name="test")
         assert {p.dtype for p in one.parameters()} == {torch.bfloat16}
         start = dict(other.named_parameters())
         factors = [(p, start[n]) for n, p in one.named_parameters() if n.endswith(".down.weight")]

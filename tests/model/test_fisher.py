@@ -59,6 +59,21 @@ def test_the_labels_are_the_model_s_own_not_the_text_s():
     assert (said - text).norm() > 0.1 * text.norm()
 
 
+def test_labels_may_be_those_of_a_judge():
+    """The moments are those of the labels it would draw, also where it shares a layer; judged by itself a model has its own."""
+    model, other = (tiny_model(dtype=torch.float64, seed=seed) for seed in (0, 1))
+    other.model.layers[1].mlp.down_proj = model.model.layers[1].mlp.down_proj
+    judge = lambda ids: other(input_ids=ids).logits.detach()  # noqa: E731
+    labels = draw(judge(IDS).float().flatten(0, 1).softmax(-1), torch.Generator().manual_seed(7))
+    expected = naive(model, [DOWN], IDS, labels.view(IDS.shape))[DOWN]
+    judged = nsvd.fisher(model, IDS, layers=[DOWN], seed=7, judge=judge)[DOWN]
+    assert (judged - expected).norm() <= 1e-5 * expected.norm()
+    own = nsvd.fisher(model, IDS, layers=[DOWN], seed=7)[DOWN]
+    assert (judged - own).norm() > 1e-2 * own.norm()
+    same = nsvd.fisher(model, IDS, layers=[DOWN], seed=7, judge=lambda ids: model(input_ids=ids).logits.detach())[DOWN]
+    torch.testing.assert_close(same, own)
+
+
 def test_every_layer_gets_a_semidefinite_moment_in_float64():
     """Symmetric, no negative eigenvalue, on the CPU, in a bfloat16 model too; of the seed alone."""
     model = tiny_model(dtype=torch.bfloat16)

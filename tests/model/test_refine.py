@@ -15,7 +15,7 @@ from tests.tiny import assert_refused, float32, tiny_model, token_ids  # noqa: F
 IDS = token_ids(12, 16)
 
 
-def blocks_before_and_after(model, H, steps=100):
+def blocks_before_and_after(model, H, steps=40):
     """The error of every block before and after it is refined, and all that is not a factor."""
     errors, metric = [], None if H is None else H.float()
 

@@ -7,7 +7,7 @@ import nsvd
 from nsvd.model import sampling
 from nsvd.model.latent import bytes_per_token
 from nsvd.model.loss import window_losses
-from nsvd.model.sampling import draw
+from nsvd.model.sampling import OPENING_TOKENS, draw
 from tests.tiny import FAMILIES, assert_same, poison, state, tiny_model
 
 
@@ -36,6 +36,20 @@ def test_at_low_temperature_sampling_is_greedy(family):
     taken = said.gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(taken, said.max(-1).values, rtol=1e-4, atol=1e-4)
     assert not torch.equal(ids, nsvd.sample(model, 3, 12, start=17))
+
+
+def test_an_opening_cools_down_to_the_temperature():
+    """Tokens are all but uniform at first and greedy from the tenth on; an opening at the temperature is none."""
+    model = loud(tie_word_embeddings=False)
+    ids = nsvd.sample(model, 400, 14, temperature=1e-6, opening=1e6)
+    said = continued(model, ids).max(-1).indices
+    greedy = (said == ids[:, 1:]).double().mean(0)
+    assert (greedy[:OPENING_TOKENS] < 0.05).all()
+    assert (greedy[OPENING_TOKENS:] > 0.99).all()
+    assert len(ids[:, 1].unique()) > 150
+    plain = nsvd.sample(model, 3, 14, temperature=0.7)
+    assert torch.equal(nsvd.sample(model, 3, 14, temperature=0.7, opening=0.7), plain)
+    assert not torch.equal(nsvd.sample(model, 3, 14, temperature=0.7, opening=2.0), plain)
 
 
 def test_the_second_token_is_distributed_as_the_model_says():
@@ -92,7 +106,15 @@ def test_sampling_leaves_the_model_and_the_global_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"count": 0}, {"count": -1}, {"length": 1}, {"temperature": 0.0}, {"temperature": float("nan")}]
+    "sizes",
+    [
+        {"count": 0},
+        {"count": -1},
+        {"length": 1},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"opening": -1.0},
+    ],
 )
 def test_a_sample_of_nothing_is_refused(sizes):
     """With the sizes that were asked for."""

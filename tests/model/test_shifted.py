@@ -1,6 +1,7 @@
 """Layers compressed in order: where the target is measured, that it makes up for what is missing, what an error leaves."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -106,6 +107,39 @@ def test_what_is_added_to_the_residual_stream_is_measured_there(family):
     normed_after, parallel = family == "gemma2", family in ("gpt_neox", "phi")
     assert (own, stream) == ((2, 0) if normed_after else (0, 2))
     assert end == (0 if normed_after else 2 if parallel else 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_tells_how_the_blocks_are_called_for_all_texts_of_a_length(family):
+    """A second batch goes no further than the first block, and finds what a whole pass finds; one of another length does not."""
+    model, others, runs = tiny_model(family, dtype=torch.float64), token_ids(seed=7), []
+    prefix, blocks = decoder_blocks(model)
+    model.get_submodule(f"{prefix}.1").register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad(), evaluating(model):
+        first, alone = (module._enter(model, blocks, 0, 1.0, ids) for ids in (IDS, others))
+        assert len(runs) == 2
+        after = module._enter(model, blocks, 0, 1.0, others, [first])
+        assert len(runs) == 2
+        shorter = module._enter(model, blocks, 0, 1.0, others[:, :5], [first])
+        assert len(runs) == 3
+    assert after.calls is first.calls
+    assert module._same(after.calls, alone.calls)
+    assert not module._same(shorter.calls, first.calls)
+    assert torch.equal(after.dense, alone.dense)
+
+
+def test_what_depends_on_the_text_is_taken_from_it():
+    """A block that is told something of the tokens is told that of its own batch."""
+    model, told = tiny_model(), []
+    _, blocks = decoder_blocks(model)
+    model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: told.append(args[0].sum()))
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _m, args, kw: (args, kw | {"note": told[-1]}), with_kwargs=True)
+    with torch.no_grad():
+        first = module._enter(model, blocks, 0, 1.0, IDS)
+        after = module._enter(model, blocks, 0, 1.0, token_ids(seed=7), [first])
+    assert [kwargs["note"] for _, kwargs in after.calls] == [token_ids(seed=7).sum()] * 2
+    assert token_ids(seed=7).sum() != IDS.sum()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -306,7 +340,7 @@ def test_shifted_inputs_need_a_text():
 
 @pytest.mark.parametrize("family", POSITIONS)
 def test_parts_that_are_done_run_no_more_and_nothing_changes(family, monkeypatch):
-    """The same targets as when every part runs every time, with fewer passes through the attention."""
+    """The same targets as when every part runs every time, or again after its last layer; fewer passes through the attention."""
 
     def run():
         model, passes, answers = tiny_model(family, dtype=torch.float64), [], {}
@@ -323,9 +357,12 @@ def test_parts_that_are_done_run_no_more_and_nothing_changes(family, monkeypatch
         replace_in_order_(model, [IDS, token_ids(4, 9, seed=7)], list(nsvd.targets(model)), replace, mu=0.1)
         return answers, len(passes)
 
+    completed, fewest = run()
+    monkeypatch.setattr(module, "_last_words", lambda *_: nullcontext([]))
     remembered, few = run()
     monkeypatch.setattr(module, "_settled", lambda *_: [])
     plain, many = run()
-    assert few < many
+    assert fewest < few < many
     for name, target in plain.items():
         torch.testing.assert_close(remembered[name], target, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(completed[name], target, rtol=1e-9, atol=1e-12)

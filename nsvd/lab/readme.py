@@ -1,0 +1,191 @@
+"""The tables of README, from the measurements of the executed notebooks.
+
+    python -m nsvd.lab.readme
+
+writes them between the two ``results`` comments of README.md, everything else left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from nsvd.lab import tables
+from nsvd.lab.corpora import EMBEDDED
+from nsvd.lab.paths import checkout
+from nsvd.lab.records import Records
+from nsvd.model.files import replacing
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+HOME, AWAY = EMBEDDED[0], list(EMBEDDED[1:])
+MODELS = ("mini-llama-s", "mini-llama", "mini-llama-l", "mini-vicuna", "mini-opt", "mini-mistral")
+
+
+def results(folder: Path) -> str:
+    """All tables, in Markdown; ``folder`` holds the records of the notebooks.
+
+    Raises:
+        ValueError: if a notebook's were not made by today's code.
+    """
+
+    def read(name: str) -> pd.DataFrame:
+        frame = Records(folder / f"{name}.jsonl").frame()
+        if frame.empty:
+            raise ValueError(
+                f"{folder / name}.jsonl holds nothing that today's code measured; run notebook {name} first"
+            )
+        return frame
+
+    return "\n\n".join(
+        [
+            _beyond(read("10_beyond_nsvd")),
+            _families(read("06_model_families")),
+            _evaluation(read("04_evaluation")),
+            _rank_split(read("05_rank_split")),
+            _rank_search(read("08_rank_search")),
+            _cache(read("07_kv_cache")),
+        ]
+    )
+
+
+def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *map(list, rows)]
+    return caption + "\n\n" + "\n".join(f"| {' | '.join(line)} |".replace("| --- ", "|---") for line in lines)
+
+
+def _share(row: pd.Series) -> str:
+    return f"{row.closed:.0%} [{row.low:.0%}, {row.high:.0%}]"
+
+
+def _gain(row: pd.Series) -> str:
+    return f"{row.improvement:+.1%} [{row.low:+.1%}, {row.high:+.1%}]"
+
+
+def _short(corpus: str) -> str:
+    return corpus.split("/")[-1].replace("_", " ")
+
+
+def _beyond(frame: pd.DataFrame) -> str:
+    share = tables.shares_closed(frame, AWAY, ["ratio"])
+    home = frame[frame.corpus == HOME].set_index(["ratio", "recipe"]).perplexity
+    recipes = {
+        "NSVD-I, k1 = 0.95 k": "NSVD-I",
+        "best, no corpus": "`best`, no corpus",
+        "best": "`best`, corpus and own text",
+        "best + distillation": "and 60 steps of `distill`",
+    }
+    rows = [
+        [f"{ratio:.0%}", f"{home[ratio, 'asvd-1']:.1f}"]
+        + [f"{home[ratio, name]:.1f} / {_share(share.loc[(ratio, name)])}" for name in recipes]
+        for ratio in (0.2, 0.3, 0.5)
+    ]
+    caption = (
+        "At equal stored parameters (`nsvd run 10`): perplexity at home / share of ASVD-I's excess log-perplexity closed on the "
+        "seven other sets, 16 windows a set:"
+    )
+    return _table(caption, ["removed", "ASVD-I", *recipes.values()], rows)
+
+
+def _families(frame: pd.DataFrame) -> str:
+    rows = []
+    for name in MODELS:
+        part = frame[frame.model == name]
+        home = part[part.corpus == HOME].set_index("method").perplexity
+        paper = part[part.method.isin(["dense", "asvd-1", "nsvd-1"])]
+        gain = tables.improvements(paper, AWAY).set_index("method").loc["nsvd-1"]
+        share = tables.shares_closed(part.assign(recipe=part.method, all=0), AWAY, ["all"]).loc[(0, "best")]
+        path = " → ".join(f"{home[method]:.1f}" for method in ("dense", "asvd-1", "best"))
+        rows.append([name, path, _gain(gain), _share(share)])
+    caption = (
+        "Other models at 30 % removed (`nsvd run 06`), 12 windows a set: perplexity at home, dense → ASVD-I → `best` with no "
+        "corpus; then the seven other sets:"
+    )
+    return _table(caption, ["model", "at home", "NSVD-I over ASVD-I, perplexity", "`best`, share closed"], rows)
+
+
+def _evaluation(frame: pd.DataFrame) -> str:
+    gain = tables.improvements(frame, AWAY).set_index(["ratio", "method"])
+
+    def row(ratio: float, method: str) -> list[str]:
+        some = frame[(frame.method == method) & ((frame.ratio == ratio) | (method == "dense"))]
+        here = some.set_index("corpus").perplexity
+        last = "" if method in ("dense", "asvd-1") else _gain(gain.loc[(ratio, method)])
+        first = "" if method == "dense" else f"{ratio:.0%}"
+        return [first, tables.label(method), *(f"{here[corpus]:,.1f}" for corpus in EMBEDDED), last]
+
+    methods = ("svd", "asvd-0", "asvd-1", "nsvd-1")
+    rows = [row(0.0, "dense"), *(row(ratio, method) for ratio in (0.2, 0.3, 0.5) for method in methods)]
+    caption = (
+        "Perplexity of `mini-llama`, calibrated on `mini/encyclopedia` (`nsvd run 04`; all ratios, sets and intervals in the "
+        "notebook):"
+    )
+    return _table(caption, ["removed", "method", *map(_short, EMBEDDED), "average improvement over ASVD-I"], rows)
+
+
+def _rank_split(frame: pd.DataFrame) -> str:
+    gain = tables.improvements(frame, AWAY).set_index(["method", "k1"]).improvement
+    splits = sorted({k1 for method, k1 in gain.index if method == "nsvd-1"}, reverse=True)
+    rows = [
+        [tables.label(method), *(f"{gain[method, k1]:+.1%}" if (method, k1) in gain.index else "" for k1 in splits)]
+        for method in ("nsvd-1", "nid-1")
+    ]
+    caption = "The split of the rank at 30 % removed (`nsvd run 05`), average improvement over ASVD-I:"
+    return _table(caption, ["k1 / k", *(f"{k1:g}" for k1 in splits)], rows)
+
+
+def _rank_search(frame: pd.DataFrame) -> str:
+    frame = frame[frame.corpus.notna() & frame.allocation.notna()]
+    gain = tables.gains(frame[frame.method != "dense"], AWAY)
+    home = frame[frame.corpus == HOME].set_index(["method", "allocation"]).perplexity
+    rows = [
+        [tables.label(method), f"{home[method, 'uniform']:.1f}"]
+        + [f"{home[method, name]:.1f} / {_gain(gain.loc[(method, name)])}" for name in ("strs", "spectrum")]
+        for method in ("asvd", "asvd-1")
+    ]
+    caption = (
+        "Ranks searched layer by layer at 20 % removed (`nsvd run 08`), 16 windows a set: perplexity at home / average "
+        "improvement over uniform ranks on the seven other sets:"
+    )
+    return _table(caption, ["method", "uniform", "STRS", "spectrum"], rows)
+
+
+def _cache(frame: pd.DataFrame) -> str:
+    def pair(kept: float, method: str, joint: bool | None) -> str:
+        some = frame[(frame.cache_ratio == kept) & (frame.method == method)]
+        some = some if joint is None else some[some.joint == joint]
+        here = some.drop_duplicates("corpus").set_index("corpus").perplexity
+        return f"{here[HOME]:.1f} / {here[AWAY[-1]]:,.1f}"
+
+    kept, dense = (0.7, 0.5, 0.35, 0.2), pair(1.0, "dense", False)
+    recipes = {
+        "SVD": ("svd", False),
+        "ASVD": ("asvd", False),
+        "ASVD-I": ("asvd-1", False),
+        "ASVD-I, one latent for K and V": ("asvd-1", True),
+        "NSVD-I, k1 = 0.8": ("nsvd-1", False),
+        "`best`, from the model's own text": ("best", None),
+    }
+    rows = [[name, dense, *(pair(ratio, *how) for ratio in kept)] for name, how in recipes.items()]
+    caption = (
+        "KV cache of latents (`nsvd run 07`), 16 windows a set: perplexity at home / in Japanese, by the fraction of the dense "
+        "cache's bytes really held:"
+    )
+    return _table(caption, ["method", "1", *(f"{ratio:g}" for ratio in kept)], rows)
+
+
+def with_results(text: str, tables: str) -> str:
+    """The text with the tables in their place; raises ``ValueError`` where there is none."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the text has no one place for results, from {BEGIN} to {END}")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
+
+
+if __name__ == "__main__":
+    readme = checkout() / "README.md"
+    text = with_results(readme.read_text(encoding="utf-8"), results(checkout() / "data/results"))
+    with replacing(readme) as part:
+        part.write_text(text, encoding="utf-8")

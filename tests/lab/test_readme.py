@@ -1,0 +1,57 @@
+"""The tables of README are those of the measurements beside it."""
+
+import json
+import shutil
+
+import pytest
+
+from nsvd.lab import readme
+from nsvd.lab.paths import checkout
+
+RESULTS = checkout() / "data/results"
+
+
+def test_the_tables_are_those_of_the_measurements():
+    """Written again they are the same, to the character; with another number they are not."""
+    text = (checkout() / "README.md").read_text(encoding="utf-8")
+    tables = readme.results(RESULTS)
+    assert readme.with_results(text, tables) == text
+    assert readme.with_results(text, tables.replace("1", "2", 1)) != text
+
+
+def test_a_changed_measurement_changes_its_table(tmp_path):
+    """And no other."""
+    shutil.copytree(RESULTS, tmp_path / "results")
+    file = tmp_path / "results/06_model_families.jsonl"
+    about = lambda line: tuple(line["parameters"].get(name) for name in ("model", "method", "corpus"))  # noqa: E731
+    lines = [json.loads(line) for line in file.open(encoding="utf-8")]
+    changed = next(line for line in lines if about(line) == ("mini-opt", "asvd-1", readme.HOME))
+    changed["numbers"]["perplexity"] *= 2
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    before, after = (readme.results(folder).split("\n\n") for folder in (RESULTS, tmp_path / "results"))
+    assert [number for number, parts in enumerate(zip(before, after, strict=True)) if len(set(parts)) > 1] == [3]
+
+
+def test_measurements_of_other_code_are_not_shown(tmp_path):
+    """The notebook to run is named."""
+    shutil.copytree(RESULTS, tmp_path / "results")
+    file = tmp_path / "results/04_evaluation.jsonl"
+    code = next(json.loads(line) for line in file.open(encoding="utf-8"))["origin"]["code"]
+    file.write_text(file.read_text(encoding="utf-8").replace(code, "0" * len(code)), encoding="utf-8")
+    with pytest.raises(ValueError, match="run notebook 04_evaluation first"):
+        readme.results(tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- results -->", "<!-- /results --> <!-- results -->", 2 * "<!-- results --><!-- /results -->"]
+)
+def test_a_text_with_no_one_place_for_tables_is_refused(text):
+    with pytest.raises(ValueError, match="no one place"):
+        readme.with_results(text, "| |")
+
+
+def test_what_is_around_the_tables_stays():
+    assert (
+        readme.with_results("a <!-- results -->old<!-- /results --> b", "new")
+        == "a <!-- results -->\nnew\n<!-- /results --> b"
+    )
