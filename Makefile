@@ -17,7 +17,8 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt
 
 workbook: $(VENV)/ready ## run every notebook on the embedded model and corpora
 	HF_HUB_OFFLINE=1 $(BIN)/nsvd run all --jobs $(JOBS) -p fresh true
-	@echo "executed notebooks: notebooks/executed   figures: figures   numbers: data/results"
+	$(BIN)/python -m nsvd.lab.readme
+	@echo "executed notebooks: notebooks/executed   figures: figures   numbers: data/results, and the tables of README"
 
 real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=folder; see notebooks/presets/real-text.yaml
 	@test -d "$(EVAL)" || { echo "make real-text EVAL=folder: there is no folder '$(EVAL)'"; exit 2; }

@@ -56,6 +56,7 @@ def compress(chosen: argparse.Namespace) -> None:
     import nsvd
     from nsvd.lab.calibration import domains
     from nsvd.model.checkpoint import check_target
+    from nsvd.model.files import short_name
     from nsvd.model.prepare import statistics_of
     from nsvd.model.recipes import RECIPES, base_method
 
@@ -100,7 +101,7 @@ def compress(chosen: argparse.Namespace) -> None:
         stats = statistics_of(model, windows, chosen.weights, ratio=chosen.ratio, progress=bar)
         calibration |= {"statistics": stats.origin}
     about, said, search = (
-        {"model": chosen.model},
+        {"model": short_name(chosen.model)},
         [],
         SEARCH_COUNT if chosen.search_count is None else chosen.search_count,
     )
@@ -234,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--count",
             type=int,
-            help="number of windows (default: 256 to calibrate, 128 of own text alone; all to evaluate)",
+            help="number of windows (default: 256 to calibrate, 128 of own text or random tokens alone; all to evaluate)",
         )
         sub.add_argument(
             "--length",

@@ -19,23 +19,27 @@ from nsvd.lab.records import Records
 from nsvd.model.files import replacing
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+CELL = ["model", "recipe", "method", "ratio", "k1", "alpha", "allocation", "cache_ratio", "joint", "corpus", "measure"]
 HOME, AWAY = EMBEDDED[0], list(EMBEDDED[1:])
 MODELS = ("mini-llama-s", "mini-llama", "mini-llama-l", "mini-vicuna", "mini-opt", "mini-mistral")
 
 
-def results(folder: Path) -> str:
-    """All tables, in Markdown; ``folder`` holds the records of the notebooks.
+def results(folder: Path, *, stale: bool = False) -> str:
+    """All tables, in Markdown, of the default runs; ``folder`` holds the records of the notebooks.
 
     Raises:
-        ValueError: if a notebook's were not made by today's code.
+        ValueError: if a notebook's were not all made by today's code (with ``stale``, whatever made them), or are of several runs.
     """
 
     def read(name: str) -> pd.DataFrame:
-        frame = Records(folder / f"{name}.jsonl").frame()
+        frame = Records(folder / f"{name}.jsonl").frame(stale=stale)
         if frame.empty:
             raise ValueError(
                 f"{folder / name}.jsonl holds nothing that today's code measured; run notebook {name} first"
             )
+        frame = frame[frame.model.isin(MODELS if name == "06_model_families" else MODELS[1:2])]
+        if frame[[column for column in CELL if column in frame]].duplicated().any():
+            raise ValueError(f"{folder / name}.jsonl holds several runs; run notebook {name} into an empty file")
         return frame
 
     return "\n\n".join(
@@ -176,16 +180,21 @@ def _cache(frame: pd.DataFrame) -> str:
     return _table(caption, ["method", "1", *(f"{ratio:g}" for ratio in kept)], rows)
 
 
-def with_results(text: str, tables: str) -> str:
+def with_results(text: str, shown: str) -> str:
     """The text with the tables in their place; raises ``ValueError`` where there is none."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the text has no one place for results, from {BEGIN} to {END}")
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n{shown}\n{END}{rest.partition(END)[2]}"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the tables into README.md."""
     readme = checkout() / "README.md"
     text = with_results(readme.read_text(encoding="utf-8"), results(checkout() / "data/results"))
     with replacing(readme) as part:
         part.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -79,9 +79,9 @@ class Records:
                 stream.write(_line(row))
         return row["numbers"]
 
-    def frame(self) -> pd.DataFrame:
-        """All records that count as found, a column for every parameter and number."""
-        rows = (row for key, row in self._rows.items() if key not in self._stale)
+    def frame(self, *, stale: bool = False) -> pd.DataFrame:
+        """All records that count as found, a column for every parameter and number; with ``stale`` the others, too."""
+        rows = (row for key, row in self._rows.items() if stale or key not in self._stale)
         return pd.DataFrame([row["parameters"] | row["numbers"] for row in rows])
 
 

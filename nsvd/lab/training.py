@@ -139,8 +139,7 @@ def untrained(recipe: Recipe) -> torch.nn.Module:
 def deepened(model: torch.nn.Module, blocks: int) -> torch.nn.Module:
     """A model with ``blocks`` blocks: those of ``model`` as often as needed, the whole stack upon itself (arXiv 2405.15319).
 
-    It predicts worse than ``model`` at first, but every one of its blocks is at work from the beginning; copies that begin
-    by adding nothing keep what was learnt, and are easily muted before they become useful.
+    It predicts worse than ``model`` at first, and every one of its blocks is at work from the beginning.
 
     Raises:
         ValueError: if ``blocks`` is not a multiple of the blocks that there are.

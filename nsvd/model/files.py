@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def short_name(source: str | Path) -> str:
+    """A hub id or the name of an embedded model as it is; of a folder its last part, which tells nothing of the machine."""
+    path = Path(source)
+    return path.resolve().name if path.is_absolute() or path.is_dir() else str(source)
+
+
 @contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
     """Give a fresh path beside ``target`` to write a file or a folder to; rename it to ``target`` on success.

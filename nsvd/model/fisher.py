@@ -23,7 +23,7 @@ def fisher(
     *,
     layers: Iterable[str] | None = None,
     diagonal: bool = False,
-    judge: Callable[[Tensor], Tensor] | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     batch: int = 8,
     progress: bool = False,
@@ -34,8 +34,8 @@ def fisher(
     position, which makes H the Fisher information of the outputs and not an accident of the text. One forward and one
     backward pass, no gradient of a parameter. Products in float64 where the model is, sums in float64 on the CPU (those of a
     model of 7B parameters take some 80 GB), averaged over tokens. ``diagonal=True`` keeps E[g²] only, (d_out,).
-    ``judge`` gives, for token ids, the logits of another model to draw the labels from: g is then the gradient of how much this
-    model departs from that one, and E[g gᵀ] holds, beside the curvature, the direction in which it does.
+    With a ``teacher``, the logits of another model for token ids, labels are drawn from its predictions. E[g] is then the gradient
+    of KL(teacher ‖ model), and H no Fisher information any more: it weighs the direction of the model's error, too.
 
     Raises:
         ValueError: if ``windows`` is empty, or a layer never runs.
@@ -51,7 +51,7 @@ def fisher(
         sums[name] = sums[name].add_(new) if name in sums else new
 
     def watch(name: str, _module: nn.Module, _args: tuple, out: Tensor) -> None:
-        if out.requires_grad:  # not where the judge runs through the same layer
+        if out.requires_grad:  # not where the teacher runs through the same layer
             out.register_hook(partial(add, name))
 
     device = next(model.parameters()).device
@@ -68,9 +68,10 @@ def fisher(
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_hook(partial(watch, name)).remove)
         for ids in tqdm(windows.split(batch), "fisher", disable=not progress, leave=False):
-            logits = model(input_ids=ids.to(device), use_cache=False).logits.float().flatten(0, 1)
-            said = logits.detach() if judge is None else judge(ids.to(device)).float().flatten(0, 1)
-            labels = draw(said.softmax(-1), generator)[:, 0]
+            ids = ids.to(device)
+            labels = None if teacher is None else _labels(teacher, ids, generator)
+            logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+            labels = draw(logits.detach().softmax(-1), generator)[:, 0] if labels is None else labels
             cross_entropy(logits, labels, reduction="sum").backward()
     for name in names:
         if name not in sums:
@@ -78,3 +79,9 @@ def fisher(
         if not sums[name].isfinite().all():
             raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
     return {name: sums[name].div_(windows.numel()) for name in names}
+
+
+@torch.no_grad()
+def _labels(teacher: Callable[[Tensor], Tensor], ids: Tensor, generator: torch.Generator) -> Tensor:
+    """A token at every position, drawn from what the teacher predicts."""
+    return draw(teacher(ids).float().flatten(0, 1).softmax(-1), generator)[:, 0]

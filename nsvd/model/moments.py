@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from nsvd.linalg import Moments, rank_for_ratio
 from nsvd.linalg.moments import mixing
 from nsvd.linalg.worst_case import worst_case_weights
-from nsvd.model.files import fingerprint, replacing
+from nsvd.model.files import fingerprint, replacing, short_name
 from nsvd.model.hooks import evaluating, watch_inputs
 from nsvd.model.targets import targets
 
@@ -236,17 +236,11 @@ def calibrate(
             cause = f"; so does the parameter {broken[0]}" if broken else ""
             raise FloatingPointError(f"the input of layer {name} holds NaN or Inf on the calibration text{cause}")
     origin = {
-        "model": _name(model),
+        "model": short_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
         "windows": list(windows.shape),
         "sha256": hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()[:16],
     }
     return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin)
-
-
-def _name(model: nn.Module) -> str:
-    """What the model was loaded as: a hub id, or of a folder its last part, which is the same on every machine."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return Path(name).name if Path(name).is_dir() else name
 
 
 def check_windows(windows: Tensor) -> None:

@@ -57,9 +57,9 @@ def sample(
     generator = torch.Generator(device).manual_seed(seed)
     draws = torch.cat([_uniform(count, device, generator) for _ in range(length - 1)], dim=1)
     batch = _batch(model, length) if batch is None else batch
-    heat = _cooling(opening, temperature, length - 1)
+    temperatures = _annealed(opening, temperature, length - 1)
     with evaluating(model):
-        return torch.cat([_sample(model, u, heat, start) for u in draws.split(batch)]).cpu()
+        return torch.cat([_sample(model, u, temperatures, start) for u in draws.split(batch)]).cpu()
 
 
 def own_text(
@@ -68,7 +68,7 @@ def own_text(
     """Windows to calibrate on, half as long as ``length``, by default what the model allows, 2048 at most.
 
     Half, because the time for a token grows with what stands before it, and second moments of inputs hardly do. Drawn at
-    temperature 1 after an ``OPENING`` at a higher one: left alone, a model begins too many windows in its favourite domain.
+    temperature 1 after an ``OPENING`` at a higher one: left alone, our small models begin nearly all windows in English.
     """
     if length is None:
         length = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048, 2048)
@@ -92,7 +92,7 @@ def _batch(model: PreTrainedModel, length: int) -> int:
     return min(max(CACHE_BYTES // each, 1), 128)
 
 
-def _cooling(opening: float, temperature: float, steps: int) -> list[float]:
+def _annealed(opening: float, temperature: float, steps: int) -> list[float]:
     """The temperature at every step."""
     left = (max(0.0, 1 - step / OPENING_TOKENS) for step in range(steps))
     return [temperature + (opening - temperature) * share for share in left]
@@ -102,10 +102,10 @@ def _uniform(count: int, device: torch.device, generator: torch.Generator) -> Te
     return torch.rand(count, 1, dtype=torch.float64, device=device, generator=generator)
 
 
-def _sample(model: PreTrainedModel, draws: Float[Tensor, "n steps"], heat: list[float], start: int) -> Tensor:
+def _sample(model: PreTrainedModel, draws: Float[Tensor, "n steps"], temperatures: list[float], start: int) -> Tensor:
     ids = torch.full((len(draws), 1), start, device=draws.device)
     cache = DynamicCache(config=model.config)
-    for u, temperature in zip(draws.split(1, dim=1), heat, strict=True):
+    for u, temperature in zip(draws.split(1, dim=1), temperatures, strict=True):
         logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
         if not logits.isfinite().all():
             raise FloatingPointError("the model predicts NaN or Inf, so no text can be sampled from it")

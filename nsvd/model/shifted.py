@@ -10,13 +10,12 @@ trying, not by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
@@ -25,6 +24,7 @@ from nsvd.linalg.two_sided import shifted
 from nsvd.model.hooks import evaluating, watch_calls, watch_inputs
 from nsvd.model.moments import shared_inputs
 from nsvd.model.prepare import naming
+from nsvd.model.settled import completion, remembering, same, settled_parts
 
 Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
 
@@ -68,8 +68,8 @@ def replace_in_order_(
 
     One block runs at a time. Held besides are, of all the calibration text, the hidden states of both streams before the block,
     what the dense stream holds behind it and at the landmarks of its layers until these are done, the outputs of parts of the
-    block that are done (its attention), for a moment the inputs of the layer that such a part ends with, and the blocks' other
-    arguments (masks, rotations).
+    block that are done (its attention), while a part's last layer is exchanged its inputs, and the blocks' other arguments
+    (masks, rotations).
 
     Raises:
         ValueError: if a layer is in none of the model's blocks; it is named.
@@ -84,7 +84,7 @@ def replace_in_order_(
     with evaluating(model):
         batches: list[Batch] = []
         for d, ids in _batches(domains, batch):
-            batches.append(_enter(model, blocks, d, len(domains) * weights[d], ids, batches[-1:]))
+            batches.append(_enter(model, blocks, d, len(domains) * weights[d], ids, batches[-1] if batches else None))
         for index, block in enumerate(tqdm(blocks, "shifted", disable=not progress, leave=False)):
             groups: dict[str, list[str]] = {}
             for layer in leaders:  # in forward order
@@ -99,18 +99,23 @@ def replace_in_order_(
             settled: list[str] = []
             for leader, group in groups.items():
                 where = (model.get_submodule(leader), places[leader])
-                before, settled = settled, _settled(block, name, index, groups, leader)
-                ends = next((part for part in settled if part not in before and len(group) == 1), None)
-                _replace_group(model, index, block, *where, group, ends, batches, weights, replace, mu, before)
+                before, settled = settled, settled_parts(block, f"{name}.{index}.", groups, leader)
+                alone = len(group) == 1 and (
+                    finish is None or len(places) > 1
+                )  # a block to be finished changes once more
+                complete = next((part for part in settled if part not in before), None) if alone else None
+                _replace_group(model, index, block, *where, group, complete, batches, weights, replace, mu, before)
                 place = places.pop(leader)
                 if place is not None and place not in places.values():
                     for item in batches:
                         del item.wanted[place]
             if finish is not None:
-                finish(index, block, batches)
                 settled = []
+                for item in batches:
+                    item.outputs.clear()
+                finish(index, block, batches)
             for item in batches:
-                with _remembering(block, settled, item):
+                with remembering(block, settled, item.outputs):
                     item.dense, item.ours = item.wanted[None], run_block(block, item.ours, item.calls[index])
                 item.outputs.clear()
 
@@ -130,7 +135,7 @@ def _replace_group(
     layer: nn.Module,
     place: nn.Module | None,
     group: Sequence[str],
-    ends: str | None,
+    complete: str | None,
     batches: Sequence[Batch],
     weights: Sequence[float],
     replace: Replace,
@@ -139,19 +144,19 @@ def _replace_group(
 ) -> None:
     """Measure what arrives at one input, and what is missing at the landmark; exchange the layers that read it.
 
-    If the part of the block that ``ends`` with this one layer gives out the layer's very output, its new one is remembered.
+    Where the part to ``complete`` gives out the very output of the layer, its last, the part's new output is remembered.
     """
     sums, kept = [_Sums() for _ in weights], []
     for item in batches:
         seen: list[Tensor] = []
         with (
-            _remembering(block, settled, item),
+            remembering(block, settled, item.outputs),
             watch_inputs(layer, [""], lambda _name, x, seen=seen: seen.append(x)),
-            _last_words(block, ends, layer) as said,
+            completion(block, complete, layer) as found,
         ):
             have = _value_at(place, block, item.ours, item.calls[index])
         sums[item.domain].add(seen[0], item.wanted[place] - have)
-        kept.append((seen[0], said[0]) if said else None)
+        kept.append((seen[0], found[0]) if found else None)
     G, missing, mean_abs = _mixed(sums, weights)
     moments = Moments(G, mean_abs, sum(s.n for s in sums))
     if not (G.isfinite().all() and missing.isfinite().all()):
@@ -163,81 +168,8 @@ def _replace_group(
         model.set_submodule(name, replace(name, target, moments))
     for item, known in zip(batches, kept, strict=True):
         if known is not None:
-            x, complete = known
-            item.outputs[ends] = complete(model.get_submodule(group[0])(x))
-
-
-@contextmanager
-def _last_words(block: nn.Module, part: str | None, layer: nn.Module) -> Iterator[list[Callable[[Tensor], object]]]:
-    """How a part of the block makes its output from the layer's: known once it ran, where one of its tensors is the layer's."""
-    own: list[Tensor] = []
-    found: list[Callable[[Tensor], object]] = []
-    if part is None:
-        yield found
-        return
-
-    def compare(_module: nn.Module, _args: tuple, out: object) -> None:
-        leaves, form = tree_flatten(out)
-        for at, leaf in enumerate(leaves):
-            if leaf is own[-1]:
-                leaves[at] = None
-                found.append(lambda new, at=at: tree_unflatten([*leaves[:at], new, *leaves[at + 1 :]], form))
-                return
-
-    hooks = [
-        layer.register_forward_hook(lambda _m, _a, out: own.append(out)),
-        block.get_submodule(part).register_forward_hook(compare),
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-        own.clear()
-
-
-def _settled(block: nn.Module, name: str, index: int, groups: Mapping[str, Sequence[str]], done: str) -> list[str]:
-    """The parts of the block, of several layers each, whose layers are all exchanged once the group ``done`` is."""
-    begin = f"{name}.{index}."
-    leaders = list(groups)
-    later = [layer for leader in leaders[leaders.index(done) + 1 :] for layer in groups[leader]]
-    named = {layer for group in groups.values() for layer in group}
-    return [
-        part
-        for part, module in block.named_children()
-        if begin + part not in named
-        and any(layer.startswith(f"{begin}{part}.") for layer in named)
-        and not any(layer.startswith(f"{begin}{part}.") for layer in later)
-    ]
-
-
-@contextmanager
-def _remembering(block: nn.Module, settled: Sequence[str], item: Batch) -> Iterator[None]:
-    """Settled parts of the block run once for a batch; after that their output is given back.
-
-    Layers are exchanged in forward order, so what comes before a settled part does not change either.
-    """
-    before = {part: block.get_submodule(part) for part in settled}
-    with ExitStack() as stack:
-        for part, module in before.items():
-            if part in item.outputs:
-                stack.callback(block.set_submodule, part, module)
-                block.set_submodule(part, _Remembered(item.outputs[part]))
-            else:
-                keep = lambda _m, _a, out, part=part: item.outputs.__setitem__(part, out)  # noqa: E731
-                stack.callback(module.register_forward_hook(keep).remove)
-        yield
-
-
-class _Remembered(nn.Module):
-    """Gives out what it was given, whatever comes in."""
-
-    def __init__(self, output: object) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *_args, **_kwargs) -> object:
-        return self.output
+            x, output_of = known
+            item.outputs[complete] = output_of(model.get_submodule(group[0])(x))
 
 
 class _Sums:
@@ -271,37 +203,32 @@ def _batches(domains: Sequence[Tensor], batch: int) -> Iterator[tuple[int, Tenso
 
 
 def _enter(
-    model: nn.Module, blocks: nn.ModuleList, domain: int, weight: float, ids: Tensor, before: Sequence[Batch] = ()
+    model: nn.Module, blocks: nn.ModuleList, domain: int, weight: float, ids: Tensor, before: Batch | None = None
 ) -> Batch:
     """Hidden states before the first block and the other arguments of every block, from one pass of the dense model.
 
-    A pass no further than the first block where its other arguments are those of the batch ``before``: then so are all (masks
-    and rotations depend on the length alone).
+    A pass no further than the first block where the batch ``before`` has the same shape and gave it the same other arguments:
+    then so are those of all blocks (masks and rotations are of a shape, not of a text).
     """
     names = {id(module): name for name, module in model.named_modules()}
     states: list[Tensor] = []
-    calls: list[tuple[tuple, dict]] = []
+    calls: dict[str, tuple[tuple, dict]] = {}
+    known: list[list[tuple[tuple, dict]]] = []
 
-    def observe(_name: str, args: tuple, kwargs: dict) -> None:
+    def observe(name: str, args: tuple, kwargs: dict) -> None:
         rest = dict(kwargs)
         states.append(args[0] if args else rest.pop("hidden_states"))
-        calls.append((args[1:], rest))
-        if before and _same(calls, before[0].calls[:1]):
+        calls[name] = (args[1:], rest)
+        alike = before is not None and len(states) == 1 and states[0].shape == before.dense.shape
+        if alike and same(calls[name], before.calls[0]):
+            known.append(before.calls)
             raise _Reached
 
-    with watch_calls(model, [names[id(block)] for block in blocks], observe), suppress(_Reached):
+    wanted = [names[id(block)] for block in blocks]
+    with watch_calls(model, wanted, observe), suppress(_Reached):
         body = getattr(model, "base_model", model)
         body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
-    return Batch(domain, weight, states[0], states[0], calls if len(calls) == len(blocks) else before[0].calls, {})
-
-
-def _same(a: object, b: object) -> bool:
-    """Whether two nests of tensors and other values are equal."""
-    (ours, form), (theirs, other) = tree_flatten(a), tree_flatten(b)
-    if form != other:
-        return False
-    pairs = zip(ours, theirs, strict=True)
-    return all(type(x) is type(y) and (torch.equal(x, y) if isinstance(x, Tensor) else x == y) for x, y in pairs)
+    return Batch(domain, weight, states[0], states[0], known[0] if known else [calls[name] for name in wanted], {})
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:

@@ -14,7 +14,7 @@ RESULTS = checkout() / "data/results"
 def test_the_tables_are_those_of_the_measurements():
     """Written again they are the same, to the character; with another number they are not."""
     text = (checkout() / "README.md").read_text(encoding="utf-8")
-    tables = readme.results(RESULTS)
+    tables = readme.results(RESULTS, stale=True)
     assert readme.with_results(text, tables) == text
     assert readme.with_results(text, tables.replace("1", "2", 1)) != text
 
@@ -28,7 +28,7 @@ def test_a_changed_measurement_changes_its_table(tmp_path):
     changed = next(line for line in lines if about(line) == ("mini-opt", "asvd-1", readme.HOME))
     changed["numbers"]["perplexity"] *= 2
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    before, after = (readme.results(folder).split("\n\n") for folder in (RESULTS, tmp_path / "results"))
+    before, after = (readme.results(folder, stale=True).split("\n\n") for folder in (RESULTS, tmp_path / "results"))
     assert [number for number, parts in enumerate(zip(before, after, strict=True)) if len(set(parts)) > 1] == [3]
 
 
@@ -38,8 +38,21 @@ def test_measurements_of_other_code_are_not_shown(tmp_path):
     file = tmp_path / "results/04_evaluation.jsonl"
     code = next(json.loads(line) for line in file.open(encoding="utf-8"))["origin"]["code"]
     file.write_text(file.read_text(encoding="utf-8").replace(code, "0" * len(code)), encoding="utf-8")
-    with pytest.raises(ValueError, match="run notebook 04_evaluation first"):
+    with pytest.raises(ValueError, match="today's code measured; run notebook"):
         readme.results(tmp_path / "results")
+    assert readme.results(tmp_path / "results", stale=True)
+
+
+def test_two_runs_in_one_file_are_refused(tmp_path):
+    """Neither is taken for the other."""
+    shutil.copytree(RESULTS, tmp_path / "results")
+    file = tmp_path / "results/05_rank_split.jsonl"
+    row = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    row["parameters"]["windows"] = "0" * 12
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"05_rank_split.*several runs"):
+        readme.results(tmp_path / "results", stale=True)
 
 
 @pytest.mark.parametrize(

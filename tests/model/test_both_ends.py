@@ -29,8 +29,8 @@ def test_the_gradients_are_those_of_both_ends_averaged():
     model, stats = model_and_statistics()
     there = copy.deepcopy(model)
     nsvd.compress_(there, stats, ratio=0.4, **AT_ONCE)
-    judge = lambda ids: model(input_ids=ids).logits.detach()  # noqa: E731
-    H = mean_gradients(there, [IDS], [1.0], layers=stats.gradients, others=True, judge=judge)
+    teacher = lambda ids: model(input_ids=ids).logits  # noqa: E731
+    H = mean_gradients(there, [IDS], [1.0], layers=stats.gradients, others=True, teacher=teacher)
     both = stats.with_gradients({name: (stats[name].H + H[name]) / 2 for name in H})
     found = ranks(nsvd.compress_(copy.deepcopy(model), both, ratio=0.4, **AT_ONCE))
     expected, one_end = copy.deepcopy(model), copy.deepcopy(model)

@@ -99,13 +99,16 @@ def test_the_dense_model_itself_has_nothing_to_learn():
     assert divergence(model, dense, IDS) < 1e-3 * divergence(low_rank(dtype=torch.float64)[1], dense, IDS)
 
 
-@pytest.mark.parametrize("how", [{"method": "asvd-1"}, {"method": "best"}, {"method": "ridge", "factors": "pivoted"}])
-def test_compress_ends_with_it(how):
-    """By its own seed reproducible; reported, the errors those of what comes out."""
+@pytest.mark.parametrize(
+    ("how", "ratio"),
+    [({"method": "asvd-1"}, 0.4), ({"method": "best"}, 0.6), ({"method": "ridge", "factors": "pivoted"}, 0.4)],
+)
+def test_compress_ends_with_it(how, ratio):
+    """By its own seed reproducible; reported, the errors those of what comes out. ``best`` at 0.4 has nothing left to win here."""
     made, dense = [], tiny_model()
     for steps in (10, 10, 0):
         made.append(tiny_model())
-        report = nsvd.compress_(made[-1], ratio=0.6, windows=IDS, distill=steps, **how)
+        report = nsvd.compress_(made[-1], ratio=ratio, windows=IDS, distill=steps, **how)
         assert (report.distill, report.as_dict()["distill"], "distill" in report.seconds) == (steps, steps, steps > 0)
         row = report.table[~report.table.dense].iloc[0]
         W = dense.get_submodule(row.layer).weight.detach().double()

@@ -59,18 +59,19 @@ def test_the_labels_are_the_model_s_own_not_the_text_s():
     assert (said - text).norm() > 0.1 * text.norm()
 
 
-def test_labels_may_be_those_of_a_judge():
-    """The moments are those of the labels it would draw, also where it shares a layer; judged by itself a model has its own."""
+def test_labels_may_be_those_of_a_teacher():
+    """The moments are those of the labels it would draw, also where it shares a layer; its own teacher learns nothing new."""
     model, other = (tiny_model(dtype=torch.float64, seed=seed) for seed in (0, 1))
     other.model.layers[1].mlp.down_proj = model.model.layers[1].mlp.down_proj
-    judge = lambda ids: other(input_ids=ids).logits.detach()  # noqa: E731
-    labels = draw(judge(IDS).float().flatten(0, 1).softmax(-1), torch.Generator().manual_seed(7))
+    teacher = lambda ids: other(input_ids=ids).logits  # noqa: E731
+    with torch.no_grad():
+        labels = draw(teacher(IDS).float().flatten(0, 1).softmax(-1), torch.Generator().manual_seed(7))
     expected = naive(model, [DOWN], IDS, labels.view(IDS.shape))[DOWN]
-    judged = nsvd.fisher(model, IDS, layers=[DOWN], seed=7, judge=judge)[DOWN]
-    assert (judged - expected).norm() <= 1e-5 * expected.norm()
+    taught = nsvd.fisher(model, IDS, layers=[DOWN], seed=7, teacher=teacher)[DOWN]
+    assert (taught - expected).norm() <= 1e-5 * expected.norm()
     own = nsvd.fisher(model, IDS, layers=[DOWN], seed=7)[DOWN]
-    assert (judged - own).norm() > 1e-2 * own.norm()
-    same = nsvd.fisher(model, IDS, layers=[DOWN], seed=7, judge=lambda ids: model(input_ids=ids).logits.detach())[DOWN]
+    assert (taught - own).norm() > 1e-2 * own.norm()
+    same = nsvd.fisher(model, IDS, layers=[DOWN], seed=7, teacher=lambda ids: model(input_ids=ids).logits)[DOWN]
     torch.testing.assert_close(same, own)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,6 +232,8 @@ def test_statistics_tell_what_they_were_taken_from():
     model = tiny_model()
     first, second = nsvd.calibrate(model, IDS), nsvd.calibrate(model, token_ids(7, 16, seed=5))
     assert first.origin["model"] == "LlamaForCausalLM"
+    model.config._name_or_path = str(Path(__file__).parent)
+    assert nsvd.calibrate(model, IDS).origin["model"] == "model"
     assert first.origin["windows"] == [7, 16]
     assert first.origin["sha256"] != second.origin["sha256"]
     with pytest.raises(KeyError, match=r"no layer 'lm_head'.*LlamaForCausalLM"):

@@ -12,6 +12,7 @@ from nsvd.linalg import Moments
 from nsvd.model import shifted as module
 from nsvd.model.hooks import evaluating
 from nsvd.model.moments import shared_inputs
+from nsvd.model.settled import same
 from nsvd.model.shifted import decoder_blocks, replace_in_order_
 from tests.tiny import FAMILIES, Q, assert_same, logits, poison, state, tiny_model, token_ids
 
@@ -110,22 +111,35 @@ def test_what_is_added_to_the_residual_stream_is_measured_there(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_pass_tells_how_the_blocks_are_called_for_all_texts_of_a_length(family):
-    """A second batch goes no further than the first block, and finds what a whole pass finds; one of another length does not."""
+def test_one_pass_tells_how_the_blocks_are_called_for_all_texts_of_a_shape(family):
+    """A second batch goes no further than the first block, and finds what a whole pass finds; one of another shape does not."""
     model, others, runs = tiny_model(family, dtype=torch.float64), token_ids(seed=7), []
     prefix, blocks = decoder_blocks(model)
     model.get_submodule(f"{prefix}.1").register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad(), evaluating(model):
         first, alone = (module._enter(model, blocks, 0, 1.0, ids) for ids in (IDS, others))
         assert len(runs) == 2
-        after = module._enter(model, blocks, 0, 1.0, others, [first])
+        after = module._enter(model, blocks, 0, 1.0, others, first)
         assert len(runs) == 2
-        shorter = module._enter(model, blocks, 0, 1.0, others[:, :5], [first])
-        assert len(runs) == 3
+        for ids in (others[:, :5], others[:1]):
+            module._enter(model, blocks, 0, 1.0, ids, first)
+        assert len(runs) == 4
     assert after.calls is first.calls
-    assert module._same(after.calls, alone.calls)
-    assert not module._same(shorter.calls, first.calls)
+    assert same(after.calls, alone.calls)
     assert torch.equal(after.dense, alone.dense)
+
+
+def test_masks_of_later_blocks_are_those_of_the_batch():
+    """Where only the second block slides a window, and the first is called alike for every batch; the last of them is smaller."""
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    said, ids = logits(model), token_ids(11, 16)
+    _, blocks = decoder_blocks(model)
+    with torch.no_grad(), evaluating(model):
+        whole, rest = (module._enter(model, blocks, 0, 1.0, some) for some in (ids[:4], ids[8:]))
+    assert not same(whole.calls[1], whole.calls[0])
+    assert not same(rest.calls[1], whole.calls[1])
+    replace_in_order_(model, [ids], list(nsvd.targets(model)), exact(model, {}), mu=0.1, batch=4)
+    assert (logits(model) - said).abs().max() <= 1e-6 * said.abs().max()
 
 
 def test_what_depends_on_the_text_is_taken_from_it():
@@ -137,7 +151,7 @@ def test_what_depends_on_the_text_is_taken_from_it():
         block.register_forward_pre_hook(lambda _m, args, kw: (args, kw | {"note": told[-1]}), with_kwargs=True)
     with torch.no_grad():
         first = module._enter(model, blocks, 0, 1.0, IDS)
-        after = module._enter(model, blocks, 0, 1.0, token_ids(seed=7), [first])
+        after = module._enter(model, blocks, 0, 1.0, token_ids(seed=7), first)
     assert [kwargs["note"] for _, kwargs in after.calls] == [token_ids(seed=7).sum()] * 2
     assert token_ids(seed=7).sum() != IDS.sum()
 
@@ -358,9 +372,9 @@ def test_parts_that_are_done_run_no_more_and_nothing_changes(family, monkeypatch
         return answers, len(passes)
 
     completed, fewest = run()
-    monkeypatch.setattr(module, "_last_words", lambda *_: nullcontext([]))
+    monkeypatch.setattr(module, "completion", lambda *_: nullcontext([]))
     remembered, few = run()
-    monkeypatch.setattr(module, "_settled", lambda *_: [])
+    monkeypatch.setattr(module, "settled_parts", lambda *_: [])
     plain, many = run()
     assert fewest < few < many
     for name, target in plain.items():
