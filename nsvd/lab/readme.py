@@ -68,6 +68,20 @@ def _gain(row: pd.Series) -> str:
     return f"{row.improvement:+.1%} [{row.low:+.1%}, {row.high:+.1%}]"
 
 
+def _only(values: pd.Series) -> float:
+    """The one value that a column has; raises ``ValueError`` where there are several."""
+    (value,) = set(values.dropna())
+    return value
+
+
+def _windows(frame: pd.DataFrame) -> str:
+    return f"{_only(frame.losses.dropna().map(len))} windows a set"
+
+
+def _removed(frame: pd.DataFrame) -> str:
+    return f"at {_only(frame.ratio[frame.method != 'dense']):.0%} removed".replace("%", " %")
+
+
 def _short(corpus: str) -> str:
     return corpus.split("/")[-1].replace("_", " ")
 
@@ -79,7 +93,7 @@ def _beyond(frame: pd.DataFrame) -> str:
         "NSVD-I, k1 = 0.95 k": "NSVD-I",
         "best, no corpus": "`best`, no corpus",
         "best": "`best`, corpus and own text",
-        "best + distillation": "and 60 steps of `distill`",
+        "best + distillation": f"and {_only(frame.distill):.0f} steps of `distill`",
     }
     rows = [
         [f"{ratio:.0%}", f"{home[ratio, 'asvd-1']:.1f}"]
@@ -88,7 +102,7 @@ def _beyond(frame: pd.DataFrame) -> str:
     ]
     caption = (
         "At equal stored parameters (`nsvd run 10`): perplexity at home / share of ASVD-I's excess log-perplexity closed on the "
-        "seven other sets, 16 windows a set:"
+        f"seven other sets, {_windows(frame)}:"
     )
     return _table(caption, ["removed", "ASVD-I", *recipes.values()], rows)
 
@@ -104,7 +118,7 @@ def _families(frame: pd.DataFrame) -> str:
         path = " → ".join(f"{home[method]:.1f}" for method in ("dense", "asvd-1", "best"))
         rows.append([name, path, _gain(gain), _share(share)])
     caption = (
-        "Other models at 30 % removed (`nsvd run 06`), 12 windows a set: perplexity at home, dense → ASVD-I → `best` with no "
+        f"Other models {_removed(frame)} (`nsvd run 06`), {_windows(frame)}: perplexity at home, dense → ASVD-I → `best` with no "
         "corpus; then the seven other sets:"
     )
     return _table(caption, ["model", "at home", "NSVD-I over ASVD-I, perplexity", "`best`, share closed"], rows)
@@ -136,12 +150,12 @@ def _rank_split(frame: pd.DataFrame) -> str:
         [tables.label(method), *(f"{gain[method, k1]:+.1%}" if (method, k1) in gain.index else "" for k1 in splits)]
         for method in ("nsvd-1", "nid-1")
     ]
-    caption = "The split of the rank at 30 % removed (`nsvd run 05`), average improvement over ASVD-I:"
+    caption = f"The split of the rank {_removed(frame)} (`nsvd run 05`), average improvement over ASVD-I:"
     return _table(caption, ["k1 / k", *(f"{k1:g}" for k1 in splits)], rows)
 
 
 def _rank_search(frame: pd.DataFrame) -> str:
-    frame = frame[frame.corpus.notna() & frame.allocation.notna()]
+    removed, frame = _removed(frame), frame[frame.corpus.notna() & frame.allocation.notna()]
     gain = tables.gains(frame[frame.method != "dense"], AWAY)
     home = frame[frame.corpus == HOME].set_index(["method", "allocation"]).perplexity
     rows = [
@@ -150,7 +164,7 @@ def _rank_search(frame: pd.DataFrame) -> str:
         for method in ("asvd", "asvd-1")
     ]
     caption = (
-        "Ranks searched layer by layer at 20 % removed (`nsvd run 08`), 16 windows a set: perplexity at home / average "
+        f"Ranks searched layer by layer {removed} (`nsvd run 08`), {_windows(frame)}: perplexity at home / average "
         "improvement over uniform ranks on the seven other sets:"
     )
     return _table(caption, ["method", "uniform", "STRS", "spectrum"], rows)
@@ -174,7 +188,7 @@ def _cache(frame: pd.DataFrame) -> str:
     }
     rows = [[name, dense, *(pair(ratio, *how) for ratio in kept)] for name, how in recipes.items()]
     caption = (
-        "KV cache of latents (`nsvd run 07`), 16 windows a set: perplexity at home / in Japanese, by the fraction of the dense "
+        f"KV cache of latents (`nsvd run 07`), {_windows(frame)}: perplexity at home / in Japanese, by the fraction of the dense "
         "cache's bytes really held:"
     )
     return _table(caption, ["method", "1", *(f"{ratio:g}" for ratio in kept)], rows)
