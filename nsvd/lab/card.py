@@ -79,9 +79,17 @@ def card(folder: Path, corpora: list[str], machine: str, calibration: str = EMBE
     picked = [curve[i] for i in sorted({round(i * (len(curve) - 1) / 9) for i in range(10)})]
     size, last, begin = model.num_parameters(), curve[-1], ""
     if recipe.start:
-        before = (embedded_models()[recipe.start] / "training.jsonl").read_text().splitlines()
+        start = embedded_models()[recipe.start]
+        before = (start / "training.jsonl").read_text().splitlines()
         each = (json.loads(before[-1])["tokens"] + last["tokens"]) / size
-        begin = f"from the weights of `{recipe.start}` on, see its card (with its tokens {each:.1f} a parameter); "
+        times = (
+            recipe.architecture["num_hidden_layers"]
+            // json.loads((start / "config.json").read_text())["num_hidden_layers"]
+        )
+        over = f" (its blocks {times} times over)" if times > 1 else ""
+        begin = (
+            f"from the weights of `{recipe.start}`{over} on, see its card (with its tokens {each:.1f} a parameter); "
+        )
     return TEXT.format(
         **{name: value for name, value in vars(recipe).items() if name != "tokens"},
         kind=recipe.architecture["model_type"],

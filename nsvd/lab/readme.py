@@ -189,7 +189,7 @@ def _cache(frame: pd.DataFrame) -> str:
     rows = [[name, dense, *(pair(ratio, *how) for ratio in kept)] for name, how in recipes.items()]
     caption = (
         f"KV cache of latents (`nsvd run 07`), {_windows(frame)}: perplexity at home / in Japanese, by the fraction of the dense "
-        "cache's bytes really held:"
+        "cache's bytes allowed, which is never exceeded:"
     )
     return _table(caption, ["method", "1", *(f"{ratio:g}" for ratio in kept)], rows)
 
