@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 from nsvd.lab.records import Records
 from nsvd.lab.sweep import DENSE, measure
 from nsvd.model.absorption import multiplications
+from nsvd.model.caches import caches_of
 from nsvd.model.compress_kv import compress_kv_
 from nsvd.model.files import fingerprint
 from nsvd.model.latent import attach, bytes_per_token, cache_bytes, latent_layers
@@ -66,8 +67,8 @@ def bytes_by_length(model: PreTrainedModel, ids: Tensor, lengths: Iterable[int])
     for length in lengths:
         if length > ids.shape[1]:
             raise ValueError(f"{length} tokens wanted, {ids.shape[1]} given")
-        cache = model.base_model(input_ids=ids[:, :length].to(model.device), use_cache=True).past_key_values
-        held[length] = cache_bytes(cache)
+        output = model.base_model(input_ids=ids[:, :length].to(model.device), use_cache=True)
+        held[length] = sum(cache_bytes(cache) for cache in caches_of(output).values())
     return held
 
 
@@ -101,12 +102,13 @@ def absorption_gain(
     A row for each shape (query heads, key-value heads, head width), of random weights, in float32, keys with a third of the ranks.
     Millions of multiplications for the values; milliseconds for all of the layer, median of turns that alternate.
     """
-    rows = {}
+    rows, token = {}, torch.ones(1, 1, dtype=torch.long)
     for name, (heads, kv_heads, d) in shapes.items():
         share = int(cache_ratio * 2 * kv_heads * d)
         model = _one_layer(heads, kv_heads, d, share // 3, share - share // 3)
         layer = next(iter(latent_layers(model).values()))
         cache, seconds = DynamicCache(config=model.config), {False: [], True: []}
+        (taken_as,) = caches_of(model.base_model(input_ids=token, use_cache=True))
         cache.update(
             torch.zeros(1, 1, held, layer.width - layer.attention.v_proj.rank),
             torch.randn(1, 1, held, share - share // 3),
@@ -115,7 +117,7 @@ def absorption_gain(
         for turn in range(repeats + 1):
             for layer.absorb in seconds:
                 start = time.perf_counter()
-                model.base_model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+                model.base_model(input_ids=token, use_cache=True, **{taken_as: cache})
                 if turn:
                     seconds[layer.absorb].append(time.perf_counter() - start)
         counted = [count / 1e6 for count in multiplications(1, held, heads, kv_heads, d, share - share // 3)]

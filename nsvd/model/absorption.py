@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from nsvd.model.caches import with_cache
 from nsvd.model.layers import LowRankLinear
 
 OUTPUTS = ("o_proj", "out_proj", "dense")  # the names under which attention layers keep their output projection
@@ -61,7 +62,7 @@ def pays(attention: nn.Module, z: Tensor, queries: int) -> bool:
     """
     batch, _, held, r = z.shape
     d, v_proj, output = attention.head_dim, attention.v_proj, getattr(attention, output_name(attention))
-    if r > d and (batch > 1 or attention.config._attn_implementation not in ANY_WIDTH):
+    if r > d and (batch > 1 or getattr(attention.config, "_attn_implementation", None) not in ANY_WIDTH):
         return False
     if type(v_proj.up) is not nn.Linear or attention.training:  # an adapter; dropout, and weights no longer sum to one
         return False
@@ -97,8 +98,8 @@ def absorbs(attention: nn.Module, args: tuple, kwargs: dict) -> bool:
         return False
     plain, wide = _Handed(widen=False), _Handed(widen=True)
     try:
-        expected = _summed(attention, args, kwargs | {"past_key_values": plain})
-        given = _summed(attention, args, kwargs | {"past_key_values": wide})
+        expected = _summed(attention, *with_cache(args, kwargs, plain))
+        given = _summed(attention, *with_cache(args, kwargs, wide))
         given = given.unflatten(-1, (-1, attention.head_dim + 1))[..., :-1].flatten(-2) - wide.shift
     except (AttributeError, RuntimeError, TypeError, ValueError):  # something wants values of the layer's own width
         return False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from nsvd.model.absorption import absorbs
+from nsvd.model.caches import cache_in, caches_of, input_of
 from nsvd.model.hooks import evaluating, watch_calls
 from nsvd.model.layers import CompressedLayer
 
@@ -121,7 +122,8 @@ class _Recorder(DynamicCache):
 def _run(model: PreTrainedModel, cache: DynamicCache) -> None:
     ids = torch.arange(8, device=model.device)[None]
     with evaluating(model):
-        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        (name,) = caches_of(model.base_model(input_ids=ids, use_cache=True))
+        model.base_model(input_ids=ids, use_cache=True, **{name: cache})
 
 
 def _rotated(model: PreTrainedModel, name: str, layer: nn.Module, call: tuple | None, cache: _Recorder) -> int:
@@ -129,9 +131,9 @@ def _rotated(model: PreTrainedModel, name: str, layer: nn.Module, call: tuple | 
     if call is None or getattr(layer, "layer_idx", None) not in cache.seen:
         raise ValueError(f"{kind}: its keys do not reach a cache of their own, so no latents can be cached for it")
     args, kwargs = call
-    x = args[0] if args else kwargs.get("hidden_states")
-    if x is None or kwargs.get("past_key_values") is None:
-        raise ValueError(f"{kind} is not called with hidden states and past_key_values by name")
+    x = input_of(layer, args, kwargs)
+    if not isinstance(x, Tensor) or cache_in(args, kwargs) is not cache:
+        raise ValueError(f"{kind} is not called with hidden states first and with the model's cache")
     keys, values = cache.seen[layer.layer_idx]
     if not (keys.isfinite().all() and values.isfinite().all()):
         raise FloatingPointError(f"{kind}: keys or values hold NaN or Inf")
@@ -156,10 +158,10 @@ def _rotated(model: PreTrainedModel, name: str, layer: nn.Module, call: tuple | 
 def _makes(
     layer: nn.Module, projected: Tensor, rotation: tuple[Tensor, Tensor] | None, rotated: int, keys: Tensor
 ) -> bool:
-    """Whether ``finish_keys`` gives the keys; a recipe that does not even fit the shapes does not."""
+    """Whether ``finish_keys`` gives the keys; a recipe that does not even fit the shapes, or the family's rotation, does not."""
     try:
         return _close(finish_keys(layer, projected, rotation, rotated), keys)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return False
 
 

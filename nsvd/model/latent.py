@@ -13,7 +13,7 @@ bfloat16 and float16 hold exactly.
 Memory falls and arithmetic rises: every step rebuilds K of all tokens held, s r_k d_k multiplications a layer, and the new tokens
 pass the down-projections a second time. V is rebuilt alike, or not at all where it pays to absorb its up-projection into the output
 projection, see ``absorption``; K's cannot, because keys are rotated in between. Compilation of the decoding step is off.
-Paged (continuous) batching does not pass its cache this way and holds dense keys and values.
+Where latents cannot be cached, as in paged (continuous) batching, the layer raises: it never caches dense keys and values.
 
 The idea is that of the ASVD paper (arXiv 2312.05821); Palu (arXiv 2407.21118) builds on it with fused kernels.
 """
@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache
 
 from nsvd.model.absorption import Redirected, as_values, lift, output_name, pays
 from nsvd.model.attention import by_kind, finish_keys, key_value_layers, rotate_by, split_heads
+from nsvd.model.caches import cache_in, input_of, with_cache
 
 DIGITS, BASE = 3, 256  # positions below 2²⁴
 _ROTATIONS: WeakKeyDictionary[Cache, dict[int, tuple[Tensor, Tensor]]] = WeakKeyDictionary()  # by owner, see Rotation
@@ -87,12 +88,20 @@ class LatentAttention:
         return ranks + DIGITS * self.owns_positions
 
     def __call__(self, *args, **kwargs):
-        cache, attention = kwargs.get("past_key_values"), self.attention
-        if cache is not None:
-            x = args[0] if args else kwargs["hidden_states"]
-            kwargs["past_key_values"] = stand_in = _StandIn(self, cache, x, kwargs.get("position_ids"))
-            attention = Redirected(attention, stand_in.output) if self.absorb else attention
-        return type(self.attention).forward(attention, *args, **kwargs)
+        attention, cache = self.attention, cache_in(args, kwargs)
+        if cache is None:
+            if kwargs.get("use_cache"):
+                raise ValueError(f"layer {attention.layer_idx} is to cache latents, but it is given no cache")
+            return type(attention).forward(attention, *args, **kwargs)
+        stand_in = _StandIn(self, cache, input_of(attention, args, kwargs), kwargs.get("position_ids"))
+        args, kwargs = with_cache(args, kwargs, stand_in)
+        redirected = Redirected(attention, stand_in.output) if self.absorb else attention
+        output = type(attention).forward(redirected, *args, **kwargs)
+        if not stand_in.updated:
+            raise ValueError(
+                f"layer {attention.layer_idx} is to cache latents, but it does not use the cache it is given"
+            )
+        return output
 
     def latents(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """What is cached for inputs x (batch, s, d_in): (batch, 1, s, k) twice, the second of width 0 where one serves both."""
@@ -125,9 +134,10 @@ class _StandIn:
 
     def __init__(self, layer: LatentAttention, cache: Cache, x: Tensor, positions: Tensor | None):
         self.layer, self.cache, self.x, self.positions = layer, cache, x, positions
-        self.absorbed = False
+        self.absorbed = self.updated = False
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.updated = True
         latents = self.layer.latents(self.x, self.positions)
         held = self.cache.update(*latents, layer_idx, *args, **kwargs)
         if hasattr(self.cache.layers[layer_idx], "_quantized_keys"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from nsvd.model.caches import caches_of
 from nsvd.model.hooks import evaluating
 
 CACHE_BYTES = 8 * 2**30  # of a batch of windows while they are sampled
@@ -103,10 +104,10 @@ def _uniform(count: int, device: torch.device, generator: torch.Generator) -> Te
 
 
 def _sample(model: PreTrainedModel, draws: Float[Tensor, "n steps"], temperatures: list[float], start: int) -> Tensor:
-    ids = torch.full((len(draws), 1), start, device=draws.device)
-    cache = DynamicCache(config=model.config)
+    ids, held = torch.full((len(draws), 1), start, device=draws.device), {}
     for u, temperature in zip(draws.split(1, dim=1), temperatures, strict=True):
-        logits = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        output = model(input_ids=ids[:, -1:], use_cache=True, **held)
+        logits, held = output.logits[:, -1].float(), caches_of(output)
         if not logits.isfinite().all():
             raise FloatingPointError("the model predicts NaN or Inf, so no text can be sampled from it")
         ids = torch.cat([ids, _index((logits / temperature).softmax(-1), u)], dim=1)

@@ -1,6 +1,8 @@
 """What the cache holds are latents, and nobody who reads the tokens can tell."""
 
 import copy
+import functools
+import inspect
 import json
 from itertools import product
 
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import nsvd
 from nsvd.model import absorption
-from nsvd.model.attention import examine
+from nsvd.model.attention import examine, key_value_layers
 from nsvd.model.latent import DIGITS, bytes_per_token, decode_positions, encode_positions, latent_layers
 from nsvd.model.pairs import share_out
 from tests.linalg.reference import MATRIX
@@ -536,13 +538,88 @@ def test_a_quantized_cache_is_refused():
     """It would round positions."""
 
     class Rounded(DynamicCache):
-        def update(self, keys, values, layer_idx, *args):
-            out = super().update(keys, values, layer_idx, *args)
+        def update(self, keys, values, layer_idx, *args, **kwargs):
+            out = super().update(keys, values, layer_idx, *args, **kwargs)
             self.layers[layer_idx]._quantized_keys = None
             return out
 
     with pytest.raises(ValueError, match="quantized cache"):
         latent()(input_ids=IDS, past_key_values=Rounded())
+
+
+def rename_cache(monkeypatch, model, change) -> None:
+    """Another release of transformers: its attention layers are called with what ``change`` makes of their arguments."""
+    kind = type(model.get_submodule(next(iter(key_value_layers(model)))))
+    call, forward = kind.__call__, kind.forward
+
+    def called(self, *args, **kwargs):
+        return call(self, *args, **change(kwargs))
+
+    @functools.wraps(forward)
+    def run(self, hidden_states, **kwargs):
+        was = {"memory": next(name for name in inspect.signature(forward).parameters if name in NAMES)}
+        return forward(self, hidden_states, **{was.get(name, name): value for name, value in kwargs.items()})
+
+    monkeypatch.setattr(kind, "__call__", called)
+    monkeypatch.setattr(kind, "forward", run)
+
+
+NAMES = ("cache", "past_key_values")  # of the cache, in releases of transformers
+
+
+def renamed(kwargs: dict) -> dict:
+    return {"memory" if name in NAMES else name: value for name, value in kwargs.items()}
+
+
+def lost(kwargs: dict) -> dict:
+    return {name: value for name, value in kwargs.items() if name not in NAMES} | {"use_cache": True}
+
+
+def foreign(kwargs: dict) -> dict:
+    class Paged:
+        def update(self, keys, values, layer_idx, **_):
+            return keys, values
+
+    return {name: Paged() if name in NAMES else value for name, value in kwargs.items()}
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_the_cache_is_found_by_its_type_under_any_name(family, monkeypatch):
+    """Compressed and run in a release that calls it otherwise: the same factors, the same text, latents held."""
+    expected = latent(family)
+    text = generate(expected, length=6)
+    rename_cache(monkeypatch, expected, renamed)
+    model = latent(family)
+    assert examine_of(model) == examine_of(expected)
+    again = generate(model, length=6)
+    assert_same_text(again, text)
+    assert held(again.past_key_values) == held(text.past_key_values)
+
+
+def examine_of(model) -> list[tuple[int, bool]]:
+    return [(layer.rotated, layer.absorb) for layer in latent_layers(model).values()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lost, "layer 0 is to cache latents, but it is given no cache"), (foreign, "a Paged is no cache of transformers")],
+)
+def test_dense_keys_and_values_are_never_cached_in_silence(change, message, monkeypatch):
+    """A cache promised that does not arrive, or arrives as something else, is an error."""
+    model = latent()
+    rename_cache(monkeypatch, model, change)
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=IDS, use_cache=True)
+
+
+def test_a_cache_that_is_given_and_not_used_is_an_error(monkeypatch):
+    """A forward that looks for it elsewhere would attend to the new tokens alone."""
+    model = latent()
+    kind = type(next(iter(latent_layers(model).values())).attention)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: forward(self, *args, **lost(kwargs)))
+    with pytest.raises(ValueError, match="layer 0 is to cache latents, but it does not use the cache it is given"):
+        model(input_ids=IDS, use_cache=True)
 
 
 def edit(folder, change) -> None:

@@ -1,0 +1,55 @@
+"""The cache among the arguments and the results of a model, known by its type: its name differs between releases of transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import lru_cache
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+
+def cache_in(args: tuple, kwargs: Mapping) -> Cache | None:
+    """The cache among the arguments of a call, wherever it stands; None where there is none.
+
+    Raises:
+        ValueError: for an argument that takes keys and values like a cache (it has an ``update``), but is none of transformers.
+    """
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            return value
+        if callable(getattr(value, "update", None)) and not isinstance(value, Mapping):
+            raise ValueError(f"a {type(value).__name__} is no cache of transformers, so it cannot hold latents")
+    return None
+
+
+def with_cache(args: tuple, kwargs: Mapping, other: object) -> tuple[tuple, dict]:
+    """The arguments of a call with ``other`` in the place of the cache."""
+
+    def exchange(value):
+        return other if isinstance(value, Cache) else value
+
+    return tuple(exchange(value) for value in args), {name: exchange(value) for name, value in kwargs.items()}
+
+
+def caches_of(output: Mapping) -> dict[str, Cache]:
+    """The caches that a model has returned, by the names under which it takes them again.
+
+    Raises:
+        ValueError: if it has returned none.
+    """
+    found = {name: value for name, value in output.items() if isinstance(value, Cache)}
+    if not found:
+        raise ValueError(f"the model was run with use_cache, but its {type(output).__name__} holds no cache")
+    return found
+
+
+def input_of(layer: nn.Module, args: tuple, kwargs: Mapping) -> Tensor | None:
+    """The first argument of a call of the layer, by its place or by its name: the hidden states."""
+    return args[0] if args else kwargs.get(_first_parameter(type(layer)))
+
+
+@lru_cache(maxsize=None)
+def _first_parameter(kind: type[nn.Module]) -> str:
+    return list(inspect.signature(kind.forward).parameters)[1]
