@@ -4,16 +4,28 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 REAL_TEXT ?= 04_evaluation 10_beyond_nsvd
+RANGES := tests/model tests/lab tests/test_cli.py tests/test_reference_model.py
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: workbook real-text readme test lab benchmark clean
+.PHONY: workbook real-text readme test test-oldest test-newest lab benchmark lock clean
 
-$(VENV)/ready: pyproject.toml constraints-cpu.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e ".[notebooks,test]"
-	touch $@
+# Versions that were tested: constraints-cpu.txt chooses torch's build, constraints-lock.txt all else.
+$(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
+	$(call install,$(VENV),-c constraints-lock.txt)
+
+$(VENV)-oldest/ready: pyproject.toml constraints-cpu.txt tests/lowest.py
+	$(PYTHON) tests/lowest.py > constraints-lowest.txt
+	$(call install,$(VENV)-oldest,-c constraints-lowest.txt)
+
+define install
+rm -rf $(1)
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) hatchling editables
+$(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) --no-build-isolation -e ".[notebooks,test]"
+touch $(1)/ready
+endef
 
 workbook: $(VENV)/ready ## run every notebook on the embedded model and corpora
 	HF_HUB_OFFLINE=1 $(BIN)/nsvd run all --jobs $(JOBS) -p fresh true
@@ -36,7 +48,19 @@ readme: $(VENV)/ready ## the tables of README from the numbers of the workbook
 test: $(VENV)/ready ## lint and test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(call pytest,$(VENV))
+
+test-oldest: $(VENV)-oldest/ready ## the tests of the package on the lowest versions that pyproject.toml allows
+	$(call pytest,$(VENV)-oldest) $(RANGES)
+
+test-newest: ## the tests of the package on the newest versions that pyproject.toml allows, looked up every time
+	$(call install,$(VENV)-newest,)
+	$(call pytest,$(VENV)-newest) $(RANGES)
+
+pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS)
+
+lock: test-newest ## write constraints-lock.txt: what test-newest has just installed and passed with
+	$(VENV)-newest/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch|triton|nvidia-|cuda-)|^#| @ ' > constraints-lock.txt
 
 lab: $(VENV)/ready ## explore in JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -45,4 +69,4 @@ benchmark: $(VENV)/ready ## cost of the statistics pass and of the decomposition
 	$(BIN)/python benchmarks/costs.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest .pytest_cache .ruff_cache .hypothesis

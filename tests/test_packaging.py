@@ -1,0 +1,48 @@
+"""Versions: what is installed was tested, and both ends of what pyproject.toml allows can be named."""
+
+import re
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from nsvd.lab.paths import checkout
+from tests.lowest import lowest, requirements
+
+LOCK = "constraints-lock.txt"
+
+
+def locked() -> dict[str, str]:
+    """Versions of constraints-lock.txt by name."""
+    lines = (checkout() / LOCK).read_text(encoding="utf-8").split()
+    return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+
+
+@pytest.mark.parametrize("line", requirements())
+def test_the_lock_names_a_version_that_is_allowed(line):
+    """For everything that the project asks for; torch has a file of its own, as its build depends on the machine."""
+    wanted = Requirement(line)
+    name = canonicalize_name(wanted.name)
+    if name == "torch":
+        assert name not in locked()
+        (torch,) = (checkout() / "constraints-cpu.txt").read_text(encoding="utf-8").split()
+        assert wanted.specifier.contains(torch.removeprefix("torch=="))
+    else:
+        assert wanted.specifier.contains(locked()[name])
+
+
+def test_the_lock_holds_exact_versions_from_the_index_only():
+    """No path, no address, no build of torch or of its GPU libraries."""
+    lines = (checkout() / LOCK).read_text(encoding="utf-8").split("\n")
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[\w.]+", line) for line in lines if line)
+    assert not [line for line in lines if re.match(r"torch|nvidia|cuda|triton", line)]
+
+
+def test_the_lowest_versions_are_the_lower_bounds():
+    """One for every requirement but torch; a requirement without a bound is an error."""
+    lines = requirements()
+    names = [Requirement(line).name for line in lines if Requirement(line).name != "torch"]
+    assert [line.partition("==")[0] for line in lowest(lines)] == names
+    assert lowest(["transformers>=5.17,<6", "torch>=2.11"]) == ["transformers==5.17"]
+    with pytest.raises(ValueError, match="'numpy'"):
+        lowest(["numpy"])
