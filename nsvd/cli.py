@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return chosen.command(chosen) or 0
+    except KeyboardInterrupt:
+        print(f"nsvd {chosen.name}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -32,18 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(chosen: argparse.Namespace) -> int:
     """Execute notebooks."""
-    import yaml
-
     try:
-        from nsvd.lab import workbook
+        from nsvd.lab import parameters, workbook
     except ModuleNotFoundError as error:
         raise ValueError(f"notebooks need {error.name}: pip install 'nsvd[notebooks]'") from error
-    try:
-        parameters = {name: yaml.safe_load(value) for name, value in chosen.parameter}
-    except yaml.YAMLError as error:
-        raise ValueError(f"-p: a value is not YAML: {error}") from error
+    given = parameters.from_pairs(chosen.parameter)
     outcomes = workbook.run(
-        chosen.notebooks or ["all"], parameters, preset=chosen.preset, out=chosen.out, jobs=chosen.jobs,
+        chosen.notebooks or ["all"], given, preset=chosen.preset, out=chosen.out, jobs=chosen.jobs,
         shard=chosen.shard, progress=sys.stderr.isatty(),
     )  # fmt: skip
     for outcome in outcomes:

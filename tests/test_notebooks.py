@@ -16,8 +16,15 @@ from nsvd.lab.paths import checkout
 SOURCES = workbook.notebooks()
 FOLDER = checkout() / "notebooks"
 PRESETS = sorted((FOLDER / "presets").glob("*.yaml"))
-REAL_TEXT = sorted((FOLDER / "executed/real-text").glob("[0-9][0-9]_*.ipynb"))
-EXECUTED = [*sorted((FOLDER / "executed").glob("[0-9][0-9]_*.ipynb")), *REAL_TEXT]
+
+
+def executed(folder) -> list:
+    """The executed notebooks in a folder; one that failed lies beside them as ``NAME.failed.ipynb`` and is none of them."""
+    return [folder / source.name for source in SOURCES if (folder / source.name).is_file()]
+
+
+REAL_TEXT = executed(FOLDER / "executed/real-text")
+EXECUTED = [*executed(FOLDER / "executed"), *REAL_TEXT]
 ROOTS = ("home", "root", "tmp", "mnt", "usr", "Users", "var", "opt", "srv")
 ABSOLUTE = re.compile(rf"(?<![\w.</-])/({'|'.join(ROOTS)})/")
 TINY = {
@@ -103,6 +110,13 @@ def test_the_executed_notebook_is_of_this_source(file):
         out for cell in executed.cells for out in cell.get("outputs", []) if out.output_type in ("error", "stream")
     ]
     assert not ABSOLUTE.search(re.sub(r'"image/png": "[^"]*"', "", file.read_text(encoding="utf-8")))
+
+
+def test_a_failed_notebook_is_no_executed_one(tmp_path):
+    """It may be left from a run that is being looked into."""
+    for name in (SOURCES[1].name, f"{SOURCES[1].stem}.failed.ipynb", f"{SOURCES[2].stem}.failed.ipynb"):
+        (tmp_path / name).touch()
+    assert executed(tmp_path) == [tmp_path / SOURCES[1].name]
 
 
 def test_every_notebook_has_been_executed():

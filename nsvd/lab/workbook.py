@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
+from weakref import WeakSet
 
 import nbformat
 import papermill
-import yaml
-from nbclient.exceptions import DeadKernelError
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import NoSuchKernel
 from tqdm.auto import tqdm
 
+from nsvd.lab.parameters import check, declared, read_preset
 from nsvd.lab.paths import checkout
 from nsvd.model.files import replacing
+
+KERNEL = "python3"
 
 
 @dataclass(frozen=True)
@@ -62,36 +67,67 @@ def run(
     are given. Paths are relative to the top of the checkout. ``shard=(i, n)`` takes every n-th notebook from the i-th
     (counted from 1). A notebook that fails is left as ``NAME.failed.ipynb``; an executed one from before stays as it was.
 
+    When interrupted, it ends the kernels that run; their notebooks are failed ones, up to where they came.
+
     Raises:
-        ValueError: a parameter no chosen notebook declares, or one of a preset that no notebook declares.
+        ValueError: a file that is not a notebook; a parameter no chosen notebook declares, or one of a preset that no notebook
+            declares; a value of another kind than the parameter's; two notebooks of one name, or an output over its source.
     """
     chosen, given = notebooks(names), dict(parameters or {})
-    declared = {file: set(papermill.inspect_notebook(str(file))) for file in chosen}
-    _known(given, set().union(*declared.values()), f"parameter of {', '.join(file.stem for file in chosen)}")
+    kinds = {file: declared(file) for file in chosen}
+    _known(given, set().union(*kinds.values()), f"parameter of {', '.join(file.stem for file in chosen)}")
     if preset is not None:
-        values = _preset(preset)
-        everywhere = set().union(*(papermill.inspect_notebook(str(file)) for file in notebooks()), *declared.values())
+        values = read_preset(preset)
+        everywhere = set().union(*(declared(file) for file in notebooks()), *kinds.values())
         _known(values, everywhere, f"parameter (in {preset}) of any notebook")
         given = values | given
+    for known in kinds.values():
+        check({name: value for name, value in given.items() if name in known}, known)
     i, n = shard
     if not 1 <= i <= n:
         raise ValueError(f"shard {i}/{n}: expected i/n with i from 1 to n")
     if jobs < 1:
         raise ValueError(f"{jobs} jobs: 1 is the least")
     folder = Path(out) if out else checkout() / "notebooks" / "executed"
+    _apart(chosen, folder)
     folder.mkdir(parents=True, exist_ok=True)
 
     place = folder.absolute()
 
     def one(file: Path) -> Outcome:
         beside = {"figures": f"{place}/figures", "results": f"{place}/results/{file.stem}.jsonl"} if out else {}
-        return _execute(file, {k: v for k, v in (beside | given).items() if k in declared[file]}, folder)
+        return _execute(file, {k: v for k, v in (beside | given).items() if k in kinds[file]}, folder)
 
+    _Kernel()  # the first instance looks classes up, which two threads cannot do at a time
     with _threads_shared(jobs), ThreadPoolExecutor(jobs) as pool:
         mine = chosen[i - 1 :: n]
         turn = 1 if jobs == 1 else -1  # the last of the workbook take longest, so side by side they start first
-        outcomes = pool.map(one, mine[::turn])
-        return list(tqdm(outcomes, "notebooks", total=len(mine), disable=not progress, leave=False))[::turn]
+        futures = [pool.submit(one, file) for file in mine[::turn]]
+        try:
+            bar = tqdm(futures, "notebooks", total=len(mine), disable=not progress, leave=False)
+            return [future.result() for future in bar][::turn]
+        except BaseException as error:
+            for future in futures:
+                future.cancel()
+            while isinstance(error, KeyboardInterrupt) and wait(futures, timeout=0.1).not_done:
+                _Kernel.end_all()
+            raise
+
+
+class _Kernel(AsyncKernelManager):
+    """Kernels that are known where they were started: an interrupt reaches neither them nor the threads that wait for them."""
+
+    started: ClassVar[WeakSet[_Kernel]] = WeakSet()
+
+    async def start_kernel(self, **options) -> None:
+        _Kernel.started.add(self)
+        await super().start_kernel(**options)
+
+    @classmethod
+    def end_all(cls) -> None:
+        for kernel in list(cls.started):
+            if (process := getattr(kernel.provisioner, "process", None)) is not None:
+                process.kill()
 
 
 @contextmanager
@@ -111,15 +147,17 @@ def _execute(source: Path, parameters: dict, folder: Path) -> Outcome:
     target, failed = folder / source.name, folder / f"{source.stem}.failed.ipynb"
     error = None
     with TemporaryDirectory() as scratch:
-        ran = Path(scratch) / source.name
+        plain, ran = Path(scratch) / "source.ipynb", Path(scratch) / "ran.ipynb"  # papermill fills in braces in a path
+        plain.write_bytes(source.read_bytes())
         try:
             papermill.execute_notebook(
-                str(source), str(ran), parameters, progress_bar=False, log_output=False, kernel_name="python3",
+                str(plain), str(ran), parameters, progress_bar=False, log_output=False, kernel_name=KERNEL,
+                kernel_manager_class=_Kernel,
                 resources={"metadata": {"path": str(checkout())}},  # papermill's own cwd= moves all threads
             )  # fmt: skip
         except papermill.PapermillExecutionError as problem:
             error = f"{source.name}, cell {problem.exec_count}: {problem.ename}: {problem.evalue}"
-        except DeadKernelError as problem:  # killed for memory, say
+        except (RuntimeError, NoSuchKernel) as problem:  # killed for memory, say, or not installed
             error = f"{source.name}: {problem}"
         notebook = _clean(nbformat.read(ran, as_version=4), parameters)
     failed.unlink(missing_ok=True)
@@ -138,18 +176,15 @@ def _clean(notebook: nbformat.NotebookNode, parameters: dict) -> nbformat.Notebo
     return notebook
 
 
-def _preset(file: str | Path) -> dict:
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no preset file {file}")
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"preset {file} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"preset {file}: expected `name: value` lines")
-    return values
-
-
 def _known(given: Mapping, declared: set[str], what: str) -> None:
     if unknown := sorted(set(given) - declared):
         raise ValueError(f"{', '.join(unknown)}: no {what}; declared are {', '.join(sorted(declared))}")
+
+
+def _apart(chosen: Sequence[Path], folder: Path) -> None:
+    names = [file.name for file in chosen]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two of the notebooks are called {twice[0]}; run them apart")
+    for file in chosen:
+        if (folder / file.name).resolve() == file.resolve():
+            raise ValueError(f"{file} would be replaced by what it gives; choose another folder for the output")

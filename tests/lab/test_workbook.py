@@ -1,12 +1,16 @@
 """Notebooks are executed with parameters they declare, and an old result survives a failure."""
 
+import os
+import signal
+import time
 from pathlib import Path
+from threading import Thread
 
 import nbformat
 import pytest
 from nbformat import v4
 
-from nsvd.lab import workbook
+from nsvd.lab import parameters, workbook
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 PARAMETERS = "size: int = 3  # how many\nlabel: str = 'small'  # how called"
@@ -96,6 +100,124 @@ def test_a_kernel_that_dies_is_a_failed_notebook(project):
     assert contents(project / "out") == ["dies.failed.ipynb", "good.ipynb"]
 
 
+def test_an_interrupt_ends_the_kernels_and_leaves_what_was_there(project):
+    """Soon, with the notebooks that wait never begun; the one that ran is a failed one, whole, and a result from before stays."""
+    out, begun = project / "out", project / "begun"
+    slow = write(project / "slow.ipynb", f"open({str(begun)!r}, 'w').close()", "import time; time.sleep(120)")
+    last = write(project / "last.ipynb", "print(label)")
+    out.mkdir()
+    (out / "slow.ipynb").write_text("from before", encoding="utf-8")
+
+    def interrupt():
+        while not begun.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=interrupt).start()
+    clock = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        workbook.run([str(slow), str(last)], out=out)
+    assert time.monotonic() - clock < 60
+    assert contents(out) == ["slow.failed.ipynb", "slow.ipynb"]
+    nbformat.validate(nbformat.read(out / "slow.failed.ipynb", as_version=4))
+    assert (out / "slow.ipynb").read_text(encoding="utf-8") == "from before"
+
+
+def test_a_kernel_that_is_not_there_is_a_failed_notebook(project, monkeypatch):
+    """It is named; the file that is left can be read."""
+    monkeypatch.setattr(workbook, "KERNEL", "no-such-kernel")
+    [outcome] = workbook.run(["01"], out=project / "out")
+    assert "no-such-kernel" in outcome.error
+    nbformat.validate(nbformat.read(outcome.file, as_version=4))
+
+
+def test_a_source_is_not_replaced_by_its_output(project, executed):
+    """Nor one notebook's output by that of another."""
+    own, other = write(project / "own.ipynb", "1"), write(project / "other" / "own.ipynb", "2")
+    with pytest.raises(ValueError, match=r"own\.ipynb would be replaced by what it gives"):
+        workbook.run([str(own)], out=project)
+    with pytest.raises(ValueError, match=r"two of the notebooks are called own\.ipynb"):
+        workbook.run([str(own), str(other)], out=project / "out")
+    assert executed == []
+
+
+def test_a_path_with_braces_is_a_path(project):
+    """Papermill by itself would fill parameters in."""
+    [outcome] = workbook.run([str(write(project / "{size}.ipynb", "print(size)"))], {"size": 4}, out=project / "o{u}t")
+    assert printed(outcome.file) == "4\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"null", b"[]", b"3", b"[" * 3000, b"\xff\xfe{}", b'{"cells": 3}', b'{"nbformat": 4}',
+     b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{"cell_type": "code"}]}',
+     b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": null}', b'{"nbformat": "x", "cells": []}'],
+)  # fmt: skip
+def test_a_file_that_is_not_a_notebook_is_named(content, project, executed):
+    """In one sentence, before anything runs."""
+    (project / "e.ipynb").write_bytes(content)
+    with pytest.raises(ValueError, match=r"e\.ipynb is not a notebook: .+"):
+        workbook.run([str(project / "e.ipynb")], out=project / "out")
+    assert executed == []
+    assert not (project / "out").exists()
+
+
+KINDS = (
+    "size: int = 3  # a\nshare: float = 0.5  # b\nlabel: str = 'x'  # c\nfresh: bool = False  # d\n"
+    "names: list[str] = []  # e\ncounts: list[int] = [1]  # f\nratios: list[float] = [0.2]  # g\nbare = 3\nlist_of = [1]\n"
+    "odd = len('x')"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("label", "2024-05-01", r"label is datetime\.date\(2024, 5, 1\), of type date; it is to be str"),
+        ("label", "3", "label is 3, of type int; it is to be str"),
+        ("label", "", "label is None, of type NoneType; it is to be str"),
+        ("label", r'"\ud83d"', r"label is '\\ud83d', of type str"),
+        ("size", "true", "size is True, of type bool; it is to be int"),
+        ("size", "3.0", "to be int"),
+        ("bare", "three", "bare is 'three', of type str; it is to be int"),
+        ("share", "some", "to be float"),
+        ("share", ".nan", "share is nan, of type float; it is to be float"),
+        ("share", ".inf", "to be float"),
+        ("share", "yes", "to be float"),
+        ("fresh", "1", "to be bool"),
+        ("names", "mini/web", r"names is 'mini/web', of type str; it is to be list\[str\]"),
+        ("names", "[mini/web, 3]", r"to be list\[str\]"),
+        ("counts", "[1, 2.5]", r"to be list\[int\]"),
+        ("ratios", "[0.2, x]", r"to be list\[float\]"),
+        ("ratios", "{a: 1}", r"of type dict; it is to be list\[float\]"),
+        ("list_of", "3", "list_of is 3, of type int; it is to be list"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(name, text, message, project, executed):
+    """The kind is that of the annotation, or of the default; nothing runs."""
+    file = write(project / "kinds.ipynb", parameters=KINDS)
+    with pytest.raises(ValueError, match=message):
+        workbook.run([str(file)], {name: parameters.parse(text, name)}, out=project / "out")
+    assert executed == []
+
+
+def test_a_value_of_the_kind_is_given_as_it_is(project, executed):
+    """A whole number is a float, too; where the kind is not known every value is taken."""
+    values = {
+        "size": 4,
+        "share": 1,
+        "label": "2024-05-01",
+        "fresh": True,
+        "names": ["a"],
+        "counts": [],
+        "ratios": [1, 0.5],
+        "bare": 5,
+    }
+    values |= {"list_of": ["b"], "odd": "anything"}
+    workbook.run([str(write(project / "kinds.ipynb", parameters=KINDS))], values, out=project / "out")
+    assert executed == [("kinds", values)]
+    assert parameters.parse("'2024-05-01'", "label") == "2024-05-01"
+
+
 def test_notebooks_run_at_the_top_of_the_checkout_and_leave_the_caller_where_he_is(project, monkeypatch):
     """Two at a time, the first to start the last to end; ``out`` is relative to the caller's folder."""
     where = ("import os, time", "time.sleep(2 - size)", "print(os.getcwd())")
@@ -178,6 +300,13 @@ def test_a_preset_gives_values_under_those_of_the_call(project, executed):
     [
         (None, FileNotFoundError, r"no preset file .*preset\.yaml"),
         ("size: [1", ValueError, r"preset\.yaml is not YAML"),
+        ("1: 2\nsize: 3\n", ValueError, r"preset .*preset\.yaml: 1 is no name of a parameter"),
+        ("null: 2\n", ValueError, r"preset\.yaml: None is no name"),
+        ("size: 3\nsize: 4\n", ValueError, r"preset\.yaml is not YAML: size given twice"),
+        ("a: &a [x]\nsize: *a\n", ValueError, r"preset\.yaml is not YAML: an alias"),
+        ("[" * 3000, ValueError, r"preset\.yaml is nested too deeply"),
+        ("size: 2024-05-01\n", ValueError, "size is .*, of type date; it is to be int"),
+        ("3\n", ValueError, "expected `name: value` lines"),
         ("- size\n- label\n", ValueError, r"preset\.yaml: expected `name: value` lines"),
         (
             "size: 3\nsise: 4\n",
@@ -193,4 +322,14 @@ def test_a_preset_that_cannot_be_used_is_named(content, error, message, project,
         preset.write_text(content, encoding="utf-8")
     with pytest.raises(error, match=message):
         workbook.run(["01"], preset=preset, out=project / "out")
+    assert executed == []
+
+
+def test_a_preset_that_is_a_folder_or_not_utf8_is_named(project, executed):
+    """Like any other that cannot be used."""
+    with pytest.raises(FileNotFoundError, match=r"no preset file .* \(it is a folder\)"):
+        workbook.run(["01"], preset=project, out=project / "out")
+    (project / "preset.yaml").write_bytes("label: größe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"preset .*preset\.yaml is not UTF-8"):
+        workbook.run(["01"], preset=project / "preset.yaml", out=project / "out")
     assert executed == []
