@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -21,16 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.linalg import LinAlgError
 
     try:
-        return chosen.command(chosen) or 0
+        code = chosen.command(chosen) or 0
+        _flush()
     except KeyboardInterrupt:
         print(f"nsvd {chosen.name}: interrupted", file=sys.stderr)
-        return 130
+        code = 130
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = 0
     except (ValueError, OSError, ArithmeticError, LinAlgError, OutOfMemoryError) as error:
         print(f"nsvd {chosen.name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        code = 2
+    with suppress(OSError):
+        _flush()
+    return code
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -53,6 +56,7 @@ def compress(chosen: argparse.Namespace) -> None:
     """Compress a model into a folder."""
     import nsvd
     from nsvd.lab.calibration import domains
+    from nsvd.lab.models import check_apart
     from nsvd.model.checkpoint import check_target
     from nsvd.model.files import short_name
     from nsvd.model.prepare import statistics_of
@@ -84,7 +88,7 @@ def compress(chosen: argparse.Namespace) -> None:
     if chosen.ratio is None and chosen.weights == "worst-case":
         raise ValueError("--weights worst-case goes with --ratio")
     check_target(chosen.out)
-    _writable(chosen.out)
+    check_apart(chosen.model, chosen.out)
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
     windows, stats, calibration = [], None, None
@@ -140,11 +144,10 @@ def evaluate(chosen: argparse.Namespace) -> None:
 
     import nsvd
     from nsvd.lab.records import finite, origin
+    from nsvd.model.files import check_writable
 
     if chosen.json:
-        if Path(chosen.json).is_dir():
-            raise IsADirectoryError(f"cannot write {chosen.json}: there is a folder of that name")
-        _writable(chosen.json)
+        check_writable(chosen.json)
     rows, dtype = [], chosen.dtype
     if dtype == "auto" and "cpu" in (chosen.device, nsvd.default_device()):
         dtype = "float32"
@@ -206,13 +209,13 @@ def info(chosen: argparse.Namespace) -> None:
             print(f"  {name}: {module.out_features} × {module.in_features}, {about}")
 
 
-def _writable(target: str) -> None:
-    """Raise before any work is done if a file or folder cannot be put there."""
-    parent = Path(target).absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OSError(f"cannot write {target}: {parent} is not a writable folder")
+def _flush() -> None:
+    """Bring what was printed to its place; what cannot be brought there, to a full disk or a closed pipe, is let go."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _shard(text: str) -> tuple[int, int]:

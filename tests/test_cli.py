@@ -1,9 +1,11 @@
 """The command line: what it writes, and one line for everything that cannot be done."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import nsvd
 from nsvd.cli import main
-from tests.tiny import K1, Q, compressed, float32, poison, tiny_model, tiny_tokenizer  # noqa: F401
+from tests.tiny import K1, Q, compressed, file_limit, float32, poison, tiny_model, tiny_tokenizer  # noqa: F401
 
 MINI, SHORT = "mini-llama", ["--device", "cpu", "--count", "3", "--length", "32"]
 NSVD = ["--method", "nsvd-1", "--ratio", "0.3"]
@@ -327,6 +329,61 @@ def test_an_output_that_cannot_be_written_is_one_line_before_the_work(here, mode
         assert f"cannot write {out}" in refused(capsys, here, "evaluate", models / "dense", "--json", out)
 
 
+def test_a_model_is_not_compressed_over_itself(here, models, capsys, monkeypatch):
+    """Its dense weights would be gone: by the same name, another one, a link, or when files of it are links into OUT."""
+    keep = shutil.copytree(models / "dense", here / "keep")
+    (here / "link").symlink_to(keep, target_is_directory=True)
+    linked = here / "linked"
+    linked.mkdir()
+    for file in keep.iterdir():
+        (linked / file.name).symlink_to(file)
+    monkeypatch.setattr(nsvd, "load", lambda *_a, **_k: pytest.fail("the model was loaded"))
+    for source, out in (
+        ("keep", "keep"), ("keep", "./keep/"), (keep, "../here/keep"), ("keep", "link"), ("link", "keep"), ("linked", "keep"),
+    ):  # fmt: skip
+        line = refused(capsys, here, "compress", source, out, *NSVD)
+        assert f"cannot write {out}: the model {source} itself lies there" in line
+    own = nsvd.embedded_models()[MINI]
+    monkeypatch.setattr("nsvd.model.checkpoint.MODEL_FILES", ("*",))
+    assert f"the model {MINI} itself" in refused(capsys, here, "compress", MINI, own, *NSVD)
+
+
+def test_a_model_of_links_can_be_exchanged(here, models, capsys):
+    """The links go; what they point to stays."""
+    keep, linked = shutil.copytree(models / "dense", here / "keep"), here / "linked"
+    linked.mkdir()
+    for file in keep.iterdir():
+        (linked / file.name).symlink_to(file)
+    before = contents(keep)
+    said(capsys, "compress", "keep", "linked", "--method", "svd", "--ratio", 0.3)
+    assert contents(keep) == before
+    assert "compressed by svd" in said(capsys, "info", "linked")
+
+
+def test_numbers_go_into_a_pipe(here, models, capsys):
+    """``--json`` to a reader that waits for it."""
+    os.mkfifo(here / "pipe")
+    got = []
+    reader = threading.Thread(target=lambda: got.append(json.loads((here / "pipe").read_text())))
+    reader.start()
+    said(capsys, "evaluate", models / "dense", "--data", "mini/web", "--count", 1, "--length", 16, "--json", "pipe")
+    reader.join()
+    assert got[0]["results"][0]["corpus"] == "mini/web"
+    assert [place.name for place in here.iterdir()] == ["pipe"]
+    assert "pipe: it is a device or a pipe" in refused(capsys, here, "compress", models / "dense", "pipe", *NSVD)
+
+
+def test_a_full_disk_is_one_line(here, models, capsys):
+    """Nothing is left of the new model; of an older one everything."""
+    svd = ["--method", "svd", "--ratio"]
+    with file_limit(20_000):
+        line = refused(capsys, here, "compress", models / "dense", "low", *svd, 0.3)
+    assert line == "nsvd compress: cannot write low: File too large\n"
+    said(capsys, "compress", models / "dense", "low", *svd, 0.3)
+    with file_limit(20_000):
+        refused(capsys, here, "compress", models / "dense", "low", *svd, 0.5)
+
+
 def notebook(file: Path, *code: str) -> Path:
     """A notebook with the parameter ``size``."""
     cells = [v4.new_code_cell("size: int = 3  # how many", metadata={"tags": ["parameters"]})]
@@ -407,13 +464,18 @@ def test_help_names_every_command_and_option(capsys):
 def test_a_fresh_process_reads_what_another_one_wrote(models, tmp_path):
     """``python -m nsvd.cli``: exit codes and streams are those of a program."""
 
-    def program(*arguments):
+    def program(*arguments, stdout=subprocess.PIPE):
         return subprocess.run(
             [sys.executable, "-W", "error::RuntimeWarning", "-c", "import sys; from nsvd.cli import main; sys.exit(main())"]
             + [str(a) for a in arguments],
-            capture_output=True, text=True, cwd=tmp_path, check=False,
+            stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False,
         )  # fmt: skip
 
     done = program("info", models / "low")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{Q}: 32 × 32, rank 11" in done.stdout
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            done = program("info", models / "low", stdout=full)
+        assert done.returncode == 2
+        assert done.stderr == "nsvd info: [Errno 28] No space left on device\n"

@@ -1,6 +1,8 @@
 """Random models of every supported family, a tokenizer and token ids, small enough for tests."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -126,3 +128,15 @@ def poison(model: torch.nn.Module, name: str, row=0, value: float = float("nan")
     """Put NaN into a row (or ``...``, all) of a parameter."""
     with torch.no_grad():
         model.get_parameter(name)[row] = value
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

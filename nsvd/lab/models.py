@@ -14,6 +14,20 @@ def embedded_models() -> dict[str, Path]:
     return {config.parent.name: config.parent for config in sorted((data() / "models").glob("*/config.json"))}
 
 
+def check_apart(source: str | Path, out: str | Path) -> None:
+    """Raise ``FileExistsError`` if to replace the folder ``out`` takes away files of the model ``source``.
+
+    All names of a folder count: relative, through links, of an embedded model. So do files of the model that are links.
+    """
+    path = embedded_models().get(str(source), Path(source))
+    if not path.exists() or not Path(out).exists():
+        return
+    files = [file.resolve() for file in [path, *(path.iterdir() if path.is_dir() else [])]]
+    for place in {place for file in files for place in (file, *file.parents)}:
+        if place.exists() and place.samefile(out):
+            raise FileExistsError(f"cannot write {out}: the model {source} itself lies there; choose another folder")
+
+
 def load(source: str | Path, *, dtype="auto", device: str = "auto"):
     """(model, tokenizer) of an embedded model, a folder (dense or compressed) or a hub id, in evaluation mode.
 

@@ -20,7 +20,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nsvd.model.files import replacing
+from nsvd.model.files import check_writable, replacing
 from nsvd.model.latent import attach, detach
 from nsvd.model.layers import LAYERS, CompressedLayer, LowRankLinear
 
@@ -180,7 +180,7 @@ def mark_compressed(model: nn.Module, names: Iterable[str], **details) -> None:
 
 
 def check_target(folder: str | Path) -> None:
-    """Raise ``FileExistsError`` unless ``save`` may put a checkpoint there: nothing, an empty folder, or an older model.
+    """Raise ``OSError`` unless ``save`` can put a checkpoint there, over nothing, an empty folder, or an older model.
 
     A folder is an older model's if it has a config.json and nothing but files of ``MODEL_FILES``: what is replaced is then
     no more than ``save`` writes. Symbolic links are followed.
@@ -196,6 +196,7 @@ def check_target(folder: str | Path) -> None:
     for entry in held:
         if not entry.is_file() or not any(fnmatchcase(entry.name, name) for name in MODEL_FILES):
             raise FileExistsError(f"cannot write {folder}: beside a model it holds {entry.name}, which would be lost")
+    check_writable(folder, folder=True)
 
 
 def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict | None = None) -> None:
