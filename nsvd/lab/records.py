@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from nsvd.model.files import replacing
+from nsvd.model.files import replacing, sync
+from nsvd.model.locks import locked
 from nsvd.model.report import versions
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -34,54 +36,74 @@ class Records:
     """A file of results, one JSON line each, found again by their parameters.
 
     A record made by other code than today's does not count as found, nor, with ``fresh``, one made before; it is
-    replaced when it is measured again.
+    replaced when it is measured again. Several processes can add to one file at the same time.
+
+    Raises:
+        ValueError: if a line is not a result; names file and line. A last line that a kill has cut short is let go.
+        OSError: if the file cannot be read or written.
     """
 
     def __init__(self, file: str | Path, *, fresh: bool = False):
-        self.file, self._rows, self._stale = Path(file), {}, set()
+        self.file, self._rows = Path(file), {}
         if self.file.exists():
-            for row in self._read():
-                key = _key(row["parameters"])
-                self._rows[key] = row
-                if fresh or row["origin"].get("code") != origin()["code"]:
-                    self._stale.add(key)
+            self._rows, _ = self._parse(self.file.read_bytes())
+        self._before = set(map(_line, self._rows.values())) if fresh else set()
 
-    def _read(self) -> list[dict]:
-        """All rows; a last line that a kill has cut short is taken out of the file."""
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-            with replacing(self.file) as part:
-                part.write_text("".join(lines), encoding="utf-8")
-        try:
-            return [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.file} is not a file of results: {error}") from error
+    def _parse(self, text: bytes) -> tuple[dict[str, dict], bool]:
+        """All rows by their parameters, and whether the last line lacks its end."""
+        *lines, tail = text.split(b"\n")
+        rows = {}
+        for number, line in enumerate([*lines, tail] if tail else lines, 1):
+            try:
+                row = _row(line)
+            except ValueError as error:
+                if number > len(lines):
+                    break
+                raise ValueError(f"{self.file} is not a file of results: line {number}: {error}") from error
+            rows[_key(row["parameters"])] = row
+        return rows, bool(tail)
+
+    def _counts(self, row: dict) -> bool:
+        return row["origin"].get("code") == origin()["code"] and _line(row) not in self._before
 
     def find(self, **parameters) -> dict | None:
         """The numbers recorded for exactly these parameters by today's code, or None."""
-        key = _key(parameters)
-        return None if key in self._stale or key not in self._rows else self._rows[key]["numbers"]
+        row = self._rows.get(_key(parameters))
+        return row["numbers"] if row and self._counts(row) else None
 
     def add(self, parameters: dict, numbers: dict) -> dict:
-        """Write a record, in place of an older one of the same parameters; returns the numbers."""
+        """Write a record, in place of an older one of the same parameters; returns the numbers.
+
+        What other processes have added since is kept, and found from now on. When the write fails, the file is what it
+        was, and the record is not found.
+        """
         row = {"parameters": parameters, "numbers": finite(numbers), "origin": origin()}
-        key = _key(parameters)
-        known = key in self._rows
-        self._rows[key] = row
-        self._stale.discard(key)
+        key, line = _key(parameters), _line(row)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        if known:
-            with replacing(self.file) as part:
-                part.write_text("".join(map(_line, self._rows.values())), encoding="utf-8")
-        else:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(_line(row))
+        with locked(self.file) as descriptor:
+            rows, cut = self._parse(self.file.read_bytes())
+            if cut or key in rows:
+                with replacing(self.file) as part:
+                    part.write_bytes(b"".join(map(_line, (rows | {key: row}).values())))
+            else:
+                self._append(descriptor, line)
+        self._rows = rows | {key: row}
+        self._before.discard(line)
         return row["numbers"]
+
+    def _append(self, descriptor: int, line: bytes) -> None:
+        size = os.fstat(descriptor).st_size
+        try:
+            while line:  # at once, but for a disk that is full
+                line = line[os.write(descriptor, line) :]
+            sync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise OSError(f"cannot write {self.file}: {error.strerror}") from error
 
     def frame(self, *, stale: bool = False) -> pd.DataFrame:
         """All records that count as found, a column for every parameter and number; with ``stale`` the others, too."""
-        rows = (row for key, row in self._rows.items() if stale or key not in self._stale)
+        rows = (row for row in self._rows.values() if stale or self._counts(row))
         return pd.DataFrame([row["parameters"] | row["numbers"] for row in rows])
 
 
@@ -94,5 +116,18 @@ def _key(parameters: dict) -> str:
     return json.dumps(parameters, sort_keys=True, ensure_ascii=False)
 
 
-def _line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _line(row: dict) -> bytes:
+    """In UTF-8; a lone surrogate, which has no place there, is escaped as JSON escapes it."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _row(line: bytes) -> dict:
+    """A line read; raises ``ValueError`` if it is not a result."""
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    parts = ("parameters", "numbers", "origin")
+    if not isinstance(row, dict) or not all(isinstance(row.get(part), dict) for part in parts):
+        raise ValueError("expected an object of parameters, numbers and origin")
+    return row

@@ -90,6 +90,15 @@ def check_writable(target: str | Path, *, folder: bool = False) -> None:
         raise OSError(f"cannot write {target}: {parent} is not a writable folder ({reason})") from error
 
 
+def sync(descriptor: int) -> None:
+    """Bring what was written to disk; where the system cannot, as with a device, it is left to itself."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+
+
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     """Twelve hexadecimal digits that change with any of the tensors."""
     digest = hashlib.sha256()
@@ -186,15 +195,12 @@ def _settle(part: Path, mode: int) -> None:
 
 
 def _sync(path: Path) -> None:
-    try:
+    with suppress(PermissionError):  # Windows opens no folder
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # where the system cannot sync such a thing, it is left to itself
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise
 
 
 def _put(part: Path, place: Path, *, spare: Path) -> None:

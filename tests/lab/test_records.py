@@ -1,11 +1,13 @@
 """Results are found again by their parameters, as long as the code that made them is the same."""
 
 import json
+import os
 
 import pytest
 
 from nsvd.lab import records
 from nsvd.lab.records import Records, origin
+from tests.tiny import file_limit
 
 FIRST, SECOND = {"method": "nsvd-1", "k1": 0.95}, {"method": "svd", "text": "日本語"}
 
@@ -108,3 +110,116 @@ def test_a_line_cut_short_by_a_kill_is_measured_again(tmp_path):
     file.write_text("no json\n" + whole)
     with pytest.raises(ValueError, match=r"records\.jsonl is not a file of results"):
         Records(file)
+
+
+def test_what_another_process_adds_is_kept_and_found(file):
+    """When a record is appended, and when one is replaced; with ``fresh``, too."""
+    ours, fresh, other = Records(file), Records(file, fresh=True), Records(file)
+    ours.add(FIRST, {"nll": 1.0})
+    other.add(SECOND, {"nll": 2.0})
+    ours.add(FIRST, {"nll": 1.5})
+    assert [row["numbers"]["nll"] for row in lines(file)] == [1.5, 2.0]
+    assert ours.find(**SECOND) == {"nll": 2.0}
+    fresh.add({"method": "asvd"}, {"nll": 3.0})
+    assert fresh.find(**FIRST) == {"nll": 1.5}
+    assert len(lines(file)) == 3
+
+
+def test_what_was_there_before_is_not_fresh_until_it_is_measured(file):
+    """Also where the numbers turn out to be the same."""
+    Records(file).add(FIRST, {"nll": 1.0})
+    ours = Records(file, fresh=True)
+    assert ours.find(**FIRST) is None
+    ours.add(SECOND, {"nll": 2.0})
+    assert ours.find(**FIRST) is None
+    ours.add(FIRST, {"nll": 1.0})
+    assert ours.find(**FIRST) == {"nll": 1.0}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_that_add_at_the_same_time_lose_nothing(file):
+    """Three of them, each a new record and an old one replaced at every turn."""
+    children = []
+    for name in "abc":
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                ours = Records(file)
+                for turn in range(20):
+                    ours.add({"by": name, "turn": turn}, {"nll": turn})
+                    ours.add({"by": name}, {"nll": turn})
+                os._exit(0)
+            finally:
+                os._exit(1)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    rows = {(row["parameters"]["by"], row["parameters"].get("turn")): row["numbers"]["nll"] for row in lines(file)}
+    assert rows == {(name, turn): 19 if turn is None else turn for name in "abc" for turn in (None, *range(20))}
+    assert len(lines(file)) == len(rows)
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize("text", ["\u2028", "\u2029", "\x85", "\x1c", "\x0b", "\r", "\n", "\0", "\ud83d", "😀"])
+def test_any_character_may_stand_in_a_parameter(text, file):
+    """Those that Python takes for ends of lines, and lone surrogates, among them."""
+    Records(file).add({"text": text}, {"nll": 1.0})
+    Records(file).add(FIRST, {"nll": 2.0})
+    assert Records(file).find(text=text) == {"nll": 1.0}
+    assert file.read_bytes().count(b"\n") == 2
+
+
+def test_a_failed_write_leaves_file_and_memory_as_they_were(file):
+    """Of a new record and of one to replace: neither is found, and the next one is read again."""
+    ours = Records(file)
+    ours.add(FIRST, {"nll": 1.0})
+    before = file.read_bytes()
+    for parameters in (SECOND, FIRST):
+        with (
+            file_limit(len(before) + 20),
+            pytest.raises(OSError, match=r"^cannot write .*numbers\.jsonl: File too large$"),
+        ):
+            ours.add(parameters, {"nll": 2.0, "text": "x" * 99})
+        assert file.read_bytes() == before
+    with pytest.raises(TypeError):
+        ours.add(SECOND, {"nll": object()})
+    assert ours.find(**SECOND) is None
+    assert ours.find(**FIRST) == {"nll": 1.0}
+    ours.add(SECOND, {"nll": 3.0})
+    assert [row["numbers"]["nll"] for row in lines(file)] == [1.0, 3.0]
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{}", b"[]", b"null", b"3", b'{"parameters": {}}', b'{"parameters": [], "numbers": {}, "origin": {}}', b"\xff", b"",
+     b"[" * 100_000, b'{"parameters": {}, "numbers": {}, "origin": 3}', b"1" * 5000],
+)  # fmt: skip
+def test_a_line_that_is_no_result_is_named(line, file):
+    """By its number, whatever it is; nothing is written then."""
+    ours = Records(file)
+    ours.add(FIRST, {"nll": 1.0})
+    broken = file.read_bytes() + line + b"\n"
+    file.write_bytes(broken)
+    for use in (lambda: Records(file), lambda: ours.add(SECOND, {"nll": 2.0})):
+        with pytest.raises(ValueError, match=r"numbers\.jsonl is not a file of results: line 2: "):
+            use()
+    assert file.read_bytes() == broken
+
+
+def test_reading_writes_nothing(file):
+    """A last line without its end is left to the next record; if it is whole, it counts."""
+    Records(file).add(FIRST, {"nll": 1.0})
+    Records(file).add(SECOND, {"nll": 2.0})
+    whole = file.read_bytes()
+    for cut, found in ((whole[:-1], {"nll": 2.0}), (whole[:-9], None)):
+        file.write_bytes(cut)
+        ours = Records(file)
+        assert ours.find(**SECOND) == found
+        assert file.read_bytes() == cut
+        ours.add({"method": "asvd"}, {"nll": 3.0})
+        assert [row["numbers"]["nll"] for row in lines(file)] == ([1.0, 2.0, 3.0] if found else [1.0, 3.0])
+
+
+def test_a_folder_is_no_file_of_results(tmp_path):
+    """Named in one sentence."""
+    with pytest.raises(OSError, match=str(tmp_path)):
+        Records(tmp_path)
