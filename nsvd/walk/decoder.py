@@ -1,0 +1,186 @@
+"""A decoder taken apart into prologue, blocks and epilogue, by its own forward pass.
+
+The blocks are replaced by stubs for one pass. Each stub notes how the model calls its block and hands on the hidden states it
+was given: this is the prologue, it runs embeddings, masks and rotations and no block. With a last stub that hands on other
+hidden states, the same pass is the epilogue: last norm and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+TOKENS = 8  # of the pass that shows whether a walk gives what the model gives
+CLOSE = 1e-3  # relative error of its logits; the walk repeats the same operations, so it is 0 but for odd kernels
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides the hidden states: masks, rotations, positions."""
+
+    args: tuple
+    kwargs: dict
+
+
+@dataclass
+class Entered:
+    """A batch of token ids (count, length) behind the prologue: hidden states (count, length, d) and the call of every block."""
+
+    ids: Tensor
+    hidden: Tensor
+    calls: list[Call]
+
+
+class Decoder:
+    """The blocks of a model in memory, and what comes before and behind them.
+
+    ``name`` is that of the list of blocks, ``blocks`` the list itself.
+
+    Raises:
+        ValueError: if the model has no list of blocks, or a walk over a few tokens does not give what the model gives: some
+            blocks hand each other more than hidden states.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.name, self.blocks = block_list(model)
+        self._tuples = False  # whether the blocks give tuples, and their stubs have to
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return next(self.model.parameters()).device
+
+    def index(self, layer: str) -> int:
+        """The number of the block that holds a layer; raises ``ValueError`` for a layer that is in none."""
+        number, _, _ = layer.removeprefix(f"{self.name}.").partition(".")
+        if not layer.startswith(f"{self.name}.") or not number.isdigit():
+            raise ValueError(
+                f"layer {layer} is in none of the blocks {self.name}, so it cannot be reached in their order"
+            )
+        return int(number)
+
+    @torch.no_grad()
+    def enter(self, ids: Tensor, like: Entered | None = None) -> Entered:
+        """Run the prologue on token ids (count, length); calls equal to those of ``like`` are shared with it."""
+        ids = ids.to(self.device)
+        with self._stubbed() as stubs:
+            body = getattr(self.model, "base_model", self.model)
+            body(input_ids=ids, use_cache=False)
+        calls = [stub.call for stub in stubs]
+        if like is not None and same([(c.args, c.kwargs) for c in calls], [(c.args, c.kwargs) for c in like.calls]):
+            calls = like.calls
+        return Entered(ids, stubs[0].came, calls)
+
+    def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """Hidden states (count, length, d) behind a block."""
+        return run_block(self.blocks[index], hidden, call)
+
+    def pull(self, index: int, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
+        """The gradient of a loss with respect to the hidden states before a block, from that behind it.
+
+        The block runs once more, and only its graph is held. Hooks on the outputs of its layers see their gradients.
+        """
+        hidden = hidden.detach().requires_grad_(True)
+        with torch.enable_grad():
+            out = self.run(index, hidden.clone(), call)  # a block may change its input in place
+            return torch.autograd.grad(out, hidden, gradient)[0]
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Run the epilogue on the hidden states behind the last block; (count, length, vocabulary)."""
+        with self._stubbed(hidden):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        kind, given = type(self.model).__name__, []
+        ids = torch.arange(TOKENS, device=self.device)[None] % self.model.get_input_embeddings().num_embeddings
+        handle = self.blocks[0].register_forward_hook(lambda _m, _a, out: given.append(out))
+        try:
+            plain = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        if len(given) != 1:
+            raise ValueError(f"{kind} cannot be run block by block: it does not run each of {self.name} once")
+        self._tuples = isinstance(given[0], tuple)
+        try:
+            entered = self.enter(ids)
+            hidden = entered.hidden
+            for index, call in enumerate(entered.calls):
+                hidden = self.run(index, hidden, call)
+            walked = self.logits(entered.ids, hidden)
+        except (AttributeError, RuntimeError, TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{kind} cannot be run block by block: {error}") from error
+        if plain.isfinite().all() and not (walked - plain).norm() <= CLOSE * plain.norm():
+            raise ValueError(f"{kind} cannot be run block by block: its blocks hand on more than hidden states")
+
+    @contextmanager
+    def _stubbed(self, behind: Tensor | None = None) -> Iterator[list[_Stub]]:
+        """Stubs in the place of the blocks; the last gives out ``behind`` where that is given."""
+        real, stubs = list(self.blocks), [_Stub(block, self._tuples) for block in self.blocks]
+        stubs[-1].out = behind
+        try:
+            for index, stub in enumerate(stubs):
+                self.blocks[index] = stub
+            yield stubs
+        finally:
+            for index, block in enumerate(real):
+                self.blocks[index] = block
+
+
+class _Stub(nn.Module):
+    """Notes how a block is called; hands on the hidden states that it is given, or those that it is told to."""
+
+    def __init__(self, block: nn.Module, tuples: bool):
+        super().__init__()
+        object.__setattr__(self, "block", block)  # no submodule: it is not to be found twice
+        self.tuples, self.call, self.came, self.out = tuples, None, None, None
+
+    def __getattr__(self, name: str):  # what the model's forward reads of a block, such as its kind of attention
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, *args, **kwargs):
+        rest = dict(kwargs)
+        self.came = args[0] if args else rest.pop("hidden_states")
+        self.call = Call(args[1:], rest)
+        out = self.came if self.out is None else self.out
+        return (out, None) if self.tuples else out
+
+
+def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of blocks that hidden states go through, and its name: the longest of the model's module lists.
+
+    Raises:
+        ValueError: if there is no list.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists or not len(max(lists, key=lambda item: len(item[1]))[1]):
+        raise ValueError(f"{type(model).__name__} has no list of blocks to go through in order")
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The block's output (count, length, d) for hidden states and its other arguments."""
+    out = block(hidden, *call.args, **call.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two nests of tensors and other values are equal."""
+    (ours, form), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    if form != other:
+        return False
+    pairs = zip(ours, theirs, strict=True)
+    return all(type(x) is type(y) and (torch.equal(x, y) if isinstance(x, Tensor) else x == y) for x, y in pairs)
