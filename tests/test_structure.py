@@ -1,4 +1,4 @@
-"""Arrows point one way: lab → model → linalg; the mathematics knows no model, and no layer knows its family."""
+"""Arrows point one way: lab → model → linalg and walk; the mathematics knows no model, and no layer knows its family."""
 
 import ast
 import re
@@ -47,6 +47,10 @@ def upward_of_model(tree: ast.AST) -> list[str]:
     return [n for n in imports(tree, "nsvd.model") if within(n, "nsvd.lab", "nsvd.cli")]
 
 
+def upward_of_walk(tree: ast.AST) -> list[str]:
+    return [n for n in imports(tree, "nsvd.walk") if within(n, "nsvd") and not within(n, "nsvd.walk")]
+
+
 def upward_of_lab(tree: ast.AST) -> list[str]:
     return [n for n in imports(tree, "nsvd.lab") if within(n, "nsvd.cli")]
 
@@ -67,6 +71,9 @@ RULES: list[tuple[str, Callable[[ast.AST], list[str]], tuple[str, ...]]] = [
     ("model", upward_of_model, ("from nsvd.lab import corpora", "def f():\n    import nsvd.cli", "from ..lab import paths")),
     ("model", prints, ("print('x')",)),
     ("model", families, ("if 'OPT' in name: pass", "x = f'model.gpt_neox.{i}'", "Qwen = 'Qwen2ForCausalLM'", "y = {'phi': 1}")),
+    ("walk", upward_of_walk, ("from nsvd.model import hooks", "from nsvd import load", "from ..linalg import factors")),
+    ("walk", prints, ("print('x')",)),
+    ("walk", families, ("x = 'mistral'",)),
     ("lab", upward_of_lab, ("from nsvd.cli import main", "from nsvd import cli")),
 ]  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -50,6 +50,6 @@ def input_of(layer: nn.Module, args: tuple, kwargs: Mapping) -> Tensor | None:
     return args[0] if args else kwargs.get(_first_parameter(type(layer)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _first_parameter(kind: type[nn.Module]) -> str:
     return list(inspect.signature(kind.forward).parameters)[1]

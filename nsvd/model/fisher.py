@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -15,6 +15,8 @@ from nsvd.model.hooks import evaluating
 from nsvd.model.moments import check_windows
 from nsvd.model.sampling import draw
 from nsvd.model.targets import targets
+from nsvd.walk.decoder import Decoder
+from nsvd.walk.passes import Passing, forward
 
 
 def fisher(
@@ -31,18 +33,21 @@ def fisher(
     """H = E[g gᵀ] by layer name, (d_out, d_out), g the gradient of a window's loss with respect to the layer's output.
 
     The loss is the summed negative log-likelihood, in nats, of labels drawn from the model's own predictions at every
-    position, which makes H the Fisher information of the outputs and not an accident of the text. One forward and one
-    backward pass, no gradient of a parameter. Products in float64 where the model is, sums in float64 on the CPU (those of a
-    model of 7B parameters take some 80 GB), averaged over tokens. ``diagonal=True`` keeps E[g²] only, (d_out,).
+    position, which makes H the Fisher information of the outputs and not an accident of the text. One walk forward, one
+    backward over the blocks, each of which runs a second time; no gradient of a parameter. Held are the hidden states before
+    every block, in the host's memory, and the graph of one block and one batch. Products in float64 where the model is, sums
+    in float64 on the CPU (those of a model of 7B parameters take some 80 GB), averaged over tokens.
+    ``diagonal=True`` keeps E[g²] only, (d_out,).
     With a ``teacher``, the logits of another model for token ids, labels are drawn from its predictions. E[g] is then the gradient
     of KL(teacher ‖ model), and H no Fisher information any more: it weighs the direction of the model's error, too.
 
     Raises:
-        ValueError: if ``windows`` is empty, or a layer never runs.
+        ValueError: if ``windows`` is empty, a layer never runs or is in no block, or the model cannot be run block by block.
         FloatingPointError: if a gradient holds NaN or Inf; the layer is named.
     """
     check_windows(windows)
     names = list(targets(model) if layers is None else layers)
+    modules = {name: model.get_submodule(name) for name in names}
     sums: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
@@ -50,35 +55,55 @@ def fisher(
         new = (g.square().sum(0) if diagonal else g.mT @ g).cpu()
         sums[name] = sums[name].add_(new) if name in sums else new
 
-    def watch(name: str, _module: nn.Module, _args: tuple, out: Tensor) -> None:
-        if out.requires_grad:  # not where the teacher runs through the same layer
-            out.register_hook(partial(add, name))
-
-    device = next(model.parameters()).device
-    generator, frozen = torch.Generator(device).manual_seed(seed), [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(torch.enable_grad())
         stack.callback(lambda: [p.requires_grad_(True) for p in frozen])
         for parameter in frozen:
             parameter.requires_grad_(False)
-        embedding = model.get_input_embeddings()
-        leaf = embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_(True).clone())
-        stack.callback(leaf.remove)
-        for name in names:
-            stack.callback(model.get_submodule(name).register_forward_hook(partial(watch, name)).remove)
-        for ids in tqdm(windows.split(batch), "fisher", disable=not progress, leave=False):
-            ids = ids.to(device)
-            labels = None if teacher is None else _labels(teacher, ids, generator)
-            logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
-            labels = draw(logits.detach().softmax(-1), generator)[:, 0] if labels is None else labels
-            cross_entropy(logits, labels, reduction="sum").backward()
+        decoder = Decoder(model)
+        inside = {name: decoder.index(name) for name in names}
+        passing = forward(decoder, windows.split(batch), progress=progress)
+        _epilogue(decoder, passing, teacher, seed, progress)
+        for index in tqdm(reversed(range(len(decoder))), "fisher", len(decoder), disable=not progress, leave=False):
+            with _watching({n: m for n, m in modules.items() if inside[n] == index}, add):
+                for item in passing:
+                    hidden = item.borders.pop().to(decoder.device)
+                    item.gradient = decoder.pull(index, hidden, item.calls[index], item.gradient)
     for name in names:
         if name not in sums:
             raise ValueError(f"no gradient reached layer {name}")
         if not sums[name].isfinite().all():
             raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
     return {name: sums[name].div_(windows.numel()) for name in names}
+
+
+def _epilogue(
+    decoder: Decoder, passing: list[Passing], teacher: Callable[[Tensor], Tensor] | None, seed: int, progress: bool
+) -> None:
+    """The gradient of every batch's loss with respect to the hidden states behind the last block."""
+    generator = torch.Generator(decoder.device).manual_seed(seed)
+    for item in tqdm(passing, "labels", disable=not progress, leave=False):
+        labels = None if teacher is None else _labels(teacher, item.ids, generator)
+        last = item.borders.pop().to(decoder.device).requires_grad_(True)
+        with torch.enable_grad():
+            logits = decoder.logits(item.ids, last.clone()).float().flatten(0, 1)
+            labels = draw(logits.detach().softmax(-1), generator)[:, 0] if labels is None else labels
+            (item.gradient,) = torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), last)
+
+
+@contextmanager
+def _watching(layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``observe(name, g)`` with the gradient at the output of each named layer, while in the context."""
+
+    def watch(name: str, _module: nn.Module, _args: tuple, out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(partial(observe, name))
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(partial(watch, name)).remove)
+        yield
 
 
 @torch.no_grad()

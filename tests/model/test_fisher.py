@@ -141,10 +141,14 @@ def test_nan_names_the_layer():
 
 
 def test_a_layer_that_no_gradient_reaches_is_named():
-    """One that never runs has no moment."""
+    """One that never runs has no moment; one outside the blocks cannot be reached in their order."""
     model = tiny_model()
+    model.model.layers[1].spare = torch.nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"no gradient reached layer model\.layers\.1\.spare"):
+        nsvd.fisher(model, IDS)
+    del model.model.layers[1].spare
     model.model.spare = torch.nn.Linear(32, 32)
-    with pytest.raises(ValueError, match=r"no gradient reached layer model\.spare"):
+    with pytest.raises(ValueError, match=r"layer model\.spare is in none of the blocks model\.layers"):
         nsvd.fisher(model, IDS)
 
 

@@ -1,0 +1,41 @@
+"""A text on its way through the blocks, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nsvd.walk.decoder import Call, Decoder, Entered
+
+
+@dataclass
+class Passing:
+    """A batch of token ids (count, length), the calls of the blocks, and the borders: the hidden states (count, length, d)
+    before every block and behind the last, in the host's memory.
+
+    ``gradient`` is that of a loss, with respect to one of the borders.
+    """
+
+    ids: Tensor
+    calls: list[Call]
+    borders: list[Tensor]
+    gradient: Tensor | None = None
+
+
+@torch.no_grad()
+def forward(decoder: Decoder, batches: Iterable[Tensor], *, progress: bool = False) -> list[Passing]:
+    """Run every batch through all blocks, and keep the borders."""
+    passing: list[Passing] = []
+    entered: Entered | None = None
+    for ids in tqdm(batches, "forward", disable=not progress, leave=False):
+        entered = decoder.enter(ids, like=entered)
+        hidden, borders = entered.hidden, []
+        for index, call in enumerate(entered.calls):
+            borders.append(hidden.cpu())
+            hidden = decoder.run(index, hidden, call)
+        passing.append(Passing(entered.ids, entered.calls, [*borders, hidden.cpu()]))
+    return passing
