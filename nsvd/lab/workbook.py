@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from nsvd.lab.parameters import check, declared, read_preset
 from nsvd.lab.paths import checkout
-from nsvd.model.files import replacing
+from nsvd.model.files import check_writable, replacing
 
 KERNEL = "python3"
 
@@ -72,6 +72,7 @@ def run(
     Raises:
         ValueError: a file that is not a notebook; a parameter no chosen notebook declares, or one of a preset that no notebook
             declares; a value of another kind than the parameter's; two notebooks of one name, or an output over its source.
+        OSError: a notebook, its figures or its results could not be written; nothing is executed then.
     """
     chosen, given = notebooks(names), dict(parameters or {})
     kinds = {file: declared(file) for file in chosen}
@@ -90,19 +91,17 @@ def run(
         raise ValueError(f"{jobs} jobs: 1 is the least")
     folder = Path(out) if out else checkout() / "notebooks" / "executed"
     _apart(chosen, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    place = folder.absolute()
-
-    def one(file: Path) -> Outcome:
+    place, mine = folder.absolute(), {}
+    for file in chosen[i - 1 :: n]:
         beside = {"figures": f"{place}/figures", "results": f"{place}/results/{file.stem}.jsonl"} if out else {}
-        return _execute(file, {k: v for k, v in (beside | given).items() if k in kinds[file]}, folder)
+        mine[file] = {k: v for k, v in (beside | given).items() if k in kinds[file]}
+        _check_outputs(file, mine[file], folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
     _Kernel()  # the first instance looks classes up, which two threads cannot do at a time
     with _threads_shared(jobs), ThreadPoolExecutor(jobs) as pool:
-        mine = chosen[i - 1 :: n]
         turn = 1 if jobs == 1 else -1  # the last of the workbook take longest, so side by side they start first
-        futures = [pool.submit(one, file) for file in mine[::turn]]
+        futures = [pool.submit(_execute, file, mine[file], folder) for file in list(mine)[::turn]]
         try:
             bar = tqdm(futures, "notebooks", total=len(mine), disable=not progress, leave=False)
             return [future.result() for future in bar][::turn]
@@ -160,9 +159,10 @@ def _execute(source: Path, parameters: dict, folder: Path) -> Outcome:
         except (RuntimeError, NoSuchKernel) as problem:  # killed for memory, say, or not installed
             error = f"{source.name}: {problem}"
         notebook = _clean(nbformat.read(ran, as_version=4), parameters)
-    failed.unlink(missing_ok=True)
     with replacing(failed if error else target) as part:
         nbformat.write(notebook, part)
+    if not error:
+        failed.unlink(missing_ok=True)
     return Outcome(source.stem, failed if error else target, error)
 
 
@@ -179,6 +179,15 @@ def _clean(notebook: nbformat.NotebookNode, parameters: dict) -> nbformat.Notebo
 def _known(given: Mapping, declared: set[str], what: str) -> None:
     if unknown := sorted(set(given) - declared):
         raise ValueError(f"{', '.join(unknown)}: no {what}; declared are {', '.join(sorted(declared))}")
+
+
+def _check_outputs(source: Path, parameters: Mapping, folder: Path) -> None:
+    """Raise ``OSError`` if the notebook, its results or a figure cannot be put where they go."""
+    check_writable(folder / source.name)
+    if results := parameters.get("results"):
+        check_writable(checkout() / results)
+    if figures := parameters.get("figures"):
+        check_writable(checkout() / figures / source.stem)
 
 
 def _apart(chosen: Sequence[Path], folder: Path) -> None:

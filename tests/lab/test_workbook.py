@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
@@ -11,6 +12,7 @@ import pytest
 from nbformat import v4
 
 from nsvd.lab import parameters, workbook
+from tests.tiny import file_limit
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 PARAMETERS = "size: int = 3  # how many\nlabel: str = 'small'  # how called"
@@ -333,3 +335,43 @@ def test_a_preset_that_is_a_folder_or_not_utf8_is_named(project, executed):
     with pytest.raises(ValueError, match=r"preset .*preset\.yaml is not UTF-8"):
         workbook.run(["01"], preset=project / "preset.yaml", out=project / "out")
     assert executed == []
+
+
+@pytest.mark.parametrize("taken", ["out", "out/01_first.ipynb/x", "out/figures", "out/results"])
+def test_what_cannot_be_written_is_told_before_anything_runs(taken, project, executed):
+    """A file where a folder goes, a folder where the notebook goes."""
+    write(
+        project / "notebooks" / "01_first.ipynb", parameters="figures: str = 'f'  # where\nresults: str = 'r'  # where"
+    )
+    (project / taken).parent.mkdir(parents=True, exist_ok=True)
+    (project / taken).write_text("mine", encoding="utf-8")
+    with pytest.raises(OSError, match=r"cannot write .*/out/"):
+        workbook.run(["02", "01"], out=project / "out")
+    assert executed == []
+    assert [file.read_text() for file in project.rglob("*") if file.is_file() and file.suffix != ".ipynb"] == ["mine"]
+
+
+def test_places_given_are_looked_at_too(project, executed):
+    """As the notebook sees them, from the top of the checkout."""
+    write(project / "notebooks" / "01_first.ipynb", parameters="results: str = 'r'  # where")
+    (project / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(OSError, match=r"cannot write .*/file/r\.jsonl: .*/file is not a writable folder"):
+        workbook.run(["01"], {"results": "file/r.jsonl"}, out=project / "out")
+    assert executed == []
+    assert not (project / "out").exists()
+
+
+def test_a_full_disk_is_one_sentence(project, monkeypatch):
+    """The notebook was executed, but there is no room for it."""
+    source = write(project / "own.ipynb", "print('x' * 20_000)")
+    put = workbook.replacing
+
+    @contextmanager
+    def full(target):
+        with file_limit(10_000), put(target) as part:
+            yield part
+
+    monkeypatch.setattr(workbook, "replacing", full)
+    with pytest.raises(OSError, match=r"cannot write .*own\.ipynb: File too large"):
+        workbook.run([str(source)], out=project / "out")
+    assert contents(project / "out") == []
