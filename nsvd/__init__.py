@@ -8,13 +8,14 @@ from nsvd.lab.corpora import EMBEDDED, documents, windows
 from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
-from nsvd.model.checkpoint import CheckpointError, default_device, save
+from nsvd.model.checkpoint import CheckpointError, save
 from nsvd.model.compress import Report, compress_
 from nsvd.model.compress_kv import CacheReport, compress_kv_
 from nsvd.model.files import replacing
 from nsvd.model.fisher import fisher
 from nsvd.model.latent import cache_bytes
 from nsvd.model.layers import LowRankLinear, PivotedLinear
+from nsvd.model.loading import default_device
 from nsvd.model.moments import Statistics, calibrate, mix
 from nsvd.model.prepare import prepare
 from nsvd.model.recipes import RECIPES

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from nsvd.lab.paths import data
-from nsvd.model.checkpoint import load_folder
+from nsvd.model.loading import download, load_folder
 
 
 def embedded_models() -> dict[str, Path]:
@@ -28,26 +28,31 @@ def check_apart(source: str | Path, out: str | Path) -> None:
             raise FileExistsError(f"cannot write {out}: the model {source} itself lies there; choose another folder")
 
 
-def load(source: str | Path, *, dtype="auto", device: str = "auto"):
+def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool = True):
     """(model, tokenizer) of an embedded model, a folder (dense or compressed) or a hub id, in evaluation mode.
 
-    ``dtype="auto"`` keeps the stored one; ``device="auto"`` takes the GPU where there is one.
+    ``dtype="auto"`` keeps the stored one; ``device="auto"`` takes the GPU where there is one. ``verify=False`` reads a folder
+    whose files are not those that its ``nsvd_manifest.json`` tells of.
 
     Raises:
         FileNotFoundError: if the name is none of these, or a hub id that cannot be reached.
-        CheckpointError: if a tensor is missing, misshaped or unreadable.
+        CheckpointError: if a tensor is missing, misshaped, unreadable or not finite, a file has another sum than its
+            manifest tells, or the model needs code of its own.
     """
     name, embedded = str(source), embedded_models()
+    asked = {"dtype": dtype, "device": device, "verify": verify}
     if name in embedded:
-        return load_folder(embedded[name], dtype=dtype, device=device)
+        return load_folder(embedded[name], **asked)
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
             raise FileNotFoundError(f"{source} is a folder without config.json, so not a model")
-        return load_folder(source, dtype=dtype, device=device)
+        return load_folder(source, **asked)
+    if Path(source).exists():
+        raise NotADirectoryError(f"{source} is a file; a model is a folder with config.json and weights")
     advice = f"pass a local folder, or use an embedded model ({', '.join(embedded)})"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise FileNotFoundError(f"no model {name!r}: {advice}")
     try:
-        return load_folder(name, dtype=dtype, device=device)
+        return load_folder(download(name), **asked)
     except OSError as error:
         raise FileNotFoundError(f"{name!r} is no local folder and could not be had from the hub: {advice}") from error

@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nsvd.lab.paths import data
-from nsvd.model.checkpoint import default_device
 from nsvd.model.files import replacing
+from nsvd.model.loading import default_device
 
 BOS, EOS = "<s>", "</s>"
 BLOCK = re.compile(r"(\.layers\.)(\d+)\.")  # the number of a block in the name of its parameters

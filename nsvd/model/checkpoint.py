@@ -7,35 +7,33 @@ their ranks, ``from_pretrained`` builds them before any weight is read. No pickl
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from nsvd.model import manifest
 from nsvd.model.files import check_writable, replacing
+from nsvd.model.folder import CONFIG, METHOD, CheckpointError, Stored, headers, read_json
+from nsvd.model.foreign import quiet
 from nsvd.model.latent import attach, detach
 from nsvd.model.layers import LAYERS, CompressedLayer, LowRankLinear
+from nsvd.model.skeleton import check_dtypes, check_finite, check_fits, matched
 
 FORMAT = 1
-METHOD = "nsvd"
+NUMBER = int | float | None
+DETAILS = {"method": str, "options": dict, "ratio": NUMBER, "ratio_reached": NUMBER}  # where they are told
 MODEL_FILES = (  # what ``save`` may find in the place of a model: names that transformers and we give, no others
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "nsvd_report.json",
+    "nsvd_report.json", manifest.NAME,
 )  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A model folder that cannot be read as what it says it is."""
 
 
 class LowRankConfig(QuantizationConfigMixin):
@@ -44,6 +42,9 @@ class LowRankConfig(QuantizationConfigMixin):
     ``modules`` maps layer names to {"layer": kind, "rank": k, …}, the kind (of ``layers.LAYERS``) left out where it is
     low-rank. ``latent_cache``, where there is one, tells how the KV cache was compressed; its ``layers`` map the names of
     attention layers to {"rotated": int, "joint": bool, "absorb": bool}, the last left out for False, see ``latent.attach``.
+
+    Raises:
+        CheckpointError: naming a field that holds something else.
     """
 
     def __init__(
@@ -51,10 +52,17 @@ class LowRankConfig(QuantizationConfigMixin):
     ):
         details.pop("quant_method", None)
         self.quant_method = METHOD
-        self.format_version = format_version
-        self.modules = dict(modules or {})
+        self.format_version = _version(format_version)
+        self.modules = dict(_objects("modules", {} if modules is None else modules))
         self.latent_cache = latent_cache
+        if latent_cache is not None:
+            _objects(
+                "latent_cache.layers", latent_cache.get("layers") if isinstance(latent_cache, dict) else latent_cache
+            )
         for name, value in details.items():  # method, ratio, options, …: kept, also when a later version adds some
+            told = name not in DETAILS or (isinstance(value, DETAILS[name]) and not isinstance(value, bool))
+            if not told or hasattr(type(self), name):
+                raise CheckpointError(f"{CONFIG}: quantization_config.{name} is {json.dumps(value)[:40]}")
             setattr(self, name, value)
 
 
@@ -63,10 +71,12 @@ class LowRankQuantizer(HfQuantizer):
 
     requires_calibration = True  # from_pretrained(dense, quantization_config=LowRankConfig()) is refused
 
+    loading = False
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
-        modules, version = self.quantization_config.modules, self.quantization_config.format_version
-        if not isinstance(version, int) or version > FORMAT:
-            raise CheckpointError(f"checkpoint format {version} is newer than this nsvd reads ({FORMAT})")
+        self.loading = True
+        self._follow_prefix(model)
+        modules = self.quantization_config.modules
         layers = dict(model.named_modules())
         for name, spec in modules.items():
             if not isinstance(layers.get(name), nn.Linear):
@@ -75,10 +85,30 @@ class LowRankQuantizer(HfQuantizer):
         _check_latent(model, self.latent_layers)
         attach(model, self.latent_layers)
         if checkpoint_files:
-            _check_shapes(model, modules, checkpoint_files)
+            folder = Path(checkpoint_files[0]).parent
+            manifest.check_files([folder / CONFIG, *checkpoint_files])
+            stored = headers(checkpoint_files)
+            _check_factors(model, modules, stored)
+            check_dtypes(read_json(folder / CONFIG), stored)
+            check_fits(model, stored)
 
     def _process_model_after_weight_loading(self, model, **_):
+        model.is_quantized = False  # the factors are plain numbers of the model's dtype: .half() and .float() cast them
+        if self.loading:
+            check_finite(model)
+            for name, layer in model.named_modules():
+                if isinstance(layer, CompressedLayer):
+                    _check_values(name, layer)
         return model
+
+    def _follow_prefix(self, model) -> None:
+        """Where a model is read without its head, the names of its layers lack the prefix."""
+        if model.base_model is model:
+            config, prefix = self.quantization_config, f"{model.base_model_prefix}."
+            config.modules = {name.removeprefix(prefix): spec for name, spec in config.modules.items()}
+            if config.latent_cache:
+                layers = {name.removeprefix(prefix): spec for name, spec in self.latent_layers.items()}
+                config.latent_cache = config.latent_cache | {"layers": layers}
 
     @property
     def latent_layers(self) -> dict:
@@ -112,10 +142,28 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module would regist
     register_quantizer(METHOD)(LowRankQuantizer)
 
 
+def _version(value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{CONFIG}: format_version is {json.dumps(value)[:40]}, not a whole number from 1")
+    if value > FORMAT:
+        raise CheckpointError(f"checkpoint format {value} is newer than this nsvd reads ({FORMAT})")
+    return value
+
+
+def _objects(field: str, value: object) -> dict:
+    """An object of objects."""
+    if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
+        raise CheckpointError(f"{CONFIG}: quantization_config.{field} is {json.dumps(value)[:40]}, not layers by name")
+    return value
+
+
 def _empty(name: str, layer: nn.Linear, spec: dict) -> CompressedLayer:
     try:
         sizes = dict(spec)
-        return LAYERS[sizes.pop("layer", LowRankLinear.kind)].like(layer, **sizes)
+        kind = LAYERS[sizes.pop("layer", LowRankLinear.kind)]
+        if not all(type(size) is int for size in sizes.values()):
+            raise TypeError("a size is a whole number")
+        return kind.like(layer, **sizes)
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"config.json gives layer {name} {spec}: {error}") from error
 
@@ -126,21 +174,23 @@ def describe(layer: CompressedLayer) -> dict:
     return kind | layer.spec()
 
 
-def _check_shapes(model: nn.Module, modules: dict, files: list[str]) -> None:
+def _check_factors(model: PreTrainedModel, modules: Iterable[str], stored: Mapping[str, Stored]) -> None:
     """Without this an absent factor would be initialised at random, with a warning."""
-    stored = {}
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            keys = tensors.keys()  # safe_open itself cannot be iterated
-            stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
+    found = matched(model, stored)
     for name in modules:
         layer = model.get_submodule(name)
         for key, parameter in (*layer.named_parameters(prefix=name), *layer.named_buffers(prefix=name)):
-            if key in model.all_tied_weights_keys:
-                continue
-            if stored.get(key) != tuple(parameter.shape):
-                found = f"has shape {stored[key]}" if key in stored else "is missing"
-                raise CheckpointError(f"checkpoint: factor {key} {found}, expected {tuple(parameter.shape)}")
+            entry = found[key][1] if key in found else None
+            if key in found and (entry is None or entry.shape != tuple(parameter.shape)):
+                what = f"has shape {entry.shape}" if entry else "is missing"
+                raise CheckpointError(f"checkpoint: factor {key} {what}, expected {tuple(parameter.shape)}")
+
+
+def _check_values(name: str, layer: CompressedLayer) -> None:
+    """Whole numbers are not checked by being finite: an order is a permutation."""
+    order: Tensor | None = getattr(layer, "order", None)
+    if order is not None and not order.is_meta and order.sort().values.tolist() != list(range(len(order))):
+        raise CheckpointError(f"checkpoint: {name}.order is no order of {len(order)} outputs")
 
 
 def _check_latent(model: nn.Module, layers: dict) -> None:
@@ -176,7 +226,7 @@ def mark_compressed(model: nn.Module, names: Iterable[str], **details) -> None:
     quantizer = LowRankQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
-    model.is_quantized, model.quantization_method = True, METHOD
+    model.quantization_method = METHOD
 
 
 def check_target(folder: str | Path) -> None:
@@ -203,71 +253,13 @@ def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict 
     """Write model and tokenizer as a folder that ``load`` and, after ``import nsvd``, ``from_pretrained`` read.
 
     The folder appears when everything is written; an older model there is replaced whole, anything else is refused.
-    ``report`` is put beside the weights as ``nsvd_report.json``.
+    ``report`` is put beside the weights as ``nsvd_report.json``, the sums of all files as ``nsvd_manifest.json``.
     """
     check_target(folder)
-    with replacing(folder) as part, _quiet():
+    with replacing(folder) as part, quiet():
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         if report is not None:
             (part / "nsvd_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def default_device() -> str:
-    """The GPU where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto"):
-    """(model, tokenizer) from a local folder or hub name, in evaluation mode.
-
-    ``dtype="auto"`` keeps the stored one; ``device="auto"`` takes the GPU where there is one.
-
-    Raises:
-        CheckpointError: if a tensor is missing, misshaped or unreadable.
-        ValueError: if there is no such dtype or device.
-    """
-    device = default_device() if device == "auto" else device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16, …")
-    try:
-        with _quiet():  # a misshaped tensor is reported in ``info``, and raised below
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder}: a weight file is damaged ({error})") from error
-    missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
-    if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors missing or misshaped, first {missing[0]}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds a model but no tokenizer that can be read") from error
-    return model.to(device).eval(), tokenizer
-
-
-class _quiet:
-    """transformers' loading report and progress bar off; what matters is raised."""
-
-    def __enter__(self):
-        from transformers.utils import logging as hf
-
-        self.hub = logging.getLogger("huggingface_hub")
-        self.level, self.bar, self.hub_level = hf.get_verbosity(), hf.is_progress_bar_enabled(), self.hub.level
-        self.hub.setLevel(logging.ERROR)  # a hub that cannot be reached is told of once, by what is raised
-        hf.set_verbosity(logging.ERROR)
-        hf.disable_progress_bar()
-
-    def __exit__(self, *_):
-        from transformers.utils import logging as hf
-
-        hf.set_verbosity(self.level)
-        self.hub.setLevel(self.hub_level)
-        if self.bar:
-            hf.enable_progress_bar()
+        manifest.write(part)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import nsvd
+from nsvd.model import manifest
 from tests.tiny import K1, PIVOTED, K, Q, compressed, logits, tiny_model, tiny_tokenizer, token_ids
 
 FACTOR = f"{Q}.up.weight"
@@ -25,8 +26,8 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy to damage."""
-    return shutil.copytree(saved, tmp_path / "low")
+    """A copy to damage, without the sums that would tell of it first."""
+    return unsealed(saved, tmp_path / "low")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,13 @@ def saved_pivoted(tmp_path_factory):
 
 @pytest.fixture
 def pivoted_folder(saved_pivoted, tmp_path):
-    return shutil.copytree(saved_pivoted, tmp_path / "pivoted")
+    return unsealed(saved_pivoted, tmp_path / "pivoted")
+
+
+def unsealed(folder, target):
+    shutil.copytree(folder, target)
+    (target / manifest.NAME).unlink()
+    return target
 
 
 def edit_tensors(folder, edit) -> None:
@@ -202,6 +209,8 @@ def test_a_missing_or_misshaped_dense_tensor_is_named(change, compress, tmp_path
     """In a compressed model and in a dense one."""
     model, name = tiny_model(), "model.norm.weight" if compress else f"{Q}.weight"
     nsvd.save(compressed(model) if compress else model, tiny_tokenizer(), tmp_path / "model")
+
+    (tmp_path / "model" / manifest.NAME).unlink()
 
     def edit(tensors):
         tensor = tensors.pop(name)
