@@ -49,6 +49,8 @@ def models(tmp_path_factory):
     poison(bad, "model.norm.weight")
     put("nan-norm", bad)
     missing, cut, empty = (shutil.copytree(low, folder / name) for name in ("missing", "cut", "no-config"))
+    for damaged in (missing, cut):
+        (damaged / "nsvd_manifest.json").unlink()
     tensors = load_file(missing / "model.safetensors")
     del tensors[f"{Q}.up.weight"]
     save_file(tensors, missing / "model.safetensors", metadata={"format": "pt"})
@@ -302,7 +304,7 @@ def test_a_nan_is_one_line_with_the_layer(here, models, capsys):
         line = refused(capsys, here, "compress", models / "nan", "low", "--method", method, "--ratio", 0.3)
         assert f"{Q}" in line
     model = nsvd.load(models / "dense", device="cpu")[0]
-    poison(model, "model.layers.1.input_layernorm.weight")
+    poison(model, "model.layers.1.input_layernorm.weight", value=torch.finfo(torch.float32).max)
     nsvd.save(model, tiny_tokenizer(), "nan-inside")
     line = refused(capsys, here, "compress", "nan-inside", "low", *NSVD)
     assert "the input of layer model.layers.1.self_attn.q_proj holds NaN or Inf" in line

@@ -16,6 +16,7 @@ from nsvd.lab.corpora import EMBEDDED, windows
 from nsvd.lab.evaluation import evaluate
 from nsvd.lab.models import embedded_models, load
 from nsvd.lab.training import Recipe
+from nsvd.model import manifest
 from nsvd.model.files import replacing
 from nsvd.model.moments import calibrate
 
@@ -129,6 +130,7 @@ def main() -> None:
     text = card(folder, [*EMBEDDED, *chosen.data], chosen.machine)
     with replacing(folder / "README.md") as part:
         part.write_text(text, encoding="utf-8")
+    manifest.write(folder)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nsvd.lab.paths import data
+from nsvd.model import manifest
 from nsvd.model.files import replacing
 from nsvd.model.loading import default_device
 
@@ -301,6 +302,7 @@ def train(
         tokenizer.save_pretrained(part)
         (part / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
         (part / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+        manifest.write(part)
     return curve
 
 

@@ -200,7 +200,8 @@ def _check_latent(model: nn.Module, layers: dict) -> None:
         if not all(isinstance(layer, LowRankLinear) for layer in pair):
             raise CheckpointError(f"config.json gives {name} a latent cache, but not its k_proj and v_proj a rank")
         kinds = {key: type(value) for key, value in spec.items()}
-        if {"absorb": bool} | kinds != {"rotated": int, "joint": bool, "absorb": bool}:
+        told = {"absorb": bool} | kinds == {"rotated": int, "joint": bool, "absorb": bool}
+        if not told or not 0 <= spec["rotated"] <= getattr(modules[name], "head_dim", -1):
             raise CheckpointError(f"config.json gives {name} the latent cache {spec}")
         if spec["joint"] and pair[0].rank != pair[1].rank:
             raise CheckpointError(

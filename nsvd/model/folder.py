@@ -152,7 +152,7 @@ def headers(files: list[Path]) -> dict[str, Stored]:
                 slices = {key: tensors.get_slice(key) for key in keys}
                 found = {key: Stored(tuple(s.get_shape()), s.get_dtype(), file) for key, s in slices.items()}
         except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{file}: weight file is damaged ({error})") from error
+            raise CheckpointError(f"{file}: a weight file is damaged ({error})") from error
         if double := sorted(stored.keys() & found.keys()):
             raise CheckpointError(f"{file}: tensor {double[0]} is also in {stored[double[0]].file.name}")
         stored |= found

@@ -627,6 +627,7 @@ def edit(folder, change) -> None:
     config = json.loads(file.read_text())
     change(config["quantization_config"])
     file.write_text(json.dumps(config))
+    (folder / "nsvd_manifest.json").unlink()
 
 
 @pytest.mark.parametrize(
