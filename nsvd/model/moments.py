@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments, rank_for_ratio
 from nsvd.linalg.moments import mixing
 from nsvd.linalg.worst_case import worst_case_weights
-from nsvd.model.files import fingerprint, replacing, short_name
+from nsvd.model.files import short_name
 from nsvd.model.hooks import evaluating, watch_inputs
+from nsvd.model.statistics import Statistics
 from nsvd.model.targets import targets
 
 WEIGHTS = ("uniform", "worst-case")  # of several domains, by name
@@ -42,75 +38,6 @@ class RunningMoments:
     def result(self) -> Moments:
         """Averages per token, on the CPU."""
         return Moments((self.outer / self.n).cpu(), (self.absolute / self.n).cpu(), self.n)
-
-
-@dataclass(frozen=True)
-class Statistics(Mapping[str, Moments]):
-    """The moments of every layer's inputs: a mapping from layer name, in forward order.
-
-    Layers that read one and the same input (queries, keys and values, say) share one entry of ``moments``;
-    ``inputs`` says which, by the name of the first layer that reads it. ``origin`` tells what was measured. ``gradients``
-    holds, for the methods that ask for it, H of every layer, from ``fisher``.
-    """
-
-    moments: dict[str, Moments]
-    inputs: dict[str, str]
-    origin: dict = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, layer: str) -> Moments:
-        if layer not in self.inputs:
-            raise KeyError(
-                f"the statistics hold no layer {layer!r}; they were taken from {self.origin.get('model', '?')}"
-            )
-        moments = self.moments[self.inputs[layer]]
-        return replace(moments, H=self.gradients[layer]) if layer in self.gradients else moments
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.inputs)
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def with_gradients(self, gradients: Mapping[str, Tensor]) -> Statistics:
-        """The same with H of every layer, as ``fisher`` returns it."""
-        return replace(self, gradients=dict(gradients))
-
-    def shares(self, count: int) -> list[float]:
-        """Weights, of sum 1, of ``count`` domains: those they were mixed with, equal ones where that were not so many."""
-        weights = self.origin.get("weights", [])
-        return list(weights) if len(weights) == count else [1 / count] * count
-
-    def fingerprint(self) -> str:
-        """Digits that change with any second moment, of inputs or gradients."""
-        return fingerprint([*(m.G for m in self.moments.values()), *self.gradients.values()])
-
-    def save(self, file: str | Path) -> None:
-        """Write everything to one safetensors file."""
-        tensors = {f"{name}.G": m.G.contiguous() for name, m in self.moments.items()}
-        tensors |= {f"{name}.mean_abs": m.mean_abs.contiguous() for name, m in self.moments.items()}
-        tensors |= {f"{name}.H": H.contiguous() for name, H in self.gradients.items()}
-        about = {"inputs": self.inputs, "n": {name: m.n for name, m in self.moments.items()}, "origin": self.origin}
-        about["gradients"] = list(self.gradients)
-        with replacing(file) as part:
-            save_file(tensors, part, metadata={"nsvd_statistics": json.dumps(about)})
-
-    @classmethod
-    def load(cls, file: str | Path) -> Statistics:
-        """Read what ``save`` wrote; raises ``ValueError`` for anything else."""
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"no statistics file {file}")
-        try:
-            with safe_open(file, "pt") as stored:
-                about = json.loads(stored.metadata()["nsvd_statistics"])
-                moments = {
-                    name: Moments(stored.get_tensor(f"{name}.G"), stored.get_tensor(f"{name}.mean_abs"), n)
-                    for name, n in about["n"].items()
-                }
-                gradients = {name: stored.get_tensor(f"{name}.H") for name in about.get("gradients", [])}
-        except (SafetensorError, TypeError, KeyError) as error:
-            raise ValueError(f"{file} is not a statistics file: {error}") from error
-        return cls(moments, about["inputs"], about["origin"], gradients)
 
 
 def mix(

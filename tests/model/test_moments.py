@@ -118,38 +118,6 @@ def test_sums_are_exact_in_float64_whatever_the_model_computes_in(dtype):
         torch.testing.assert_close(stats[name].mean_abs, X.abs().mean(1), rtol=1e-13, atol=0)
 
 
-def test_statistics_come_back_from_a_file_bit_by_bit(tmp_path):
-    """Moments, counts, shared inputs, their order and where they came from."""
-    stats = nsvd.calibrate(tiny_model(), IDS)
-    stats.save(tmp_path / "new" / "stats.safetensors")
-    again = nsvd.Statistics.load(tmp_path / "new" / "stats.safetensors")
-    assert list(again) == list(stats)
-    assert again.inputs == stats.inputs
-    assert again.origin == stats.origin
-    for name, ours in stats.items():
-        assert torch.equal(again[name].G, ours.G)
-        assert torch.equal(again[name].mean_abs, ours.mean_abs)
-        assert again[name].n == ours.n
-    assert again[Q].G is again[K].G  # stored once
-
-
-def test_gradients_come_back_from_the_file_too(tmp_path):
-    """H of every layer, beside moments that may be shared; an older file without any has none."""
-    model = tiny_model()
-    plain = nsvd.calibrate(model, IDS)
-    stats = plain.with_gradients(nsvd.fisher(model, IDS, diagonal=True))
-    assert plain.gradients == {}
-    assert plain[Q].H is None
-    stats.save(tmp_path / "stats")
-    again = nsvd.Statistics.load(tmp_path / "stats")
-    assert list(again.gradients) == list(stats)
-    assert all(torch.equal(again[name].H, stats[name].H) for name in stats)
-    assert again[Q].G is again[K].G
-    assert not torch.equal(again[Q].H[:16], again[K].H)
-    plain.save(tmp_path / "plain")
-    assert nsvd.Statistics.load(tmp_path / "plain")[Q].H is None
-
-
 def test_mixed_domains_count_by_their_weight_and_not_by_their_size():
     """G = c Σ w_d G_d / mean(diag G_d), c = Σ w_d mean(diag G_d); mean absolute values alike, gradients averaged."""
     model, weights = tiny_model(), [3, 1]
@@ -211,20 +179,6 @@ def test_domains_of_different_layers_do_not_mix():
     for other in (nsvd.calibrate(tiny_model("opt"), IDS), nsvd.calibrate(model, IDS, layers=[Q, DOWN])):
         with pytest.raises(ValueError, match="not of the same layers"):
             nsvd.mix([stats, other])
-
-
-def test_a_file_of_something_else_is_no_statistics(tmp_path):
-    """Text, a cut-off file and a model's weights are refused with the file's name; a missing one is not found."""
-    stats, text, cut = tmp_path / "stats", tmp_path / "text", tmp_path / "cut"
-    nsvd.calibrate(tiny_model(), IDS).save(stats)
-    text.write_text("not a tensor", encoding="utf-8")
-    cut.write_bytes(stats.read_bytes()[:-100])
-    tiny_model().save_pretrained(tmp_path / "model")
-    for file in (text, cut, tmp_path / "model" / "model.safetensors"):
-        with pytest.raises(ValueError, match=f"{file.name} is not a statistics file"):
-            nsvd.Statistics.load(file)
-    with pytest.raises(FileNotFoundError, match="no statistics file"):
-        nsvd.Statistics.load(tmp_path / "nothing")
 
 
 def test_statistics_tell_what_they_were_taken_from():
