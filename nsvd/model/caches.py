@@ -1,4 +1,4 @@
-"""The cache among the arguments and the results of a model, known by its type: its name differs between releases of transformers."""
+"""The cache among the arguments and results of a model, known by its type: its name differs between releases of transformers."""
 
 from __future__ import annotations
 
