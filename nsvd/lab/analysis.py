@@ -81,7 +81,7 @@ def transfer(
     """
     rows = []
     for name, layer in targets(model).items():
-        W = layer.weight.double().cpu()
+        W = layer.weight.cpu().double()
         k = rank_for_ratio(*W.shape, ratio)
         chosen = prepared[name].truncate(k).dense().cpu()
         for text, stats in texts.items():
@@ -104,7 +104,7 @@ def nesting(
     """
     rows, method = [], METHODS["nsvd-1"]
     for name, layer in targets(model).items():
-        W = layer.weight.double().cpu()
+        W = layer.weight.cpu().double()
         k, one = rank_for_ratio(*W.shape, ratio), prepared[name]
         both = (method.cut(one, k, k1=k1), one.truncate(k))
         ours, theirs = (calibration_loss(W, factors.dense(), text[name].G) for factors in both)

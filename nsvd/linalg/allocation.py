@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsvd.linalg.factors import n_params, rank_for_ratio, saves_parameters
+from nsvd.linalg.precision import double
 
 Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) of every layer
 Step = tuple[str, int]  # a layer and its rank from here on
@@ -73,7 +74,7 @@ def spectrum_steps(
     """
     scored = []
     for layer, s in spectra.items():
-        (d_out, d_in), squares = shapes[layer], s.double().square().cpu()
+        (d_out, d_in), squares = shapes[layer], double(s).square().cpu()
         tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
         unit = tails[0].clamp(min=torch.finfo(tails.dtype).tiny) if relative else 1.0
         errors = (tails / unit).tolist()

@@ -13,6 +13,7 @@ from nsvd.linalg.decomposition import Decomposition
 from nsvd.linalg.factors import LowRank, least_rank
 from nsvd.linalg.moments import Moments
 from nsvd.linalg.nested import nid, nsvd
+from nsvd.linalg.precision import double
 from nsvd.linalg.sola import PUBLISHED
 from nsvd.linalg.two_sided import kfac
 
@@ -159,8 +160,8 @@ def decompose(
             if set(H.shape) != {W.shape[0]}:
                 raise ValueError(f"H is {tuple(H.shape)}, but W has {W.shape[0]} output channels")
             check_finite("H", H)
-        moments = Moments(*(t if t is None else t.double() for t in (G, mean_abs)), H=H if H is None else H.double())
-    return chosen(W.double(), moments, k, **options).to(W.dtype)
+        moments = Moments(*(t if t is None else double(t) for t in (G, mean_abs)), H=H if H is None else double(H))
+    return chosen(double(W), moments, k, **options).to(W)
 
 
 def check_finite(name: str, values: Tensor) -> None:

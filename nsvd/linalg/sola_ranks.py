@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nsvd.linalg.allocation import Shapes
 from nsvd.linalg.factors import saves_parameters
+from nsvd.linalg.precision import double
 
 Spectra = Mapping[str, Float[Tensor, " _"]]
 
@@ -168,7 +169,7 @@ def on_grid(k: int, grid: int) -> int:
 
 def retained(s: Float[Tensor, " m"]) -> list[float]:
     """f(0) = 0 … f(m) = 1; a block that no input reaches loses nothing, f = 1."""
-    squares = s.double().square()
+    squares = double(s).square()
     total = squares.sum()
     return [0.0, *(squares.cumsum(0) / total).tolist()] if total > 0 else [1.0] * (len(s) + 1)
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from nsvd.linalg.decomposition import from_metric
 from nsvd.linalg.errors import calibration_loss
 from nsvd.linalg.moments import mixing
+from nsvd.linalg.precision import double
 
 Layer = tuple[Tensor, Sequence[Tensor], int]  # W (d_out, d_in), G_d (d_in, d_in) of every domain, k
 
@@ -69,7 +70,7 @@ def worst_case_weights(layers: Sequence[Layer], *, rounds: int = 16, step: float
 
 def _losses(W: Tensor, G: Sequence[Tensor], k: int, w: Sequence[float]) -> Tensor:
     """The layer's part of every L_d, Ŵ its truncation under the weights w; on the CPU."""
-    W = W.double()
+    W = double(W)
     G = [a * g for a, g in zip(mixing(G, [1 / len(G)] * len(G)), (g.to(W) for g in G), strict=True)]  # of one size
     approximation = from_metric(W, sum(share * g for share, g in zip(w, G, strict=True))).truncate(k).dense()
     energy = sum(calibration_loss(W, torch.zeros_like(W), g) for g in G) / len(G)

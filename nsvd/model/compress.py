@@ -50,7 +50,7 @@ class Report:
     bytes_before: int
     bytes_after: int
     seconds: dict[str, float]  # by stage
-    peak_memory: int  # bytes: of the GPU where there is one, else of the process so far
+    peak_memory: int | None  # bytes: of the GPU where there is one, else of the process so far; None: not known
     versions: dict[str, str]
     table: (
         pd.DataFrame

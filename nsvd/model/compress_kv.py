@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nsvd.linalg.methods import check_finite
+from nsvd.linalg.precision import double, home
 from nsvd.model.attention import by_kind, examine, key_value_layers
 from nsvd.model.checkpoint import mark_compressed
 from nsvd.model.latent import DIGITS, attach, bytes_per_token, latent_layers
@@ -55,7 +56,7 @@ class CacheReport:
     params_before: int
     params_after: int
     seconds: dict[str, float]  # by stage
-    peak_memory: int  # bytes: of the GPU where there is one, else of the process so far
+    peak_memory: int | None  # bytes: of the GPU where there is one, else of the process so far; None: not known
     versions: dict[str, str]
     table: pd.DataFrame  # a row an attention layer: ranks and relative errors of both projections
 
@@ -132,6 +133,7 @@ def compress_kv_(
     rows, factored = [], {}
     for attention, pair in projections.items():
         prepared = pairs.pop(attention, None) or _prepare(factoring, attention, pair, stats)
+        prepared = prepared.to(home(next(iter(pair.values())).weight))
         with naming(attention):
             values = factoring.cut(prepared, ranks.get(attention) or factoring.within(prepared, shares[attention]))
         row = {"layer": attention, "rank_k": values[0].rank, "rank_v": values[1].rank}
@@ -193,7 +195,7 @@ def _examined(model: PreTrainedModel, absorb: bool | str) -> tuple[dict[str, int
 
 
 def _prepare(factoring: Factoring, attention: str, pair: Mapping[str, nn.Linear], stats: Statistics | None) -> Pair:
-    weights = [layer.weight.double() for layer in pair.values()]
+    weights = [double(layer.weight) for layer in pair.values()]
     known = [stats[name].to(weights[0].device) if factoring.needs_moments else None for name in pair]
     with naming(attention):
         return factoring.prepare(weights, known)

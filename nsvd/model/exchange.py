@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, LowRank, Moments, saves_parameters
 from nsvd.linalg.factors import n_params
+from nsvd.linalg.precision import home
 from nsvd.model.arguments import Arguments
 from nsvd.model.distill import distill_
 from nsvd.model.layers import CompressedLayer, stand_in
@@ -49,7 +50,7 @@ class Exchange:
         new = {}
         for name, k in tqdm(ranks.items(), "compress", disable=not self.ask.progress, leave=False):
             layer = self.layers[name]
-            have = None if prepared is None else prepared[name].to(layer.weight.device)
+            have = None if prepared is None else prepared[name].to(home(layer.weight))
             one = have or prepare_layer(layer, name, self.stats, self.ask.method, self.options)
             self.clock.lap("decompose")
             new[name] = self._cut(name, one, k)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from nsvd.linalg.precision import double
 from nsvd.model.hooks import evaluating
 from nsvd.model.moments import check_windows
 from nsvd.model.sampling import draw
@@ -51,7 +52,7 @@ def fisher(
     sums: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
-        g = gradient.reshape(-1, gradient.shape[-1]).double()
+        g = double(gradient.reshape(-1, gradient.shape[-1]))
         new = (g.square().sum(0) if diagonal else g.mT @ g).cpu()
         sums[name] = sums[name].add_(new) if name in sums else new
 
@@ -82,7 +83,7 @@ def _epilogue(
     decoder: Decoder, passing: list[Passing], teacher: Callable[[Tensor], Tensor] | None, seed: int, progress: bool
 ) -> None:
     """The gradient of every batch's loss with respect to the hidden states behind the last block."""
-    generator = torch.Generator(decoder.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for item in tqdm(passing, "labels", disable=not progress, leave=False):
         labels = None if teacher is None else _labels(teacher, item.ids, generator)
         last = item.borders.pop().to(decoder.device).requires_grad_(True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from nsvd.linalg.precision import double
 from nsvd.model.hooks import evaluating
 
 
@@ -30,7 +31,7 @@ def window_losses(
         with evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         token_losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        losses.append(token_losses.view(len(ids), -1).double().mean(1).cpu())
+        losses.append(double(token_losses.view(len(ids), -1)).mean(1).cpu())
     losses = torch.cat(losses)
     if not losses.isfinite().all():
         raise FloatingPointError(f"the loss of window {int((~losses.isfinite()).nonzero()[0])} is NaN or Inf")

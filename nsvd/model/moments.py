@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments, rank_for_ratio
 from nsvd.linalg.moments import mixing
+from nsvd.linalg.precision import double
 from nsvd.linalg.worst_case import worst_case_weights
 from nsvd.model.files import short_name
 from nsvd.model.hooks import evaluating, watch_inputs
@@ -21,14 +22,14 @@ WEIGHTS = ("uniform", "worst-case")  # of several domains, by name
 
 
 class RunningMoments:
-    """Sums of x xᵀ and |x| over tokens, in float64 on the device where the inputs are."""
+    """Sums of x xᵀ and |x| over tokens, in float64 on the device where the inputs are, or where that has none on the CPU."""
 
     def __init__(self) -> None:
         self.n, self.outer, self.absolute = 0, None, None
 
     def add(self, x: Tensor) -> None:
         """Take in inputs x (…, d_in)."""
-        x = x.reshape(-1, x.shape[-1]).double()
+        x = double(x.reshape(-1, x.shape[-1]))
         if self.outer is None:
             self.outer, self.absolute = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])
         self.outer.addmm_(x.mT, x)

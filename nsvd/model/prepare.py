@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, Method, by_name
 from nsvd.linalg.methods import SplitMethod, check_finite
+from nsvd.linalg.precision import double
 from nsvd.linalg.sola import WHOLE, Block
 from nsvd.model.blocks import blocks
 from nsvd.model.fisher import fisher
@@ -29,7 +30,7 @@ def prepare(
 
     Give it to ``compress_(…, prepared=…)`` again and again: a sweep over ratios, over k1, or over methods with one outer
     step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. For ``sola``, of the blocks that it factors. Computed
-    in float64 on the layer's device, kept in the host's memory.
+    in float64 on the layer's device (on the CPU where that has none), kept in the host's memory.
     """
     chosen, layers = by_name(method), targets(model)
     check_weights(layers)
@@ -46,7 +47,7 @@ def prepare_layer(
     layer: nn.Linear, name: str, stats: Statistics | None, method: Method, options: dict, part: Block = WHOLE
 ) -> Decomposition:
     """The same for one layer, or a block of it; what raises names the layer."""
-    W, moments = part.take(layer.weight.double()), None
+    W, moments = part.take(double(layer.weight)), None
     if method.needs_moments:
         moments = part.moments(stats[name].to(W.device))
     with naming(name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 import time
 
@@ -12,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from nsvd.linalg.errors import calibration_loss, weight_error
+from nsvd.linalg.precision import double
 from nsvd.model.moments import Statistics
 from nsvd.version import __version__
 
@@ -28,7 +28,8 @@ def versions() -> dict[str, str]:
 
 def relative_errors(layer: nn.Linear, dense: Tensor, stats: Statistics | None, name: str) -> dict[str, float]:
     """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖ of ``dense``, Ŵ."""
-    W, dense = layer.weight.double(), dense.double()
+    W = double(layer.weight)
+    dense = double(dense).to(W.device)
     row = {"weight_error": (weight_error(W, dense) / W.square().sum().item()) ** 0.5}
     if stats is not None and name in stats:
         G = stats[name].G.to(W.device)
@@ -49,9 +50,13 @@ class Clock:
         self._last = now
 
 
-def peak_memory() -> int:
-    """Bytes at the highest: of the GPU where there is one, else of the process so far."""
+def peak_memory() -> int | None:
+    """Bytes at the highest: of the GPU where there is one, else of the process so far; None where the system does not tell."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

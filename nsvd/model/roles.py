@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nsvd.linalg.precision import double
 from nsvd.model.hooks import evaluating, intervening
 from nsvd.model.moments import shared_inputs
 from nsvd.model.targets import targets
@@ -109,4 +110,4 @@ def _shuffling(size: int) -> Callable[[Tensor], Tensor]:
 
 def _close(x: Tensor, y: Tensor) -> bool:
     """Up to rounding in the model's dtype: where the answer is no, the two differ by as much as they are large."""
-    return ((x.double() - y.double()).norm() <= 0.02 * y.double().norm()).item()
+    return ((double(x) - double(y)).norm() <= 0.02 * double(y).norm()).item()

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nsvd.linalg.precision import double
 from nsvd.model.caches import caches_of
 from nsvd.model.hooks import evaluating
 
@@ -55,12 +56,12 @@ def sample(
             "pass start= to sample, or calibrate on a text that is at hand (windows=, --calibration CORPUS)"
         )
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    draws = torch.cat([_uniform(count, device, generator) for _ in range(length - 1)], dim=1)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device writes the same
+    draws = torch.cat([_uniform(count, generator) for _ in range(length - 1)], dim=1)
     batch = _batch(model, length) if batch is None else batch
     temperatures = _annealed(opening, temperature, length - 1)
     with evaluating(model):
-        return torch.cat([_sample(model, u, temperatures, start) for u in draws.split(batch)]).cpu()
+        return torch.cat([_sample(model, u, temperatures, start, device) for u in draws.split(batch)]).cpu()
 
 
 def own_text(
@@ -99,12 +100,14 @@ def _annealed(opening: float, temperature: float, steps: int) -> list[float]:
     return [temperature + (opening - temperature) * share for share in left]
 
 
-def _uniform(count: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, 1, dtype=torch.float64, device=device, generator=generator)
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, 1, dtype=torch.float64, generator=generator)
 
 
-def _sample(model: PreTrainedModel, draws: Float[Tensor, "n steps"], temperatures: list[float], start: int) -> Tensor:
-    ids, held = torch.full((len(draws), 1), start, device=draws.device), {}
+def _sample(
+    model: PreTrainedModel, draws: Float[Tensor, "n steps"], temperatures: list[float], start: int, device: torch.device
+) -> Tensor:
+    ids, held = torch.full((len(draws), 1), start, device=device), {}
     for u, temperature in zip(draws.split(1, dim=1), temperatures, strict=True):
         output = model(input_ids=ids[:, -1:], use_cache=True, **held)
         logits, held = output.logits[:, -1].float(), caches_of(output)
@@ -116,12 +119,13 @@ def _sample(model: PreTrainedModel, draws: Float[Tensor, "n steps"], temperature
 
 def draw(probabilities: Float[Tensor, "n vocabulary"], generator: torch.Generator) -> Int[Tensor, "n 1"]:
     """One index from every row, by inverting its cumulative sum: several times as fast as ``torch.multinomial`` on a CPU."""
-    return _index(probabilities, _uniform(len(probabilities), probabilities.device, generator))
+    return _index(probabilities, _uniform(len(probabilities), generator))
 
 
 def _index(probabilities: Tensor, u: Tensor) -> Tensor:
-    steps = probabilities.double().cumsum(-1)
-    return torch.searchsorted(steps, u * steps[:, -1:], right=True).clamp(max=steps.shape[1] - 1)
+    steps = double(probabilities).cumsum(-1)
+    found = torch.searchsorted(steps, u.to(steps.device) * steps[:, -1:], right=True).clamp(max=steps.shape[1] - 1)
+    return found.to(probabilities.device)
 
 
 def random_tokens(

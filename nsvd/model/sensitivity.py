@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, LowRank, Method, by_name, rank_for_ratio
+from nsvd.linalg.precision import home
 from nsvd.model.files import fingerprint
 from nsvd.model.hooks import exchanged
 from nsvd.model.layers import LowRankLinear
@@ -110,7 +111,7 @@ def sensitivity(
     dense = _dense_losses(model, windows)
     rows = []
     for name, layer in tqdm(layers.items(), "sensitivity", disable=not progress, leave=False):
-        decomposition = None if prepared is None else prepared[name].to(layer.weight.device)
+        decomposition = None if prepared is None else prepared[name].to(home(layer.weight))
         for fraction, k in _candidates(layer, name, chosen, settings, kept, factors):
             found = None if records is None else records.find(**about, layer=name, kept=fraction)
             if found is None:

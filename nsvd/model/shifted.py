@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
 from nsvd.linalg.moments import mixing
+from nsvd.linalg.precision import double
 from nsvd.linalg.two_sided import shifted
 from nsvd.model.hooks import evaluating, watch_calls, watch_inputs
 from nsvd.model.moments import shared_inputs
@@ -162,7 +163,7 @@ def _replace_group(
     if not (G.isfinite().all() and missing.isfinite().all()):
         raise FloatingPointError(f"the input of layer {group[0]} holds NaN or Inf on the calibration text")
     for name in group:
-        W = model.get_submodule(name).weight.double()
+        W = double(model.get_submodule(name).weight)
         with naming(name):
             target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
         model.set_submodule(name, replace(name, target, moments))
@@ -180,8 +181,8 @@ class _Sums:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         x, y = (t.flatten(0, -2).to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
-        self.outer, self.cross = self.outer + (x.mT @ x).double(), self.cross + (y.mT @ x).double()
-        self.absolute = self.absolute + x.abs().sum(0, dtype=torch.float64)
+        self.outer, self.cross = self.outer + double(x.mT @ x), self.cross + double(y.mT @ x)
+        self.absolute = self.absolute + double(x.abs()).sum(0)
         self.n += len(x)
 
 

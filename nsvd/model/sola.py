@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from nsvd.linalg import Decomposition, LowRank, saves_parameters
 from nsvd.linalg.allocation import cut, spectrum_steps
 from nsvd.linalg.methods import SplitMethod
+from nsvd.linalg.precision import double, home
 from nsvd.linalg.sola import COLUMNS, Block, Split
 from nsvd.linalg.sola_ranks import Move, common, even, on_grid, search
 from nsvd.model.blocks import blocks, kind
@@ -92,7 +93,7 @@ def _factor(
         row |= {"prime": parts[name].prime if name in parts else 0, "params": d_out * d_in}
         if k is not None and saves_parameters(*parts[name].shape(d_out, d_in), k):
             with naming(name):
-                value = parts[name].join(layer.weight.double(), cut[name]().to(layer.weight.device))
+                value = parts[name].join(double(layer.weight), cut[name]().to(home(layer.weight)))
             values[name] = value.to(layer.weight.dtype)
             clock.lap("cut")
             row |= {"dense": False, "params": value.n_params} | relative_errors(layer, value.dense(), stats, name)
