@@ -55,7 +55,7 @@ def run(chosen: argparse.Namespace) -> int:
 def compress(chosen: argparse.Namespace) -> None:
     """Compress a model into a folder."""
     import nsvd
-    from nsvd.lab.calibration import domains
+    from nsvd.lab.calibration import begins_with_bos, domains
     from nsvd.lab.models import check_apart
     from nsvd.model.checkpoint import check_target
     from nsvd.model.files import short_name
@@ -94,11 +94,16 @@ def compress(chosen: argparse.Namespace) -> None:
     windows, stats, calibration = [], None, None
     needed = method.needs_moments or chosen.weights != "uniform"
     if needed or chosen.allocation in ("strs", "fisher") or chosen.shifted or chosen.distill:
-        name = chosen.calibration or ("self" if chosen.method in RECIPES else "mini/encyclopedia")
-        windows = domains(name, model, tokenizer, length=chosen.length, count=chosen.count, seed=chosen.seed)
+        name = chosen.calibration or _usual_text(chosen.model, chosen.method)
+        windows = domains(name, model, tokenizer, **_text(chosen))
         if chosen.allocation == "strs" and len({ids.shape[1] for ids in windows}) > 1:
             raise ValueError(f"--allocation strs needs windows of one length, so not {name}")
-        calibration = {"corpus": name, "seed": chosen.seed, "windows": [list(ids.shape) for ids in windows]}
+        calibration = {
+            "corpus": name,
+            "seed": chosen.seed,
+            "windows": [list(ids.shape) for ids in windows],
+            "bos": [begins_with_bos(ids, tokenizer, model) for ids in windows],
+        }
     if needed and chosen.cache_ratio is not None:  # of the dense model, for the cache, too
         stats = statistics_of(model, windows, chosen.weights, ratio=chosen.ratio, progress=bar)
         calibration |= {"statistics": stats.origin}
@@ -134,6 +139,22 @@ def compress(chosen: argparse.Namespace) -> None:
     print(f"{chosen.out}: {label}, {'; '.join(said)}")
 
 
+def _usual_text(model: str, method: str) -> str:
+    """The text to calibrate on where none is named."""
+    from nsvd import RECIPES, embedded_models
+
+    if method in RECIPES:
+        return "self"
+    if model not in embedded_models():
+        raise ValueError(f"{model} is no embedded model: name a text to calibrate it on, --calibration CORPUS, or self")
+    return "mini/encyclopedia"
+
+
+def _text(chosen: argparse.Namespace) -> dict:
+    """How a text is cut."""
+    return {"length": chosen.length, "count": chosen.count, "seed": chosen.seed, "bos": chosen.bos}
+
+
 def _as_json(report) -> dict:
     return report.as_dict() | {"layers": json.loads(report.table.to_json(orient="records"))}
 
@@ -143,6 +164,7 @@ def evaluate(chosen: argparse.Namespace) -> None:
     import pandas as pd
 
     import nsvd
+    from nsvd.lab.calibration import begins_with_bos
     from nsvd.lab.records import finite, origin
     from nsvd.model.files import check_writable
 
@@ -154,7 +176,7 @@ def evaluate(chosen: argparse.Namespace) -> None:
     for source in chosen.models:
         model, tokenizer = nsvd.load(source, dtype=dtype, device=chosen.device)
         for corpus in chosen.data or nsvd.EMBEDDED:
-            windows = nsvd.windows(corpus, tokenizer, length=chosen.length, count=chosen.count, seed=chosen.seed)
+            windows = nsvd.windows(corpus, tokenizer, **_text(chosen))
             result = nsvd.evaluate(model, windows, tokenizer, progress=sys.stderr.isatty())
             rows.append(
                 {
@@ -165,6 +187,7 @@ def evaluate(chosen: argparse.Namespace) -> None:
                     "bits_per_byte": result.bits_per_byte,
                     "windows": len(windows),
                     "length": windows.shape[1],
+                    "bos": begins_with_bos(windows, tokenizer),
                 }
             )
     table = pd.DataFrame(rows)
@@ -223,6 +246,12 @@ def _shard(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
+def _seed(text: str) -> int:
+    if not -(2**63) <= int(text) < 2**64:  # what a generator takes
+        raise ValueError
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("nsvd", description="Low-rank compression of language models.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
@@ -243,7 +272,12 @@ def _parser() -> argparse.ArgumentParser:
             type=int,
             help="tokens a window, half of it in own text (default: what the tokenizer allows, 2048 at most)",
         )
-        sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: 0)")
+        sub.add_argument("--seed", type=_seed, default=0, help="of the choice of windows (default: 0)")
+        sub.add_argument(
+            "--bos",
+            action=argparse.BooleanOptionalAction,
+            help="begin every window with the token that begins a text (default: as the tokenizer does by itself)",
+        )
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
         sub.add_argument(
             "--dtype", default="auto", help="float32, bfloat16, …; auto: as stored, evaluated in float32 on a CPU"
@@ -280,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--calibration", metavar="CORPUS",
         help="a corpus, self (sampled from the model), random, or a sum such as self+wikitext2 "
-        "(default: self for best, else mini/encyclopedia)",
+        "(default: self for best; mini/encyclopedia for other methods on an embedded model)",
     )  # fmt: skip
     sub.add_argument(
         "--weights", choices=["uniform", "worst-case"], default="uniform",

@@ -19,7 +19,7 @@ from nsvd.cli import main
 from tests.tiny import K1, Q, compressed, file_limit, float32, poison, tiny_model, tiny_tokenizer  # noqa: F401
 
 MINI, SHORT = "mini-llama", ["--device", "cpu", "--count", "3", "--length", "32"]
-NSVD = ["--method", "nsvd-1", "--ratio", "0.3"]
+NSVD = ["--method", "nsvd-1", "--ratio", "0.3", "--calibration", "mini/encyclopedia"]
 
 
 @pytest.fixture
@@ -298,10 +298,75 @@ def test_a_model_that_cannot_be_read_is_one_line(command, model, message, here, 
     assert message in line
 
 
+def test_a_model_of_somebody_else_is_calibrated_on_a_text_that_is_named(here, models, capsys):
+    """The embedded encyclopedia is for the embedded models; a method that reads nothing needs none."""
+    for more in ([], ["--allocation", "strs"], ["--shifted"]):
+        line = refused(capsys, here, "compress", models / "dense", "low", "--method", "asvd-1", "--ratio", 0.3, *more)
+        assert "is no embedded model: name a text to calibrate it on, --calibration CORPUS, or self" in line
+    said(capsys, "compress", models / "dense", "low", "--method", "svd", "--ratio", 0.3)
+    said(capsys, "compress", MINI, "own", "--method", "asvd-1", "--ratio", 0.3, *SHORT)
+    report = json.loads((here / "own" / "nsvd_report.json").read_text(encoding="utf-8"))
+    assert report["calibration"]["corpus"] == "mini/encyclopedia"
+
+
+@pytest.mark.parametrize(("flag", "begin"), [([], True), (["--no-bos"], False), (["--bos"], True)])
+def test_windows_begin_with_a_bos_as_the_tokenizer_does_or_as_asked_for(flag, begin, here, capsys):
+    """Report and results tell it, part by part."""
+    part = ["--calibration", "self+mini/encyclopedia", "--count", 4, "--length", 32]
+    said(capsys, "compress", MINI, "low", "--method", "asvd-1", "--ratio", 0.3, *part, *flag)
+    report = json.loads((here / "low" / "nsvd_report.json").read_text(encoding="utf-8"))
+    assert report["calibration"]["bos"] == [begin, begin]
+    said(capsys, "evaluate", MINI, "--data", "mini/web", *SHORT, *flag, "--json", "x.json")
+    (row,) = json.loads((here / "x.json").read_text(encoding="utf-8"))["results"]
+    model, tokenizer = nsvd.load(MINI, dtype="float32", device="cpu")
+    windows = nsvd.windows("mini/web", tokenizer, count=3, length=32, bos=begin)
+    assert row["bos"] is begin
+    assert row["perplexity"] == pytest.approx(nsvd.perplexity(model, windows))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mini-opt", "--data", "mini/web", "--length", 512, "--count", 1], "the model has learned 256 positions"),
+        ([MINI, "--data", "mini/web", "--length", 10**12], "too short"),
+        ([MINI, "--data", "mini/web", "--count", 10**12], "too short"),
+        ([MINI, "--data", "half.jsonl", "--length", 8], "half.jsonl, line 1: the text holds \\ud83d"),
+        ([MINI, "--data", "deep.jsonl", "--length", 8], "deep.jsonl, line 1: expected"),
+        ([MINI, "--data", "folder.txt", "--length", 8], "folder.txt is a folder"),
+        ([MINI, "--data", "zipped.txt", "--length", 8], "zipped.txt is not UTF-8 text"),
+        (["small", "--data", "mini/web", "--length", 8], "the model's vocabulary has 100 tokens"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_one_line(arguments, message, here, models, capsys):
+    """By the model, by the tokenizer, or at all."""
+    nsvd.save(tiny_model(vocab_size=100), tiny_tokenizer(), here / "small")
+    (here / "half.jsonl").write_text('{"text": "x \\ud83d y"}\n', encoding="utf-8")
+    (here / "deep.jsonl").write_text("[" * 100_000 + "\n", encoding="utf-8")
+    (here / "folder.txt").mkdir()
+    (here / "zipped.txt").write_bytes(b"\x1f\x8b\x08\0")
+    assert message in refused(capsys, here, "evaluate", *arguments)
+
+
+@pytest.mark.parametrize("calibration", ["random", "self", "mini/encyclopedia", "self+random"])
+def test_more_text_than_there_can_be_is_one_line(calibration, here, models, capsys):
+    """At once, and before memory is asked for."""
+    how = ["--method", "asvd-1", "--ratio", 0.3, "--calibration", calibration, "--count", 99999999999]
+    line = refused(capsys, here, "compress", models / "dense", "low", *how)
+    assert "more than the 134217728 that are made at a time" in line or "too short" in line
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, "one"])
+def test_a_seed_is_a_number_that_a_generator_takes(seed, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["evaluate", MINI, "--seed", str(seed)])
+    assert error.value.code == 2
+    assert "argument --seed" in capsys.readouterr().err
+
+
 def test_a_nan_is_one_line_with_the_layer(here, models, capsys):
     """In a weight, with statistics or without; in the activations; in what the model says."""
     for method in ("nsvd-1", "svd"):
-        line = refused(capsys, here, "compress", models / "nan", "low", "--method", method, "--ratio", 0.3)
+        line = refused(capsys, here, "compress", models / "nan", "low", *NSVD, "--method", method)
         assert f"{Q}" in line
     model = nsvd.load(models / "dense", device="cpu")[0]
     poison(model, "model.layers.1.input_layernorm.weight", value=torch.finfo(torch.float32).max)

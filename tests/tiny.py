@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import nsvd
@@ -58,13 +58,15 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype=torch.float32, **c
     return model.eval()
 
 
-def tiny_tokenizer(length: int = 64) -> PreTrainedTokenizerFast:
-    """One token a byte."""
+def tiny_tokenizer(length: int = 64, *, bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte; with ``bos``, every text begins with ``<s>``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1} | {letter: i for i, letter in enumerate(alphabet, 2)}
     bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
+    if bos:
+        bytewise.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=length
     )

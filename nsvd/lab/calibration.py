@@ -7,18 +7,27 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from nsvd.lab.corpora import MAX_CALIBRATION, MAX_LENGTH, windows
+from nsvd.lab.tokens import beginning
 from nsvd.model.sampling import own_text, random_tokens
 
 
 def domains(
-    name: str, model: nn.Module, tokenizer, *, length: int | None = None, count: int | None = None, seed: int = 0
+    name: str,
+    model: nn.Module,
+    tokenizer,
+    *,
+    length: int | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    bos: bool | None = None,
 ) -> list[Tensor]:
     """Windows (count, length) of every part of a name: ``self``, ``random``, ``wikitext2``, ``self+wikitext2``, …
 
     Those of ``self`` are half as long, see ``own_text``.
 
     ``count`` windows are shared out evenly among the parts. Where none is asked for, 256; 128 where own text or random tokens
-    stand alone.
+    stand alone. ``bos`` is as in ``windows``: whether each begins with a BOS token. Own text begins with the tokenizer's or, where
+    the tokenizer adds none by itself, with the one that the model's configuration names.
 
     Raises:
         ValueError: as ``windows``; or fewer windows than parts.
@@ -29,15 +38,21 @@ def domains(
     each = (MAX_CALIBRATION if count is None else count) // len(parts)
     if each < 1:
         raise ValueError(f"{count} windows for the {len(parts)} parts of {name}; 1 each is the least")
-    how = {"length": length, "seed": seed}
+    first, how = beginning(tokenizer, bos), {"length": length, "seed": seed}
     if count is not None or len(parts) > 1:
         how["count"] = each
     found = []
     for part in parts:
         if part == "self":
-            found.append(own_text(model, **how))
+            found.append(own_text(model, **how, start=first, bos=bos is not False))
         elif part == "random":
-            found.append(random_tokens(model.config.get_text_config().vocab_size, **how))
+            found.append(random_tokens(model.config.get_text_config().vocab_size, **how, start=first))
         else:
-            found.append(windows(part, tokenizer, split="calibration", **how))
+            found.append(windows(part, tokenizer, split="calibration", **how, bos=bos))
     return found
+
+
+def begins_with_bos(windows: Tensor, tokenizer, model: nn.Module | None = None) -> bool:
+    """Whether every window begins with the BOS token of the tokenizer, or with the one that the model's configuration names."""
+    config = None if model is None else model.config.get_text_config().bos_token_id
+    return any(token is not None and bool((windows[:, 0] == token).all()) for token in (tokenizer.bos_token_id, config))

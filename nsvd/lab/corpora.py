@@ -7,6 +7,7 @@ A name is an embedded corpus (``mini/encyclopedia``), one of the paper's eight f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor
 
 from nsvd.lab.paths import data
+from nsvd.lab.tokens import ROOM, beginning, drawn, token_ids
 
 ROLES = ("encyclopedia", "newswire", "web", "commands", "instructions", "stories", "reading_zh", "instructions_ja")
 EMBEDDED = tuple(f"mini/{role}" for role in ROLES)
 MAX_LENGTH, MAX_CALIBRATION = 2048, 256  # window length and count where none is asked for
+WHOLE = 2**22  # characters of a text that is always tokenized as a whole
+TOKENS_PER_CHARACTER = 32  # more than any tokenizer makes
+HALF = re.compile("[\ud800-\udfff]")  # of a character that JSON writes in two halves
 
 
 Rows = Iterable[dict]
@@ -113,66 +118,101 @@ def documents(name: str, split: str = "test") -> list[str]:
     else:
         known = ", ".join((*EMBEDDED, *HUB))
         raise ValueError(f"unknown corpus {name!r}; use {known}, a .txt or .jsonl file, or DIR:name")
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in texts if text and not text.isspace()]
     if not texts:
         raise ValueError(f"corpus {name} ({split}) is empty")
     return texts
 
 
 def windows(
-    name: str, tokenizer, *, split: str = "test", length: int | None = None, count: int | None = None, seed: int = 0
+    name: str,
+    tokenizer,
+    *,
+    split: str = "test",
+    length: int | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    bos: bool | None = None,
 ) -> Tensor:
     """Token ids of a corpus cut into windows that do not overlap: a LongTensor (count, length).
 
     The documents are joined by empty lines. ``test`` gives all windows in order (``count`` of them, evenly random, if
     given); ``calibration`` gives ``count`` random ones (at most 256 where none is asked for) of the text cut at a random
-    offset. ``length`` is by default what the tokenizer allows, 2048 at most.
+    offset. Of a text above ``WHOLE`` characters that has room for twice as many, random windows begin at random characters
+    (``nsvd.lab.tokens.drawn``), and no more is tokenized. ``length`` is by default what the tokenizer allows, 2048 at most.
+
+    With ``bos=True`` every window begins with the tokenizer's BOS token, with ``bos=False`` none does; by default the windows do
+    as the tokenizer does by itself. The BOS is one of the ``length`` tokens.
 
     Raises:
-        ValueError: if the corpus has fewer windows than asked for, or not even one.
+        ValueError: if the corpus has fewer windows than asked for, or not even one; ``bos=True`` without a BOS token.
     """
     length = min(tokenizer.model_max_length, MAX_LENGTH) if length is None else length
     if length < 2:
         raise ValueError(f"a window needs 2 tokens at least, not {length}")
     if count is not None and count < 1:
         raise ValueError(f"{count} windows asked for; 1 is the least")
-    texts = documents(name, split)
-    ids = torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
-    generator, tokens = torch.Generator().manual_seed(seed), len(ids)
+    first = beginning(tokenizer, bos)
+    text = "\n\n".join(documents(name, split))
+    cut = _cut(name, split, text, tokenizer, length - (first is not None), count, torch.Generator().manual_seed(seed))
+    return cut if first is None else torch.cat([torch.full((len(cut), 1), first), cut], dim=1)
+
+
+def _cut(
+    name: str, split: str, text: str, tokenizer, length: int, count: int | None, generator: torch.Generator
+) -> Tensor:
+    """Windows (count, length) of a text, without BOS."""
+    asked = f"{count} windows" if count else "one window"
+    if (count or 1) * length > TOKENS_PER_CHARACTER * len(text):
+        raise ValueError(f"corpus {name} ({split}) is too short: {len(text)} characters for {asked} of {length} tokens")
+    some = MAX_CALIBRATION if count is None and split == "calibration" else count
+    if some is not None and len(text) > max(WHOLE, 2 * some * ROOM * length):
+        cut = drawn(tokenizer, text, length, some, generator, in_order=split == "test")
+        if cut is not None:
+            return cut
+    ids = token_ids(tokenizer, text)
+    tokens = len(ids)
     if split == "calibration":
         ids = ids[torch.randint(len(ids) % length + 1, (1,), generator=generator) :]
     cut = ids[: len(ids) // length * length].view(-1, length)
     if len(cut) < (count or 1):
-        asked = f"{count} windows" if count else "one window"
         raise ValueError(
             f"corpus {name} ({split}) is too short: {tokens} tokens give {len(cut)} of {asked} of {length}"
         )
-    if split == "test" and count is None:
+    if some is None:
         return cut
-    keep = torch.randperm(len(cut), generator=generator)[: count or MAX_CALIBRATION]
+    keep = torch.randperm(len(cut), generator=generator)[:some]
     return cut[keep.sort().values if split == "test" else keep]
 
 
 def _file(file: Path, name: str) -> list[str]:
+    if file.is_dir():
+        raise IsADirectoryError(f"corpus {name}: {file} is a folder, not a file")
     if not file.is_file():
         raise FileNotFoundError(f"corpus {name}: no file {file}")
     try:
-        content = file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8-sig") as stream:
+            texts = [stream.read()] if file.suffix == ".txt" else [_text(file, *line) for line in enumerate(stream, 1)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-    if file.suffix == ".txt":
-        return [content]
-    texts = []
-    lines = content.removesuffix("\n").split("\n") if content else []  # not splitlines: U+2028 may stand in a text
-    for number, line in enumerate(lines, 1):
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise ValueError(f'{file}, line {number}: expected {{"text": …}}')
-        texts.append(text)
+    if file.suffix == ".txt" and "\0" in texts[0]:
+        raise ValueError(f"{file} is not UTF-8 text: it holds NUL bytes")
     return texts
+
+
+def _text(file: Path, number: int, line: str) -> str:
+    """The text of a line of jsonl."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f'{file}, line {number}: expected {{"text": …}}')
+    if half := HALF.search(text):
+        raise ValueError(
+            f"{file}, line {number}: the text holds \\u{ord(half[0]):04x}, half a surrogate pair, which is no character"
+        )
+    return text
 
 
 def _hub(name: str, split: str) -> list[str]:

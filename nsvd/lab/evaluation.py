@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from nsvd.model.hooks import evaluating
+from nsvd.lab.tokens import bytes_per_token
 from nsvd.model.loss import check_text, window_losses
+from nsvd.model.text import predictions, windows_at_once
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """nll in bits, over the mean number of UTF-8 bytes of a token."""
+        """nll in bits, over the mean number of UTF-8 bytes of a predicted token."""
         if self.bytes_per_token is None:
             raise ValueError("bits per byte need the tokenizer: evaluate(model, windows, tokenizer)")
         return self.nll / math.log(2) / self.bytes_per_token
@@ -54,13 +55,11 @@ def evaluate(
     """Every token but the first of each window predicted from those before it in the window.
 
     Raises:
-        ValueError: if there is no window, or windows of fewer than two tokens.
+        ValueError: if there is no window, windows of fewer than two tokens, or such as the model cannot read.
         FloatingPointError: if a loss is NaN or Inf.
     """
     losses = window_losses(model, windows, batch=batch, progress=progress)
-    size = None
-    if tokenizer is not None:
-        size = len(tokenizer.decode(windows.flatten(), skip_special_tokens=True).encode()) / windows.numel()
+    size = None if tokenizer is None else bytes_per_token(tokenizer, windows[:, 1:])
     return Evaluation(losses, windows.shape[1] - 1, size)
 
 
@@ -71,23 +70,19 @@ def divergence(model: nn.Module, dense: nn.Module, windows: Tensor, *, batch: in
     Every position but the last of each window (count, length), as in ``evaluate``.
 
     Raises:
-        ValueError: if there is no window, or windows of fewer than two tokens.
+        ValueError: if there is no window, windows of fewer than two tokens, or such as the model cannot read.
         FloatingPointError: if it is NaN or Inf.
     """
-    check_text(windows)
-    total = 0.0
-    for ids in windows.split(batch or max(1, 4096 // windows.shape[1])):
-        ours, theirs = (_log_probabilities(one, ids) for one in (model, dense))
-        total += kl_div(ours, theirs.to(ours.device), reduction="sum", log_target=True).item()
+    check_text(model, windows)
+    device, total = next(model.parameters()).device, 0.0
+    for ids in windows.split(batch or windows_at_once(model, windows.shape[1])):
+        both = (predictions(one, ids.to(next(one.parameters()).device)) for one in (model, dense))
+        for ours, theirs in zip(*both, strict=True):
+            ours, theirs = ours.float().log_softmax(-1), theirs.to(device).float().log_softmax(-1)
+            total += kl_div(ours, theirs, reduction="sum", log_target=True).item()
     if not math.isfinite(total):
         raise FloatingPointError("the divergence from the dense model is NaN or Inf")
     return total / (len(windows) * (windows.shape[1] - 1))
-
-
-def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    with evaluating(model):
-        logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
-    return logits[:, :-1].float().log_softmax(-1)
 
 
 def perplexity(model: nn.Module, windows: Tensor, **options) -> float:

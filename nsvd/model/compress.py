@@ -21,6 +21,7 @@ from nsvd.model.report import Clock, peak_memory, versions
 from nsvd.model.sampling import own_text
 from nsvd.model.sola import split
 from nsvd.model.targets import targets
+from nsvd.model.text import check_readable
 from nsvd.model.whole_layers import Result, factor
 
 RANKS_EVERY = (
@@ -135,6 +136,8 @@ def compress_(
         raise ValueError("this model is compressed already; dequantize() it first")
     layers, clock = targets(model), Clock()
     wanted = _given(model, layers, ask)
+    for ids in ask.domains:
+        check_readable(model, ids)
     check_weights(layers)
     if ask.sampled:
         ask = replace(ask, domains=[own_text(model, seed=seed)])

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from nsvd.model.descent import descend_, shuffled
 from nsvd.model.hooks import evaluating, exchanged
+from nsvd.model.text import tokens_at_once
 
-TOKENS = 1024  # of every domain in a step, a window at least
+TOKENS = 1024  # of every domain in a step, a window at least; fewer where their logits would pass the budget
 
 
 @torch.no_grad()
@@ -38,7 +39,8 @@ def distill_(
         FloatingPointError: if it becomes NaN or Inf.
     """
     texts = [(ids, weight) for ids, weight in zip(domains, weights, strict=True) if weight]
-    sizes = [min(max(1, TOKENS // ids.shape[1]), len(ids)) for ids, _ in texts]
+    tokens = min(TOKENS, tokens_at_once(model))
+    sizes = [min(max(1, tokens // ids.shape[1]), len(ids)) for ids, _ in texts]
     orders = [shuffled(len(ids), steps * n, seed) for (ids, _), n in zip(texts, sizes, strict=True)]
     device = next(model.parameters()).device
 

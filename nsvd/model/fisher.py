@@ -16,6 +16,7 @@ from nsvd.model.hooks import evaluating
 from nsvd.model.moments import check_windows
 from nsvd.model.sampling import draw
 from nsvd.model.targets import targets
+from nsvd.model.text import windows_at_once
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.passes import Passing, forward
 
@@ -28,7 +29,7 @@ def fisher(
     diagonal: bool = False,
     teacher: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
-    batch: int = 8,
+    batch: int | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """H = E[g gᵀ] by layer name, (d_out, d_out), g the gradient of a window's loss with respect to the layer's output.
@@ -41,12 +42,15 @@ def fisher(
     ``diagonal=True`` keeps E[g²] only, (d_out,).
     With a ``teacher``, the logits of another model for token ids, labels are drawn from its predictions. E[g] is then the gradient
     of KL(teacher ‖ model), and H no Fisher information any more: it weighs the direction of the model's error, too.
+    ``batch`` windows are read at a time, by default 8, or as many as ``nsvd.model.text`` allows logits for.
 
     Raises:
-        ValueError: if ``windows`` is empty, a layer never runs or is in no block, or the model cannot be run block by block.
+        ValueError: if ``windows`` is empty or such as the model cannot read, a layer never runs or is in no block, or the model
+            cannot be run block by block.
         FloatingPointError: if a gradient holds NaN or Inf; the layer is named.
     """
-    check_windows(windows)
+    check_windows(windows, model)
+    batch = batch or min(8, windows_at_once(model, windows.shape[1]))
     names = list(targets(model) if layers is None else layers)
     modules = {name: model.get_submodule(name) for name in names}
     sums: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from nsvd.linalg.precision import double
-from nsvd.model.hooks import evaluating
+from nsvd.model.text import check_readable, predictions, windows_at_once
 
 
 @torch.no_grad()
@@ -18,27 +18,32 @@ def window_losses(
 ) -> Float[Tensor, " count"]:
     """Mean nats per token of each window, every token but the first predicted from those before it; float64, on the CPU.
 
+    ``batch`` windows are read at a time, by default as many as ``nsvd.model.text`` allows logits for.
+
     Raises:
-        ValueError: if there is no window, or windows of fewer than two tokens.
+        ValueError: if there is no window, windows of fewer than two tokens, or such as the model cannot read.
         FloatingPointError: if a loss is NaN or Inf.
     """
-    check_text(windows)
+    check_text(model, windows)
     device = next(model.parameters()).device
-    batch = batch or max(1, 4096 // windows.shape[1])
     losses = []
-    for ids in tqdm(windows.split(batch), "evaluate", disable=not progress, leave=False):
-        ids = ids.to(device)
-        with evaluating(model):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        token_losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        losses.append(double(token_losses.view(len(ids), -1)).mean(1).cpu())
+    batches = windows.split(batch or windows_at_once(model, windows.shape[1]))
+    for ids in tqdm(batches, "evaluate", disable=not progress, leave=False):
+        ids, parts, done = ids.to(device), [], 1
+        for logits in predictions(model, ids):
+            wanted = ids[:, done : done + logits.shape[1]]
+            token_losses = cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="none")
+            parts.append(double(token_losses.view(len(ids), -1)))
+            done += logits.shape[1]
+        losses.append(torch.cat(parts, 1).mean(1).cpu())
     losses = torch.cat(losses)
     if not losses.isfinite().all():
         raise FloatingPointError(f"the loss of window {int((~losses.isfinite()).nonzero()[0])} is NaN or Inf")
     return losses
 
 
-def check_text(windows: Tensor) -> None:
-    """Raise ``ValueError`` unless there is a token to predict in every window."""
+def check_text(model: nn.Module, windows: Tensor) -> None:
+    """Raise ``ValueError`` unless there is a token to predict in every window, and the model can read them."""
     if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
         raise ValueError(f"windows must be a (count, length ≥ 2) tensor of token ids, not {tuple(windows.shape)}")
+    check_readable(model, windows)

@@ -17,6 +17,7 @@ from nsvd.model.files import short_name
 from nsvd.model.hooks import evaluating, watch_inputs
 from nsvd.model.statistics import Statistics
 from nsvd.model.targets import targets
+from nsvd.model.text import check_readable
 
 WEIGHTS = ("uniform", "worst-case")  # of several domains, by name
 
@@ -143,10 +144,10 @@ def calibrate(
     One pass without the output head, float64 sums, one matrix for each distinct input.
 
     Raises:
-        ValueError: if ``windows`` is empty, or a layer never runs.
+        ValueError: if ``windows`` is empty or such as the model cannot read, or a layer never runs.
         FloatingPointError: if an input holds NaN or Inf; the first such layer is named.
     """
-    check_windows(windows)
+    check_windows(windows, model)
     names = list(targets(model) if layers is None else layers)
     inputs = shared_inputs(model, names, windows[:1, :8])
     silent = [name for name in names if name not in inputs]
@@ -171,12 +172,14 @@ def calibrate(
     return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin)
 
 
-def check_windows(windows: Tensor) -> None:
-    """Raise ``ValueError`` for anything but a table of token ids with at least one."""
+def check_windows(windows: Tensor, model: nn.Module | None = None) -> None:
+    """Raise ``ValueError`` for anything but a table of token ids, one at least, that the model, if given, can read."""
     if windows.ndim != 2 or windows.numel() == 0:
         raise ValueError(
             f"calibration windows must be a (count, length) tensor of token ids, not {tuple(windows.shape)}"
         )
+    if model is not None:
+        check_readable(model, windows)
 
 
 def _forward(model: nn.Module, ids: Tensor) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from nsvd.linalg.precision import double
 from nsvd.model.caches import caches_of
 from nsvd.model.hooks import evaluating
+from nsvd.model.text import check_length
 
 CACHE_BYTES = 8 * 2**30  # of a batch of windows while they are sampled
+MOST_TOKENS = 2**27  # of text that is made up, 1 GiB of ids
 OPENING, OPENING_TOKENS = 1.5, 10  # own text begins at this temperature, and is down at 1 after so many tokens
 
 
@@ -47,8 +49,8 @@ def sample(
             f"cannot sample {count} windows of {length} tokens at temperature {temperature} after {opening}"
         )
     config = model.config.get_text_config()
-    if length > (most := _positions(model) or length):
-        raise ValueError(f"cannot sample windows of {length} tokens: the model has learned {most} positions")
+    check_length(model, length)
+    _check_size(count, length)
     start = config.bos_token_id if start is None else start
     if start is None:
         raise ValueError(
@@ -65,24 +67,24 @@ def sample(
 
 
 def own_text(
-    model: PreTrainedModel, count: int = 128, length: int | None = None, *, seed: int = 0
+    model: PreTrainedModel,
+    count: int = 128,
+    length: int | None = None,
+    *,
+    start: int | None = None,
+    bos: bool = True,
+    seed: int = 0,
 ) -> Int[Tensor, "count _"]:
     """Windows to calibrate on, half as long as ``length``, by default what the model allows, 2048 at most.
 
     Half, because the time for a token grows with what stands before it, and second moments of inputs hardly do. Drawn at
     temperature 1 after an ``OPENING`` at a higher one: left alone, our small models begin nearly all windows in English.
+    They begin with the token that the model starts from, see ``sample``; with ``bos=False`` it is left out of them.
     """
     if length is None:
         length = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048, 2048)
-    return sample(model, count, max(2, length // 2), opening=OPENING, seed=seed)
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """How many positions the model has learned; None where it computes them, and any number will do."""
-    tokens = model.get_input_embeddings()
-    if any(isinstance(module, nn.Embedding) and module is not tokens for module in model.modules()):
-        return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None
+    length = max(2, length // 2)
+    return sample(model, count, length + (not bos), opening=OPENING, start=start, seed=seed)[:, not bos :]
 
 
 def _batch(model: PreTrainedModel, length: int) -> int:
@@ -129,7 +131,24 @@ def _index(probabilities: Tensor, u: Tensor) -> Tensor:
 
 
 def random_tokens(
-    vocabulary: int, count: int = 128, length: int = 256, *, seed: int = 0
+    vocabulary: int, count: int = 128, length: int = 256, *, start: int | None = None, seed: int = 0
 ) -> Int[Tensor, "count length"]:
-    """``count`` windows of uniformly random token ids: the cheapest text that is of no domain."""
-    return torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
+    """``count`` windows of uniformly random token ids, the first of each ``start`` if given: the cheapest text of no domain.
+
+    Raises:
+        ValueError: a size that is not positive, or too much of it.
+    """
+    if count < 1 or length < 1:
+        raise ValueError(f"cannot draw {count} windows of {length} random tokens")
+    _check_size(count, length)
+    ids = torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
+    if start is not None:
+        ids[:, 0] = start
+    return ids
+
+
+def _check_size(count: int, length: int) -> None:
+    if count * length > MOST_TOKENS:
+        raise ValueError(
+            f"{count} windows of {length} tokens are {count * length} tokens, more than the {MOST_TOKENS} that are made at a time"
+        )

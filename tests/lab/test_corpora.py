@@ -1,10 +1,13 @@
 """Text by name, and windows that do not overlap."""
 
+import gzip
+
 import datasets
 import pytest
 import torch
 
 import nsvd
+from nsvd.lab import corpora, tokens
 from nsvd.lab.corpora import HUB, MAX_CALIBRATION
 from tests.tiny import tiny_tokenizer
 
@@ -135,6 +138,98 @@ def test_a_line_that_is_no_document_is_named(line, tmp_path):
     file = jsonl(tmp_path / "bad.jsonl", '{"text": "good"}', line, '{"text": "good"}')
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: expected"):
         nsvd.documents(str(file))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"text": "x \ud83d y"}', r"line 2: the text holds \\ud83d, half a surrogate pair"),
+        (r'{"text": "\udc00"}', r"line 2: the text holds \\udc00"),
+        ("[" * 100_000, "line 2: expected"),
+        ('{"text": ' + "[" * 100_000, "line 2: expected"),
+        ('{"text": ' + "1" * 5000 + "}", "line 2: expected"),
+    ],
+)
+def test_a_line_that_no_tokenizer_could_read_is_named(line, message, tmp_path):
+    """Half a character, nests too deep for a parser, a number too long for one."""
+    file = jsonl(tmp_path / "bad.jsonl", '{"text": "good"}', line)
+    with pytest.raises(ValueError, match=message):
+        windows(file, length=8)
+
+
+def test_whole_surrogate_pairs_and_a_byte_order_mark_are_text(tmp_path):
+    """As JSON and Windows write them."""
+    file = tmp_path / "pair.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + rb'{"text": "\ud83d\ude00"}' + b"\r\n" + b'{"text": "a"}\r\n')
+    assert nsvd.documents(str(file)) == ["\U0001f600", "a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"some text"), r"zipped\.txt is not UTF-8 text"),
+        ("some text".encode("utf-16"), r"zipped\.txt is not UTF-8 text"),
+        ("some text".encode("utf-16-le"), r"zipped\.txt is not UTF-8 text: it holds NUL bytes"),
+    ],
+)
+def test_a_file_of_something_else_is_no_text(content, message, tmp_path):
+    """Whatever its name."""
+    (tmp_path / "zipped.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        nsvd.documents(str(tmp_path / "zipped.txt"))
+
+
+@pytest.mark.parametrize("name", ["texts.txt", "texts.jsonl"])
+def test_a_folder_is_no_file(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{name} is a folder, not a file"):
+        nsvd.documents(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("split", ["test", "calibration"])
+@pytest.mark.parametrize("options", [{"length": 10**12}, {"length": 256, "count": 10**11}])
+def test_far_too_much_is_refused_before_anything_is_tokenized(split, options, text, monkeypatch):
+    monkeypatch.setattr(corpora, "token_ids", None)
+    with pytest.raises(ValueError, match=r"too short: 1000 characters for .* tokens"):
+        windows(text, split=split, **options)
+
+
+@pytest.mark.parametrize("split", ["test", "calibration"])
+@pytest.mark.parametrize("count", [None, 7])
+def test_windows_begin_with_a_bos_where_the_tokenizer_adds_one(split, count, text):
+    """Or where it is asked for; it is one of the tokens, and the text goes on behind it without a gap."""
+    opening, options = tiny_tokenizer(bos=True), {"split": split, "length": 25, "count": count}
+    cut = nsvd.windows(str(text), opening, **options)
+    assert cut.shape == (count or 1000 // 24, 25) if split == "test" else (count or 41, 25)
+    assert (cut[:, 0] == 0).all()
+    bare = windows(text, **options | {"length": 24})
+    assert torch.equal(cut[:, 1:], bare)
+    assert torch.equal(cut, windows(text, **options, bos=True))
+    without = windows(text, **options)
+    assert torch.equal(nsvd.windows(str(text), opening, **options, bos=False), without)
+    assert (without[:, 0] != 0).any()
+
+
+@pytest.mark.parametrize("split", ["test", "calibration"])
+def test_of_a_long_text_only_what_is_needed_is_tokenized(split, tmp_path, monkeypatch):
+    """Above ``WHOLE`` characters; all windows are still all of the text, and too many windows are still too many."""
+    monkeypatch.setattr(corpora, "WHOLE", 1000)
+    file = tmp_path / "long.txt"
+    file.write_text("".join(f"{i:05d} " for i in range(10_000)), encoding="utf-8")
+    seen, whole = [], tokens._tokens
+    monkeypatch.setattr(tokens, "_tokens", lambda tokenizer, text: seen.append(len(text)) or whole(tokenizer, text))
+    few = windows(file, split=split, length=16, count=8, seed=2)
+    starts = positions(few, file)
+    assert few.shape == (8, 16)
+    assert len(set(starts)) == 8
+    assert (starts == sorted(starts)) == (split == "test")
+    assert torch.equal(few, windows(file, split=split, length=16, count=8, seed=2))
+    assert not torch.equal(few, windows(file, split=split, length=16, count=8, seed=3))
+    assert max(seen) < 1000
+    assert sum(seen) < 20_000
+    assert len(windows(file, split=split, length=16, count=3000)) == 3000
+    with pytest.raises(ValueError, match="60000 tokens give 3750 of 4000 windows of 16"):
+        windows(file, split=split, length=16, count=4000)
 
 
 @pytest.mark.parametrize(
