@@ -1,0 +1,144 @@
+"""``nsvd compress`` is killed at random moments over an existing model: old or new, whole, and nothing left after the next run.
+
+Run as ``python -m tests.kills --count 200``. Half of the kills are spread over the whole run, half over the time from
+when the new model begins to be written until the run ends. Runs are forked from one process that has imported everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+import nsvd
+from nsvd.cli import main as nsvd_command
+from tests.tiny import tiny_model, tiny_tokenizer
+
+RATIOS = (0.3, 0.5)  # the old and the new model, by turns
+VARYING = ("nsvd_report.json", "nsvd_manifest.json")  # one holds seconds, the other its sum
+
+
+@dataclass
+class Run:
+    """A forked child that compresses ``folder``/model into ``folder``/out."""
+
+    folder: Path
+    process: int
+    start: float
+
+    @classmethod
+    def begin(cls, folder: Path, ratio: float) -> Run:
+        process = os.fork()
+        if process == 0:
+            code = 3
+            try:
+                code = compress(folder, ratio)
+            finally:
+                os._exit(code)
+        return cls(folder, process, time.perf_counter())
+
+    def seconds(self) -> float:
+        """Since its start."""
+        return time.perf_counter() - self.start
+
+    def over(self) -> bool:
+        """Whether it has ended; it stays to be waited for."""
+        return os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def wait_for_write(self) -> float:
+        """Until the new model begins to be written, or the run is over; the time."""
+        while not self.over() and not list(self.folder.glob(".out.*/out")):
+            time.sleep(1e-4)
+        return self.seconds()
+
+    def end(self) -> float:
+        """Let it run to its end, which is a good one; the time."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        assert code == 0, f"nsvd compress ended with {code}"
+        return self.seconds()
+
+    def kill(self) -> bool:
+        """Whether it still ran."""
+        os.kill(self.process, signal.SIGKILL)
+        return os.WIFSIGNALED(os.waitpid(self.process, 0)[1])
+
+
+def compress(folder: Path, ratio: float) -> int:
+    with redirect_stdout(io.StringIO()):
+        return nsvd_command(["compress", f"{folder}/model", f"{folder}/out", "--method", "svd", "--ratio", str(ratio)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but those of ``VARYING``, which must be there; ``nsvd.load`` compares sums."""
+    files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    for name in VARYING:
+        json.loads(files.pop(name))
+    return files
+
+
+def kills(folder: Path, count: int, seed: int = 0) -> Counter:
+    """How often the old and the new model stood after a kill, and how often something was left beside it.
+
+    Raises:
+        AssertionError: if after a kill there was neither, or something was left after the next run.
+    """
+    draw, out, whole = random.Random(seed), folder / "out", {}
+    nsvd.save(tiny_model(), tiny_tokenizer(), folder / "model")
+    for ratio in RATIOS:  # here, so that all is imported before the first child
+        assert compress(folder, ratio) == 0
+        whole[ratio] = contents(out)
+    old, new = RATIOS[::-1]
+    assert whole[old] != whole[new]
+    seen, turn = Counter(), 0
+    while seen["kills"] < count:  # those that come too late are not counted
+        run = Run.begin(folder, new)  # how long it takes now
+        writing = run.wait_for_write()
+        lasting = run.end()
+        assert contents(out) == whole[new], f"the run after kill {turn} has not written its model"
+        assert sorted(os.listdir(folder)) == ["model", "out"], f"the run after kill {turn} has left something"
+        old, new = new, old
+        run = Run.begin(folder, new)
+        if turn % 2:
+            run.wait_for_write()
+        time.sleep(draw.uniform(0, lasting - writing if turn % 2 else lasting))
+        turn += 1
+        if not run.kill():
+            continue
+        found = contents(out)
+        assert found in (whole[old], whole[new]), f"after kill {turn} {out} is neither the old nor the new model"
+        nsvd.load(out, device="cpu")
+        seen["kills"] += 1
+        seen["new" if found == whole[new] else "old"] += 1
+        seen["something left beside"] += sorted(os.listdir(folder)) != ["model", "out"]
+    Run.begin(folder, new).end()
+    assert contents(out) == whole[new]
+    assert sorted(os.listdir(folder)) == ["model", "out"]
+    return seen
+
+
+def main() -> None:
+    """Kill, look, and say what was seen."""
+    parser = argparse.ArgumentParser("python -m tests.kills", description=main.__doc__)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    with TemporaryDirectory() as folder:
+        seen = kills(Path(folder), chosen.count, chosen.seed)
+    print(", ".join(f"{name}: {number}" for name, number in seen.items()), f"({time.perf_counter() - begin:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()
