@@ -16,10 +16,11 @@ from nsvd.model.checkpoint import is_compressed, mark_compressed
 from nsvd.model.exchange import Exchange
 from nsvd.model.layers import CompressedLayer
 from nsvd.model.moments import Statistics
-from nsvd.model.prepare import check_statistics, check_weights, take_statistics
+from nsvd.model.prepare import check_statistics, take_statistics
 from nsvd.model.report import Clock, peak_memory, versions
 from nsvd.model.sampling import own_text
 from nsvd.model.sola import split
+from nsvd.model.soundness import check_exchanged, check_values, predicted
 from nsvd.model.targets import targets
 from nsvd.model.text import check_readable
 from nsvd.model.whole_layers import Result, factor
@@ -138,7 +139,8 @@ def compress_(
     wanted = _given(model, layers, ask)
     for ids in ask.domains:
         check_readable(model, ids)
-    check_weights(layers)
+    check_values(model)
+    before = predicted(model)
     if ask.sampled:
         ask = replace(ask, domains=[own_text(model, seed=seed)])
         clock.lap("sample")
@@ -149,9 +151,9 @@ def compress_(
     stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, seed, progress, **how)
     check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
     if ask.splits:
-        result = _split(model, layers, stats, ask, prepared, clock)
+        result = _split(model, layers, stats, ask, prepared, clock, before)
     else:
-        result = factor(Exchange(model, layers, stats, ask, clock), wanted, prepared)
+        result = factor(Exchange(model, layers, stats, ask, clock), wanted, prepared, before)
     return _report(model, ask, layers, stats, result, clock)
 
 
@@ -174,14 +176,22 @@ def _split(
     ask: Arguments,
     prepared: Mapping[str, Decomposition] | None,
     clock: Clock,
+    before: Tensor,
 ) -> Result:
     """``compress_`` by SoLA, which has its own search for ranks."""
     table, new, moves = split(
         model, layers, stats, ask.method, ask.options, ratio=ask.ratio, ranks=ask.ranks, allocation=ask.allocation,
         prepared=prepared, clock=clock, progress=ask.progress,
     )  # fmt: skip
-    for name, layer in new.items():
-        model.set_submodule(name, layer)
+    dense = {name: layers[name] for name in new}
+    try:
+        for name, layer in new.items():
+            model.set_submodule(name, layer)
+        check_exchanged(model, dense, before)
+    except BaseException:
+        for name, layer in dense.items():
+            model.set_submodule(name, layer)
+        raise
     clock.lap("exchange")
     return Result(table, [name for name, layer in new.items() if isinstance(layer, CompressedLayer)], moves=moves)
 

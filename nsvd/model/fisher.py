@@ -101,9 +101,12 @@ def _epilogue(
 def _watching(layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``observe(name, g)`` with the gradient at the output of each named layer, while in the context."""
 
-    def watch(name: str, _module: nn.Module, _args: tuple, out: Tensor) -> None:
-        if out.requires_grad:
-            out.register_hook(partial(observe, name))
+    def watch(name: str, _module: nn.Module, _args: tuple, out: Tensor) -> Tensor | None:
+        if not out.requires_grad:
+            return None
+        out = out.clone() if out._is_view() else out  # what adds to a view in place takes it off its hooks
+        out.register_hook(partial(observe, name))
+        return out
 
     with ExitStack() as stack:
         for name, layer in layers.items():

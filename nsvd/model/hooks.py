@@ -34,6 +34,16 @@ def watch_calls(model: nn.Module, names: Iterable[str], observe: Callable[[str, 
 
 
 @contextmanager
+def watch_outputs(model: nn.Module, names: Iterable[str], observe: Callable[[str, object], None]) -> Iterator[None]:
+    """Call ``observe(name, output)`` with what each named module gives out, while in the context."""
+    with ExitStack() as stack:
+        for name in names:
+            hook = lambda _module, _args, out, name=name: observe(name, out)  # noqa: E731
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
 def intervening(
     model: nn.Module,
     inputs: Mapping[str, Callable[[Tensor], Tensor]],

@@ -20,7 +20,8 @@ class CompressedLayer(nn.Module, ABC):
     """What stands in the place of an ``nn.Linear``; found by its ``kind`` through ``LAYERS``.
 
     Every kind has factors in two ``nn.Linear`` children, ``down`` and ``up``, and is built with
-    ``(in_features, out_features, **spec, bias, device, dtype)``.
+    ``(in_features, out_features, **spec, bias, device, dtype)``. As an ``nn.Linear`` it has a ``weight`` and a ``bias`` to read,
+    for models that look at these beside calling the layer; the weight is multiplied out every time.
     """
 
     kind: ClassVar[str]
@@ -43,9 +44,10 @@ class CompressedLayer(nn.Module, ABC):
     def dense(self) -> Tensor:
         """The matrix (d_out, d_in) that the layer multiplies by, in float32 at least."""
 
-    @abstractmethod
-    def whole_bias(self) -> Tensor | None:
-        """The bias (d_out,), wherever it is kept."""
+    @property
+    def weight(self) -> Tensor:
+        """The same matrix in the factors' dtype."""
+        return self.dense().to(self.down.weight.dtype)
 
     @classmethod
     def like(cls, layer: nn.Linear, **spec: int) -> Self:
@@ -65,7 +67,7 @@ class CompressedLayer(nn.Module, ABC):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """The dense layer that computes the same, multiplied out by ``dense`` and stored in the factors' dtype."""
-        bias, to = self.whole_bias(), {"device": self.down.weight.device, "dtype": self.down.weight.dtype}
+        bias, to = self.bias, {"device": self.down.weight.device, "dtype": self.down.weight.dtype}
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, **to)
         linear.weight.copy_(self.dense())
         if bias is not None:
@@ -117,7 +119,9 @@ class LowRankLinear(CompressedLayer):
         left, right = _exact(self.up.weight, self.down.weight)
         return left @ right
 
-    def whole_bias(self) -> Tensor | None:
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (d_out,)."""
         return self.up.bias
 
 
@@ -162,9 +166,6 @@ class PivotedLinear(CompressedLayer):
     def dense(self) -> Tensor:
         return Pivoted(*_exact(self.down.weight, self.up.weight), self.order).dense()
 
-    def whole_bias(self) -> Tensor | None:
-        return self.bias
-
 
 class SplitLinear(CompressedLayer):
     """A linear layer whose first rows or columns are dense, the others low-rank; SoLA's, with prime neurons in front.
@@ -208,7 +209,9 @@ class SplitLinear(CompressedLayer):
         prime, left, right = _exact(self.prime.weight, self.up.weight, self.down.weight)
         return torch.cat([prime, left @ right], self.dim)
 
-    def whole_bias(self) -> Tensor | None:
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (d_out,), that of the prime outputs first."""
         both = [bias for bias in (self.prime.bias, self.up.bias) if bias is not None]
         return torch.cat(both) if both else None
 

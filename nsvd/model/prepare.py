@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, Method, by_name
-from nsvd.linalg.methods import SplitMethod, check_finite
+from nsvd.linalg.methods import SplitMethod
 from nsvd.linalg.precision import double
 from nsvd.linalg.sola import WHOLE, Block
 from nsvd.model.blocks import blocks
@@ -17,6 +17,7 @@ from nsvd.model.fisher import fisher
 from nsvd.model.moments import Statistics, calibrate, mix
 from nsvd.model.report import Clock
 from nsvd.model.roles import roles
+from nsvd.model.soundness import check_values
 from nsvd.model.targets import targets
 
 GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gradients, where that leaves sixteen
@@ -33,7 +34,7 @@ def prepare(
     in float64 on the layer's device (on the CPU where that has none), kept in the host's memory.
     """
     chosen, layers = by_name(method), targets(model)
-    check_weights(layers)
+    check_values(model)
     check_statistics(layers, stats, chosen)
     parts = dict.fromkeys(layers, WHOLE)
     if isinstance(chosen, SplitMethod):
@@ -104,12 +105,6 @@ def mean_gradients(
             H = found.pop(name).mul_(share)
             sums[name] = sums[name].add_(H) if name in sums else H
     return sums
-
-
-def check_weights(layers: Mapping[str, nn.Linear]) -> None:
-    """Raise ``ValueError`` naming the first layer whose weight holds NaN or Inf."""
-    for name, layer in layers.items():
-        check_finite(f"the weight of layer {name}", layer.weight)
 
 
 def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method) -> None:

@@ -29,8 +29,8 @@ def versions() -> dict[str, str]:
 def relative_errors(layer: nn.Linear, dense: Tensor, stats: Statistics | None, name: str) -> dict[str, float]:
     """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖ of ``dense``, Ŵ."""
     W = double(layer.weight)
-    dense = double(dense).to(W.device)
-    row = {"weight_error": (weight_error(W, dense) / W.square().sum().item()) ** 0.5}
+    dense, size = double(dense).to(W.device), W.square().sum().item()
+    row = {"weight_error": (weight_error(W, dense) / size) ** 0.5 if size else 0.0}  # a layer of zeros is met exactly
     if stats is not None and name in stats:
         G = stats[name].G.to(W.device)
         whole = calibration_loss(W, torch.zeros_like(W), G)

@@ -24,7 +24,8 @@ from nsvd.model.hooks import exchanged
 from nsvd.model.layers import LowRankLinear
 from nsvd.model.loss import window_losses
 from nsvd.model.moments import Statistics, calibrate
-from nsvd.model.prepare import check_statistics, check_weights, naming, prepare_layer
+from nsvd.model.prepare import check_statistics, naming, prepare_layer
+from nsvd.model.soundness import check_values
 from nsvd.model.targets import targets
 
 COLUMNS = ["layer", "kept", "rank", "loss", "losses", "tokens", "seconds"]
@@ -104,7 +105,7 @@ def sensitivity(
         FloatingPointError: a loss or an activation is NaN or Inf; the layer is named.
     """
     chosen, settings, layers = by_name(method), by_name(method).resolve(options), targets(model)
-    check_weights(layers)
+    check_values(model)
     check_statistics(layers, stats, chosen)
     about = {} if records is None else _about(model, stats, windows, method, settings)
     about |= {"factors": factors} if factors != "plain" else {}

@@ -26,6 +26,7 @@ from nsvd.model.hooks import evaluating, watch_calls, watch_inputs
 from nsvd.model.moments import shared_inputs
 from nsvd.model.prepare import naming
 from nsvd.model.settled import completion, remembering, same, settled_parts
+from nsvd.model.targets import decoder_blocks
 
 Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
 
@@ -119,14 +120,6 @@ def replace_in_order_(
                 with remembering(block, settled, item.outputs):
                     item.dense, item.ours = item.wanted[None], run_block(block, item.ours, item.calls[index])
                 item.outputs.clear()
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of blocks that hidden states go through, and its name: the longest of the model's module lists."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of blocks to go through in order")
-    return max(lists, key=lambda item: len(item[1]))
 
 
 def _replace_group(

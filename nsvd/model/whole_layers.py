@@ -17,6 +17,7 @@ from nsvd.model.hooks import exchanged
 from nsvd.model.moments import Statistics
 from nsvd.model.prepare import check_gradients, mean_gradients, prepare
 from nsvd.model.recipes import recipe
+from nsvd.model.soundness import check_exchanged
 
 
 class Result(NamedTuple):
@@ -29,8 +30,13 @@ class Result(NamedTuple):
     moves: list | tuple = ()  # of SoLA's search
 
 
-def factor(job: Exchange, ranks: Mapping[str, int] | None, prepared: Mapping[str, Decomposition] | None) -> Result:
-    """Exchange every layer that becomes smaller, for ranks that are given or found; when something raises, none."""
+def factor(
+    job: Exchange, ranks: Mapping[str, int] | None, prepared: Mapping[str, Decomposition] | None, before: Tensor
+) -> Result:
+    """Exchange every layer that becomes smaller, for ranks that are given or found; when something raises, none.
+
+    ``before`` is what the dense model said to the tokens that it is tried on afterwards.
+    """
     ask, tokens, losses = job.ask, 0, []
     if ranks is None:
         ranks, prepared, tokens = _search(job, prepared)
@@ -48,6 +54,7 @@ def factor(job: Exchange, ranks: Mapping[str, int] | None, prepared: Mapping[str
             job.at_once(smaller, prepared)
         if ask.distill:
             losses = job.distill(list(smaller))
+        check_exchanged(job.model, {name: job.layers[name] for name in smaller}, before)
     except BaseException:
         job.undo(smaller)
         raise

@@ -285,14 +285,64 @@ def test_nan_in_a_weight_names_the_layer_and_changes_nothing(method, value, stat
     assert_same(before, model)
 
 
-def test_nan_in_an_activation_changes_nothing():
-    """``windows=`` with a norm that is broken: the error of ``calibrate``, the model as it was."""
+@pytest.mark.parametrize("method", ["svd", "asvd-1", "sola", "best"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", f"{Q}.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_any_parameter_is_named(name, method, value):
+    """In a norm, in the row of a token that no text holds, in a bias: before any work, and the model is as it was."""
+    model = tiny_model(hidden_size=64)
+    poison(model, name, -1, value)
+    before = state(model)
+    with pytest.raises(ValueError, match=f"the parameter {name} holds NaN or Inf"):
+        nsvd.compress_(model, windows=IDS, method=method, ratio=0.3)
+    assert_same(before, model)
+
+
+def test_nan_in_a_buffer_is_named():
+    """A mask may hold Inf, nothing may hold NaN."""
     model = tiny_model()
-    poison(model, "model.layers.1.input_layernorm.weight")
+    model.model.rotary_emb.inv_freq[0] = float("nan")
+    with pytest.raises(ValueError, match=r"the buffer model\.rotary_emb\.inv_freq holds NaN"):
+        nsvd.compress_(model, method="svd", ratio=0.3)
+
+
+@pytest.mark.parametrize("source", [{"method": "svd"}, {"method": "asvd-1", "windows": IDS}])
+def test_inf_in_the_output_of_the_last_layer_is_named(source):
+    """No layer reads it, and all weights are finite."""
+    model = tiny_model()
+    model.get_submodule(DOWN).weight.data[3] = 3e38
+    model.get_submodule(DOWN.replace("down", "up")).weight.data *= 1e4
+    before = state(model)
+    with pytest.raises(FloatingPointError, match=f"the first that does is the output of {DOWN}"):
+        nsvd.compress_(model, ratio=0.3, **source)
+    assert_same(before, model)
+
+
+def test_nan_in_an_activation_changes_nothing():
+    """Not on the eight tokens that are tried before any work, but on the ``windows``: the error of ``calibrate``."""
+    model = tiny_model()
+    norm = model.get_submodule("model.layers.1.input_layernorm")
+    norm.register_forward_hook(lambda _m, _args, y: y * float("nan") if y.shape[1] == IDS.shape[1] else y)
     before = state(model)
     with pytest.raises(FloatingPointError, match=r"layer model\.layers\.1\.self_attn\.q_proj"):
         nsvd.compress_(model, windows=IDS, ratio=0.3, k1=K1)
     assert_same(before, model)
+
+
+@pytest.mark.parametrize("factors", ["plain", "pivoted"])
+def test_a_layer_of_zeros_is_met_exactly(factors, stats):
+    """Its errors are 0, whatever the ranks come from."""
+    for how in (
+        {"method": "svd"},
+        {"method": "asvd-1", "allocation": "spectrum"},
+        {"method": "kfac", "allocation": "fisher"},
+    ):
+        model = tiny_model()
+        model.get_submodule(DOWN).weight.data.zero_()
+        report = nsvd.compress_(model, stats, ratio=0.3, factors=factors, windows=IDS, **how)
+        row = report.table.set_index("layer").loc[DOWN]
+        assert row.get("weight_error", 0.0) == 0 or row.dense
+        assert logits(model).isfinite().all()
 
 
 def test_a_failure_in_the_last_layer_leaves_the_first_one_alone(stats, monkeypatch):
@@ -518,9 +568,9 @@ def test_a_metric_of_the_loss_without_gradients_names_the_layer(stats):
 
 
 def test_a_recipe_that_fails_leaves_the_model_as_it_was():
-    """NaN in a prediction, before there is a text; NaN on the given text; nothing to start a text from."""
+    """NaN in the predictions, on all but eight tokens: there is no text; NaN on the given text; nothing to start a text from."""
     model = tiny_model()
-    poison(model, "model.norm.weight")
+    model.lm_head.register_forward_hook(lambda _m, _args, y: y * float("nan") if y.shape[1] != 8 else y)
     before = state(model)
     with pytest.raises(FloatingPointError, match="no text can be sampled"):
         nsvd.compress_(model, method="best", ratio=0.3)

@@ -149,7 +149,7 @@ def test_a_layer_that_no_gradient_reaches_is_named():
     del model.model.layers[1].spare
     model.model.spare = torch.nn.Linear(32, 32)
     with pytest.raises(ValueError, match=r"layer model\.spare is in none of the blocks model\.layers"):
-        nsvd.fisher(model, IDS)
+        nsvd.fisher(model, IDS, layers=["model.spare"])
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (8,)])

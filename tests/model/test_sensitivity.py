@@ -153,7 +153,7 @@ def test_nan_stops_with_the_name_of_the_layer(stats, monkeypatch):
     with pytest.raises(ValueError, match=f"weight of layer {DOWN}"):
         nsvd.sensitivity(model, stats, TEXT, **FAST)
     model = tiny_model()
-    poison(model, "model.layers.1.input_layernorm.weight")
+    model.get_submodule("model.layers.1.input_layernorm").register_forward_hook(lambda _m, _args, y: y * float("nan"))
     for method in ("svd", "asvd-1"):
         with pytest.raises(FloatingPointError, match=r"input of layer model\.layers\.1\.self_attn\.q_proj"):
             nsvd.sensitivity(model, stats, TEXT, method=method)
