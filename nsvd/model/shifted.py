@@ -26,7 +26,7 @@ from nsvd.model.hooks import evaluating, watch_calls, watch_inputs
 from nsvd.model.moments import shared_inputs
 from nsvd.model.prepare import naming
 from nsvd.model.settled import completion, remembering, same, settled_parts
-from nsvd.model.targets import decoder_blocks
+from nsvd.walk.decoder import block_list
 
 Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
 
@@ -77,7 +77,7 @@ def replace_in_order_(
         ValueError: if a layer is in none of the model's blocks; it is named.
         FloatingPointError: if an input holds NaN or Inf; the layer is named.
     """
-    name, blocks = decoder_blocks(model)
+    name, blocks = block_list(model)
     weights = [1 / len(domains)] * len(domains) if weights is None else weights
     leaders = shared_inputs(model, names, domains[0][:1, :8])
     lost = [layer for layer in names if layer not in leaders or not layer.startswith(f"{name}.")]

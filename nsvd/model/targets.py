@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from nsvd.model.layers import CompressedLayer
+from nsvd.walk.decoder import longest_list, text_decoder
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight of another dtype is quantized
 
@@ -26,7 +25,7 @@ def targets(model: nn.Module) -> dict[str, nn.Linear]:
             decoder, is quantized, or holds an adapter that is not merged; the layer is named.
     """
     _check_model(model)
-    name, whole = _longest_list(model) or text_decoder(model)
+    name, whole = longest_list(model) or text_decoder(model)
     inside = {id(part) for m in whole.modules() if isinstance(m, CompressedLayer) for part in m.modules()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = {}
@@ -41,39 +40,6 @@ def targets(model: nn.Module) -> dict[str, nn.Linear]:
     if not found:
         raise ValueError(_instead(model))
     return found
-
-
-def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
-    """The part of the model that reads text, and its name: the whole model where it tells of no other."""
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    return next(name for name, module in model.named_modules() if module is decoder), decoder
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of blocks that hidden states go through, and its name: the longest of the text decoder's module lists.
-
-    Lists inside a list, such as the experts of a block, are not looked at.
-
-    Raises:
-        ValueError: if there is no list.
-    """
-    found = _longest_list(model)
-    if found is None:
-        raise ValueError(f"{type(model).__name__} has no list of blocks to go through in order")
-    return found
-
-
-def _longest_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    return max(_outermost_lists(*text_decoder(model)), key=lambda item: len(item[1]), default=None)
-
-
-def _outermost_lists(name: str, module: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    for child, inner in module.named_children():
-        path = f"{name}.{child}" if name else child
-        if isinstance(inner, nn.ModuleList):
-            yield path, inner
-        else:
-            yield from _outermost_lists(path, inner)
 
 
 @torch.inference_mode(False)

@@ -160,15 +160,36 @@ class _Stub(nn.Module):
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of blocks that hidden states go through, and its name: the longest of the model's module lists.
+    """The list of blocks that hidden states go through, and its name: the ``longest_list``.
 
     Raises:
         ValueError: if there is no list.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists or not len(max(lists, key=lambda item: len(item[1]))[1]):
+    found = longest_list(model)
+    if found is None:
         raise ValueError(f"{type(model).__name__} has no list of blocks to go through in order")
-    return max(lists, key=lambda item: len(item[1]))
+    return found
+
+
+def longest_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The longest of the module lists in the text decoder, and its name; lists in a list (a block's experts) are not looked at."""
+    found = max(_outermost_lists(*text_decoder(model)), key=lambda item: len(item[1]), default=None)
+    return found if found and len(found[1]) else None
+
+
+def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """The part of the model that reads text, and its name: the whole model where it tells of no other."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return next(name for name, module in model.named_modules() if module is decoder), decoder
+
+
+def _outermost_lists(name: str, module: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    for child, inner in module.named_children():
+        path = f"{name}.{child}" if name else child
+        if isinstance(inner, nn.ModuleList):
+            yield path, inner
+        else:
+            yield from _outermost_lists(path, inner)
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:

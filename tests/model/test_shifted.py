@@ -13,7 +13,8 @@ from nsvd.model import shifted as module
 from nsvd.model.hooks import evaluating
 from nsvd.model.moments import shared_inputs
 from nsvd.model.settled import same
-from nsvd.model.shifted import decoder_blocks, replace_in_order_
+from nsvd.model.shifted import replace_in_order_
+from nsvd.walk.decoder import block_list
 from tests.tiny import FAMILIES, Q, assert_same, logits, state, tiny_model, token_ids
 
 IDS = token_ids()
@@ -72,7 +73,7 @@ def moved(block: nn.Module, layer: nn.Module, hidden, call, delta) -> list[tuple
 def test_the_landmark_is_the_last_place_that_moves_as_the_layer_s_output_does(family):
     """By its definition, with directions of our own: there by exactly δ for every δ, nowhere later."""
     model = tiny_model(family, dtype=torch.float64)
-    prefix, blocks = decoder_blocks(model)
+    prefix, blocks = block_list(model)
     for index, block in enumerate(blocks):
         with torch.no_grad(), evaluating(model):
             item = module._enter(model, blocks, 0, 1.0, IDS)
@@ -91,7 +92,7 @@ def test_the_landmark_is_the_last_place_that_moves_as_the_layer_s_output_does(fa
 def test_what_is_added_to_the_residual_stream_is_measured_there(family):
     """Each block has two such layers: after the last the stream leaves the block; where a norm follows the layer, it is there."""
     model = tiny_model(family, dtype=torch.float64)
-    prefix, blocks = decoder_blocks(model)
+    prefix, blocks = block_list(model)
     with torch.no_grad(), evaluating(model):
         item = module._enter(model, blocks, 0, 1.0, IDS)
         own, stream, end = 0, 0, 0
@@ -114,7 +115,7 @@ def test_what_is_added_to_the_residual_stream_is_measured_there(family):
 def test_one_pass_tells_how_the_blocks_are_called_for_all_texts_of_a_shape(family):
     """A second batch goes no further than the first block, and finds what a whole pass finds; one of another shape does not."""
     model, others, runs = tiny_model(family, dtype=torch.float64), token_ids(seed=7), []
-    prefix, blocks = decoder_blocks(model)
+    prefix, blocks = block_list(model)
     model.get_submodule(f"{prefix}.1").register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad(), evaluating(model):
         first, alone = (module._enter(model, blocks, 0, 1.0, ids) for ids in (IDS, others))
@@ -133,7 +134,7 @@ def test_masks_of_later_blocks_are_those_of_the_batch():
     """Where only the second block slides a window, and the first is called alike for every batch; the last of them is smaller."""
     model = tiny_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
     said, ids = logits(model), token_ids(11, 16)
-    _, blocks = decoder_blocks(model)
+    _, blocks = block_list(model)
     with torch.no_grad(), evaluating(model):
         whole, rest = (module._enter(model, blocks, 0, 1.0, some) for some in (ids[:4], ids[8:]))
     assert not same(whole.calls[1], whole.calls[0])
@@ -145,7 +146,7 @@ def test_masks_of_later_blocks_are_those_of_the_batch():
 def test_what_depends_on_the_text_is_taken_from_it():
     """A block that is told something of the tokens is told that of its own batch."""
     model, told = tiny_model(), []
-    _, blocks = decoder_blocks(model)
+    _, blocks = block_list(model)
     model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: told.append(args[0].sum()))
     for block in blocks:
         block.register_forward_pre_hook(lambda _m, args, kw: (args, kw | {"note": told[-1]}), with_kwargs=True)
@@ -341,7 +342,7 @@ def test_layers_outside_the_blocks_are_left_alone():
 def test_a_model_without_blocks_is_refused():
     """There is no order to go in."""
     with pytest.raises(ValueError, match="no list of blocks"):
-        decoder_blocks(nn.Sequential(nn.Linear(3, 3)))
+        block_list(nn.Sequential(nn.Linear(3, 3)))
 
 
 def test_shifted_inputs_need_a_text():
