@@ -30,6 +30,7 @@ from nsvd.model.caches import with_cache
 from nsvd.model.layers import LowRankLinear
 
 OUTPUTS = ("o_proj", "out_proj", "dense")  # the names under which attention layers keep their output projection
+CLOSE = 1e-4  # relative, in float32
 ANY_WIDTH = ("eager", "sdpa")  # attention functions of transformers that take values wider than keys
 
 
@@ -92,7 +93,8 @@ def lift(attention: nn.Module, u: Tensor) -> Tensor:
 def absorbs(attention: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether the layer's weights sum to one and its output projection reads nothing but the sum; shown on one call of it.
 
-    Its values are shifted and widened by one channel, and have to come through so.
+    Its values are shifted and widened by one channel, and have to come through so. To be asked in float32: weights sum to one
+    no better than the dtype allows.
     """
     if output_name(attention) is None:
         return False
@@ -103,8 +105,7 @@ def absorbs(attention: nn.Module, args: tuple, kwargs: dict) -> bool:
         given = given.unflatten(-1, (-1, attention.head_dim + 1))[..., :-1].flatten(-2) - wide.shift
     except (AttributeError, RuntimeError, TypeError, ValueError):  # something wants values of the layer's own width
         return False
-    close = max(1e-4, 8 * torch.finfo(given.dtype).eps)  # weights sum to one no better than that in bfloat16
-    return given.shape == expected.shape and bool((given - expected).norm() <= close * expected.norm())
+    return given.shape == expected.shape and bool((given - expected).norm() <= CLOSE * expected.norm())
 
 
 def _summed(attention: nn.Module, args: tuple, kwargs: dict) -> Tensor:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from nsvd.model.absorption import absorbs
-from nsvd.model.caches import cache_in, caches_of, input_of
-from nsvd.model.hooks import evaluating, watch_calls
+from nsvd.model.caches import cache_in, caches_of, input_of, with_cache
+from nsvd.model.hooks import as_float32, evaluating, in_float32, watch_calls
 from nsvd.model.layers import CompressedLayer
 
 NORMS = ("k_norm", "k_layernorm")  # the names under which attention layers keep a norm of their keys
-CLOSE = 1e-2  # relative; what is compared went through the same operations, or another recipe was used
+CLOSE = 1e-2  # relative, in float32; what is compared went through the same operations, or another recipe was used
 
 
 def finish_keys(attention: nn.Module, keys: Tensor, rotation: tuple[Tensor, Tensor] | None, rotated: int) -> Tensor:
@@ -78,7 +79,7 @@ def key_value_layers(model: nn.Module) -> dict[str, nn.Module]:
 def examine(model: PreTrainedModel) -> dict[str, tuple[int, bool]]:
     """For every attention layer the channels of a head that are rotated, and whether it ``absorbs``; all ``finish_keys`` alike.
 
-    Shown on eight tokens: what each layer hands its cache is compared with what is rebuilt from its projections.
+    Shown on eight tokens, in float32: what each layer hands its cache is compared with what is rebuilt from its projections.
 
     Raises:
         ValueError: if a layer does anything else, or the model has no separate key and value projections; the layer is named.
@@ -100,7 +101,8 @@ def examine(model: PreTrainedModel) -> dict[str, tuple[int, bool]]:
     found = {}
     for name, layer in layers.items():
         rotated = _rotated(model, name, layer, calls.get(name), cache)
-        found[name] = rotated, absorbs(layer, *calls[name])
+        with in_float32(layer), evaluating(layer):
+            found[name] = rotated, absorbs(layer, *as_float32(calls[name]))
     others = cache.seen.keys() - {layer.layer_idx for layer in layers.values()}
     if others:
         raise ValueError(f"{kind}: layer {min(others)} has a cache, but no separate linear k_proj and v_proj")
@@ -137,22 +139,41 @@ def _rotated(model: PreTrainedModel, name: str, layer: nn.Module, call: tuple | 
     keys, values = cache.seen[layer.layer_idx]
     if not (keys.isfinite().all() and values.isfinite().all()):
         raise FloatingPointError(f"{kind}: keys or values hold NaN or Inf")
-    if not hasattr(layer, "head_dim") or not _close(split_heads(layer, layer.v_proj(x)), values):
-        raise ValueError(f"{kind}: values are not simply the heads of v_proj's output")
-    projected, rotation, recipes = layer.k_proj(x), None, [0]
-    positions = kwargs.get("position_ids")
+    rotation, recipes, positions = None, [0], kwargs.get("position_ids")
     known = hasattr(sys.modules[type(layer).__module__], "apply_rotary_pos_emb") and hasattr(
         model.get_decoder(), "rotary_emb"
     )
     if known and positions is not None and positions.ndim == 2:
-        rotation = rotate_by(model, projected, positions, kind_of(model, layer.layer_idx))
-        recipes += [layer.head_dim, rotation[0].shape[-1]]
-    for rotated in recipes:
-        if _makes(layer, projected, rotation, rotated, keys):
-            return rotated
+        rotation = as_float32(rotate_by(model, x, positions, kind_of(model, layer.layer_idx)))
+        recipes += [getattr(layer, "head_dim", 0), rotation[0].shape[-1]]
+    with in_float32(layer), evaluating(layer):
+        x, (keys, values) = as_float32(x), _handed(layer, *as_float32(call))
+        if not hasattr(layer, "head_dim") or not _close(split_heads(layer, layer.v_proj(x)), values):
+            raise ValueError(f"{kind}: values are not simply the heads of v_proj's output")
+        projected = layer.k_proj(x)
+        for rotated in recipes:
+            if _makes(layer, projected, rotation, rotated, keys):
+                return rotated
     raise ValueError(
         f"{kind} makes its keys in a way that cannot be repeated from k_proj, a norm and a rotation by positions"
     )
+
+
+class _Handing(Exception):
+    """Ends the forward pass of a layer where it hands its keys and values to the cache."""
+
+    def update(self, *handed, **_):
+        self.handed = handed
+        raise self
+
+
+def _handed(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """Keys and values that a call of the layer gives its cache."""
+    cache = _Handing()
+    args, kwargs = with_cache(args, kwargs, cache)
+    with suppress(_Handing):
+        type(layer).forward(layer, *args, **kwargs)
+    return cache.handed[:2]
 
 
 def _makes(

@@ -74,6 +74,32 @@ def exchanged(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 @contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Parameters and buffers of the module in float32 while in the context, where they are coarser; their own bits afterwards.
+
+    What a tolerance decides is decided there: in bfloat16 a yes and a no may differ by less than rounding.
+    """
+    coarse = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and t.dtype.itemsize < 4]
+    before = [tensor.data for tensor in coarse]
+    try:
+        for tensor in coarse:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(coarse, before, strict=True):
+            tensor.data = data
+
+
+def as_float32(value):
+    """Arguments of a call, the coarser tensors in tuples, lists and dictionaries in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value
+    if isinstance(value, dict):
+        return {key: as_float32(item) for key, item in value.items()}
+    return type(value)(as_float32(item) for item in value) if type(value) in (tuple, list) else value
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) inside; every module has its own mode back afterwards."""
     modes = {module: module.training for module in model.modules()}

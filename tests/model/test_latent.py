@@ -675,9 +675,28 @@ def test_the_report_says_what_is_held():
         assert json.loads(json.dumps(report.as_dict()))["method"] == "asvd-1"
 
 
-def test_examining_leaves_no_trace():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_what_is_found_by_trying_does_not_depend_on_the_dtype(family, dtype):
+    """It is tried in float32."""
+    assert examine(tiny_model(family, dtype=dtype, **SUPPORTED[family])) == examine(
+        tiny_model(family, **SUPPORTED[family])
+    )
+
+
+def test_a_small_sink_is_found_in_bfloat16():
+    """Weights that sum to 0.98 at first and nearly to one later: no more than rounding in that dtype, and not absorbed."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("gpt_oss", dtype=dtype, **NOT_ABSORBED["gpt_oss"])
+        with torch.no_grad():
+            [p.fill_(-4.0) for name, p in model.named_parameters() if "sinks" in name]
+        assert {able for _, able in examine(model).values()} == {False}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_examining_leaves_no_trace(dtype):
     """No hook, no mode, no tensor is different afterwards."""
-    model = tiny_model("qwen3").train()
+    model = tiny_model("qwen3", dtype=dtype).train()
     before = state(model)
     assert set(examine(model).values()) == {(8, True)}
     assert_same(before, model)
