@@ -6,10 +6,13 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for _library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):  # what matters of what they say is raised
+    os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
 SEARCH_COUNT = 32  # windows of every part, as in the ASVD paper
 
@@ -21,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.linalg import LinAlgError
 
     try:
-        code = chosen.command(chosen) or 0
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.filterwarnings(
+                    "ignore", module=r"(?!nsvd\b)"
+                )  # those of libraries would stand before the one line
+            code = chosen.command(chosen) or 0
         _flush()
     except KeyboardInterrupt:
         print(f"nsvd {chosen.name}: interrupted", file=sys.stderr)

@@ -546,3 +546,24 @@ def test_a_fresh_process_reads_what_another_one_wrote(models, tmp_path):
             done = program("info", models / "low", stdout=full)
         assert done.returncode == 2
         assert done.stderr == "nsvd info: [Errno 28] No space left on device\n"
+
+
+NOISY = """
+import sys, warnings
+from nsvd import cli
+def info(chosen):
+    from transformers.utils import logging
+    from huggingface_hub.utils import logging as hub
+    logging.get_logger("transformers.x").warning("noise")
+    hub.get_logger("huggingface_hub.x").warning("noise")
+    warnings.warn_explicit("noise", FutureWarning, "x.py", 1, module="torch.nn")
+    raise ValueError("bad\\nmodel")
+cli.info = info
+sys.exit(cli.main(["info", "m"]))
+"""
+
+
+def test_libraries_say_nothing_before_the_one_line():
+    """Log lines and warnings of theirs stay away from standard error."""
+    done = subprocess.run([sys.executable, "-c", NOISY], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "nsvd info: bad model\n")

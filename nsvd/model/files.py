@@ -103,7 +103,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     """Twelve hexadecimal digits that change with any of the tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from nsvd.model import manifest
 from nsvd.model.checkpoint import is_compressed
-from nsvd.model.folder import CheckpointError, check_counts, headers, read_config, weight_files
+from nsvd.model.folder import CONFIG, CheckpointError, check_counts, headers, read_config, weight_files
 from nsvd.model.foreign import quiet, reading
 from nsvd.model.skeleton import check_finite, check_fits, limited
 
@@ -68,12 +68,14 @@ def download(name: str) -> Path:
 
 def _read_model(folder: Path, dtype, stored: dict, compressed: bool) -> PreTrainedModel:
     safe = {"trust_remote_code": False, "local_files_only": True}
-    with reading(folder), limited(stored):
+    with reading(folder, CONFIG):
         config = AutoConfig.from_pretrained(folder, **safe)
-        if not compressed:  # else the same is checked when the factors are in place
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if not compressed:  # else the same is checked when the factors are in place
+        with reading(folder, f"model of {CONFIG}"), limited(stored), torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with reading(folder):
             check_fits(skeleton, stored)
+    with reading(folder), limited(stored):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe
         )  # a misshaped tensor is reported in ``info``, and raised below

@@ -286,3 +286,9 @@ def test_a_model_in_a_folder_is_known_by_its_last_part(tmp_path, monkeypatch):
         "meta-llama/Llama-2-7b-hf",
         "mini-llama",
     ]
+
+
+def test_a_single_number_has_a_fingerprint():
+    """Parameters without dimensions are told apart like others."""
+    one, other = torch.nn.Parameter(torch.tensor(1.0)), torch.tensor(2.0)
+    assert fingerprint([one]) == fingerprint([torch.tensor(1.0)]) != fingerprint([other])
