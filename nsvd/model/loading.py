@@ -37,7 +37,7 @@ def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto", verif
         ValueError: if there is no such dtype or device.
     """
     folder = Path(folder)
-    device, dtype = _usable_device(device), _usable_dtype(dtype)
+    device, dtype = usable_device(device), usable_dtype(dtype)
     if verify:
         manifest.check(folder)
     config = read_config(folder)
@@ -91,7 +91,8 @@ def _read_model(folder: Path, dtype, stored: dict, compressed: bool) -> PreTrain
     return model
 
 
-def _usable_device(device: str) -> str:
+def usable_device(device: str) -> str:
+    """The device, or the default one for ``auto``; raises ``ValueError`` for one that does not compute."""
     device = default_device() if device == "auto" else device
     try:
         torch.ones(1, device=device).item()
@@ -100,7 +101,8 @@ def _usable_device(device: str) -> str:
     return device
 
 
-def _usable_dtype(dtype) -> str | torch.dtype:
+def usable_dtype(dtype) -> str | torch.dtype:
+    """The dtype as given; raises ``ValueError`` for one that layers do not compute with."""
     if dtype is None or str(dtype).removeprefix("torch.") not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {str(dtype)!r}; use auto, {', '.join(DTYPES)}")
     return dtype
