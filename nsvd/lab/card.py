@@ -17,6 +17,7 @@ from nsvd.lab.evaluation import evaluate
 from nsvd.lab.models import embedded_models, load
 from nsvd.lab.training import Recipe
 from nsvd.model import manifest
+from nsvd.model import manifest
 from nsvd.model.files import replacing
 from nsvd.model.moments import calibrate
 
@@ -38,7 +39,8 @@ English, Chinese and Japanese; stored in bfloat16. It is made to be compressed a
 
 ## Scores
 
-Windows of {window} tokens that do not overlap, whole sets, float32; ± one standard error over windows. Similarity:
+Windows of {window} tokens that do not overlap, without a BOS token before them, as nearly all windows of the training are;
+whole sets, float32; ± one standard error over windows. Similarity:
 second moments of the layers' inputs against those of {calibration}'s calibration part, mean over layers (cosine;
 overlap of the leading quarter of eigenvectors, 0.25 for two random subspaces).
 
@@ -55,10 +57,10 @@ def card(folder: Path, corpora: list[str], machine: str, calibration: str = EMBE
     recipe = Recipe.load(folder / "recipe.json")
     curve = [json.loads(line) for line in (folder / "training.jsonl").open()]
     model, tokenizer = load(folder, dtype="float32")
-    home = calibrate(model, windows(calibration, tokenizer, split="calibration"))
+    home = calibrate(model, windows(calibration, tokenizer, split="calibration", bos=False))
     scores = []
     for corpus in corpora:
-        text = windows(corpus, tokenizer)
+        text = windows(corpus, tokenizer, bos=False)
         result = evaluate(model, text, tokenizer)
         alike = analysis.similarity(home, calibrate(model, text))[["moment", "subspace"]].mean()
         error = result.perplexity * result.standard_error
@@ -130,6 +132,7 @@ def main() -> None:
     text = card(folder, [*EMBEDDED, *chosen.data], chosen.machine)
     with replacing(folder / "README.md") as part:
         part.write_text(text, encoding="utf-8")
+    manifest.write(folder)
     manifest.write(folder)
 
 

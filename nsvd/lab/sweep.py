@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from nsvd.lab.evaluation import evaluate
 from nsvd.lab.records import Records
+from nsvd.lab.tokens import common_beginning
 from nsvd.linalg import by_name
 from nsvd.model.compress import compress_
 from nsvd.model.files import fingerprint
@@ -79,9 +80,13 @@ def measure(
 ) -> list[dict]:
     """One model on every corpus: a row each, of ``about``, the corpus and the numbers, those of ``also(model)`` among them.
 
-    ``about`` has to say all that tells this model from others; ``build()`` makes it where something is not yet recorded.
+    ``about`` has to say all that tells this model from others; ``build()`` makes it where something is not yet recorded. A row says
+    of the windows their fingerprint, and the token that all of them ``begin`` with (BOS), None where they differ.
     """
-    rows = {corpus: about | {"corpus": corpus, "windows": fingerprint([ids])} for corpus, ids in corpora.items()}
+    rows = {
+        corpus: about | {"corpus": corpus, "windows": fingerprint([ids]), "begin": common_beginning(ids)}
+        for corpus, ids in corpora.items()
+    }
     if missing := [corpus for corpus in corpora if records.find(**rows[corpus]) is None]:
         model = build()
         for corpus in missing:

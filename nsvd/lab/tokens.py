@@ -25,8 +25,10 @@ def beginning(tokenizer, bos: bool | None = None) -> int | None:
     ``bos=None`` does as the tokenizer does: whether it puts its BOS before a text is tried on a short one.
 
     Raises:
-        ValueError: if one is asked for, and the tokenizer has none.
+        ValueError: if one is asked for, and the tokenizer has none; ``bos`` is something else.
     """
+    if bos is not None and not isinstance(bos, bool):
+        raise ValueError(f"bos is {bos!r}; it is to be True, False or None, which does as the tokenizer does")
     token = tokenizer.bos_token_id
     if bos is None and token is not None:
         told, bare = (tokenizer("a", add_special_tokens=special)["input_ids"][:1] for special in (True, False))
@@ -34,6 +36,12 @@ def beginning(tokenizer, bos: bool | None = None) -> int | None:
     if bos and token is None:
         raise ValueError("windows cannot begin with a BOS token: the tokenizer has none (bos_token)")
     return token if bos else None
+
+
+def common_beginning(windows: Int[Tensor, "count length"]) -> int | None:
+    """The token that all of several windows begin with, or None."""
+    first = windows[:, 0].unique()
+    return int(first) if len(first) == 1 < len(windows) else None
 
 
 def token_ids(tokenizer, text: str) -> Int[Tensor, " n"]:

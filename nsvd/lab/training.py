@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from nsvd.lab.paths import data
 from nsvd.model import manifest
+from nsvd.model import manifest
 from nsvd.model.files import replacing
 from nsvd.model.loading import default_device
 
@@ -168,7 +169,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
 
 
 class Batches:
-    """Random windows of the mixture; the windows of step t depend on (seed, t) alone, so resuming needs no state."""
+    """Random windows of the mixture; the windows of step t depend on (seed, t) alone, so resuming needs no state.
+
+    Documents follow one another, each opened by the start token; windows begin anywhere, so hardly one begins with it.
+    """
 
     def __init__(self, recipe: Recipe, text: Path, work: Path, tokenizer: PreTrainedTokenizerFast):
         self.recipe, self.sources = recipe, []
@@ -302,6 +306,7 @@ def train(
         tokenizer.save_pretrained(part)
         (part / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
         (part / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+        manifest.write(part)
         manifest.write(part)
     return curve
 
