@@ -20,13 +20,16 @@ from tqdm.auto import tqdm
 from nsvd.linalg import Decomposition, LowRank, Method, by_name, rank_for_ratio
 from nsvd.linalg.precision import home
 from nsvd.model.files import fingerprint
-from nsvd.model.hooks import exchanged
+from nsvd.model.hooks import evaluating, exchanged
 from nsvd.model.layers import LowRankLinear
-from nsvd.model.loss import window_losses
+from nsvd.model.loss import check_text, window_losses
 from nsvd.model.moments import Statistics, calibrate
 from nsvd.model.prepare import check_statistics, naming, prepare_layer
 from nsvd.model.soundness import check_values
 from nsvd.model.targets import targets
+from nsvd.model.text import windows_at_once
+from nsvd.walk.decoder import Decoder
+from nsvd.walk.passes import forward
 
 COLUMNS = ["layer", "kept", "rank", "loss", "losses", "tokens", "seconds"]
 KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the ASVD paper's candidates
@@ -64,7 +67,8 @@ class Sensitivity:
 
     @property
     def tokens(self) -> int:
-        """Tokens that went through the model for this table, in this run or an earlier one."""
+        """Tokens that losses were measured on for this table, in this run or an earlier one; only the blocks from the truncated
+        layer on read them."""
         return int(self.table.tokens.sum())
 
     @property
@@ -89,8 +93,9 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure the loss on ``windows`` with each target layer truncated alone, at each kept fraction of its parameters.
 
-    Each layer is decomposed once, when its turn comes, for all fractions; afterwards, also when something raises, the
-    model is what it was. A rank below what the method can do (k1 leaving two steps of it) is no candidate.
+    The blocks before a layer do not run again. Each layer is decomposed once, when its turn comes, for all fractions.
+    Afterwards, also when something raises, the model is what it was. A rank below what the method can do (k1 leaving two
+    steps of it) is no candidate.
 
     Args:
         stats: moments from ``calibrate`` (not needed for ``svd``).
@@ -101,7 +106,7 @@ def sensitivity(
             stopped; weights, statistics and windows are told apart by fingerprints.
 
     Raises:
-        ValueError: as ``compress_``; a kept fraction outside (0, 1) or leaving rank 0.
+        ValueError: as ``compress_``; a kept fraction outside (0, 1) or leaving rank 0; a model that cannot be run block by block.
         FloatingPointError: a loss or an activation is NaN or Inf; the layer is named.
     """
     chosen, settings, layers = by_name(method), by_name(method).resolve(options), targets(model)
@@ -109,8 +114,9 @@ def sensitivity(
     check_statistics(layers, stats, chosen)
     about = {} if records is None else _about(model, stats, windows, method, settings)
     about |= {"factors": factors} if factors != "plain" else {}
-    dense = _dense_losses(model, windows)
-    rows = []
+    check_text(model, windows)
+    text, rows = _Text(model, windows), []
+    dense = text.dense_losses()
     for name, layer in tqdm(layers.items(), "sensitivity", disable=not progress, leave=False):
         decomposition = None if prepared is None else prepared[name].to(home(layer.weight))
         for fraction, k in _candidates(layer, name, chosen, settings, kept, factors):
@@ -119,27 +125,59 @@ def sensitivity(
                 if decomposition is None:
                     decomposition = prepare_layer(layer, name, stats, chosen, options)
                 with naming(name):
-                    found = _measure(model, name, chosen.cut(decomposition, k, **settings), windows)
+                    found = _measure(text, name, chosen.cut(decomposition, k, **settings))
                 if records is not None:
                     records.add(about | {"layer": name, "kept": fraction}, found)
             rows.append({"layer": name, "kept": fraction} | found)
     return Sensitivity(pd.DataFrame(rows, columns=COLUMNS), dense)
 
 
+class _Text:
+    """Windows on their way through the dense model: what a block changes is measured from that block on.
+
+    Held are the hidden states of all windows before every block, in the host's memory.
+    """
+
+    def __init__(self, model: nn.Module, windows: Tensor):
+        self.model, self.count = model, windows.numel()
+        self.batches = windows.split(windows_at_once(model, windows.shape[1]))
+        with evaluating(model):
+            self.decoder = Decoder(model)
+            self.passing = forward(self.decoder, self.batches)
+
+    def losses(self, name: str | None = None) -> list[float]:
+        """The loss of each window, where nothing before the block of the named layer has changed."""
+        index, losses = 0 if name is None else self.decoder.index(name), []
+        for item in self.passing:
+            with self.decoder.resumed(index, item.borders[index].to(self.decoder.device)):
+                losses += window_losses(self.model, item.ids).tolist()
+        return losses
+
+    def dense_losses(self) -> list[float]:
+        """Those of the model as it is; raises ``FloatingPointError`` naming the layer where NaN or Inf begins."""
+        try:
+            return self.losses()
+        except FloatingPointError:
+            calibrate(self.model, torch.cat(self.batches))
+            raise
+
+
 def losses_with(model: nn.Module, factors: Mapping[str, LowRank], windows: Tensor) -> list[float]:
     """Loss of each of the ``windows`` with the named layers replaced by factors for the moment."""
-    new = {}
-    for name, value in factors.items():
-        layer = model.get_submodule(name)
-        new[name] = LowRankLinear.from_factors(layer, value.to(layer.weight.dtype))
-    with exchanged(model, new):
+    with exchanged(model, _stand_ins(model, factors)):
         return window_losses(model, windows).tolist()
 
 
-def _measure(model: nn.Module, name: str, value: LowRank, windows: Tensor) -> dict:
+def _stand_ins(model: nn.Module, factors: Mapping[str, LowRank]) -> dict[str, LowRankLinear]:
+    layers = {name: model.get_submodule(name) for name in factors}
+    return {n: LowRankLinear.from_factors(layer, factors[n].to(layer.weight.dtype)) for n, layer in layers.items()}
+
+
+def _measure(text: _Text, name: str, value: LowRank) -> dict:
     clock = time.perf_counter()
-    losses = losses_with(model, {name: value}, windows)
-    cost = {"tokens": windows.numel(), "seconds": round(time.perf_counter() - clock, 4)}
+    with exchanged(text.model, _stand_ins(text.model, {name: value})):
+        losses = text.losses(name)
+    cost = {"tokens": text.count, "seconds": round(time.perf_counter() - clock, 4)}
     return {"rank": value.rank, "loss": fmean(losses), "losses": losses} | cost
 
 
@@ -153,14 +191,6 @@ def _candidates(
             k = rank_for_ratio(*layer.weight.shape, 1 - fraction, factors)
         if k >= method.least_rank(settings):
             yield fraction, k
-
-
-def _dense_losses(model: nn.Module, windows: Tensor) -> list[float]:
-    try:
-        return losses_with(model, {}, windows)
-    except FloatingPointError:
-        calibrate(model, windows)  # says in which layer it began
-        raise
 
 
 def _about(model: nn.Module, stats: Statistics | None, windows: Tensor, method: str, settings: dict) -> dict:

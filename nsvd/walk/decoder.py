@@ -73,7 +73,7 @@ class Decoder:
     def enter(self, ids: Tensor, like: Entered | None = None) -> Entered:
         """Run the prologue on token ids (count, length); calls equal to those of ``like`` are shared with it."""
         ids = ids.to(self.device)
-        with self._stubbed() as stubs:
+        with self._stubbed(len(self)) as stubs:
             body = getattr(self.model, "base_model", self.model)
             body(input_ids=ids, use_cache=False)
         calls = [stub.call for stub in stubs]
@@ -97,8 +97,19 @@ class Decoder:
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Run the epilogue on the hidden states behind the last block; (count, length, vocabulary)."""
-        with self._stubbed(hidden):
+        with self.resumed(len(self), hidden):
             return self.model(input_ids=ids, use_cache=False).logits
+
+    @contextmanager
+    def resumed(self, index: int, hidden: Tensor) -> Iterator[None]:
+        """In the context the model's own pass begins at a block, with these hidden states (count, length, d) before it.
+
+        Whatever reads the model then reads it as ever, on windows of this shape; the blocks before do not run.
+        """
+        with self._stubbed(index) as stubs:
+            if stubs:
+                stubs[-1].out = hidden
+            yield
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -124,10 +135,10 @@ class Decoder:
             raise ValueError(f"{kind} cannot be run block by block: its blocks hand on more than hidden states")
 
     @contextmanager
-    def _stubbed(self, behind: Tensor | None = None) -> Iterator[list[_Stub]]:
-        """Stubs in the place of the blocks; the last gives out ``behind`` where that is given."""
-        real, stubs = list(self.blocks), [_Stub(block, self._tuples) for block in self.blocks]
-        stubs[-1].out = behind
+    def _stubbed(self, count: int) -> Iterator[list[_Stub]]:
+        """Stubs in the place of the first so many blocks."""
+        real = list(self.blocks)[:count]
+        stubs = [_Stub(block, self._tuples) for block in real]
         try:
             for index, stub in enumerate(stubs):
                 self.blocks[index] = stub
@@ -155,7 +166,9 @@ class _Stub(nn.Module):
         rest = dict(kwargs)
         self.came = args[0] if args else rest.pop("hidden_states")
         self.call = Call(args[1:], rest)
-        out = self.came if self.out is None else self.out
+        out = self.came if self.out is None or self.came.shape[1] == 1 else self.out  # one token only asks for the head
+        if out.shape != self.came.shape:
+            raise ValueError(f"hidden states {tuple(out.shape)} in the place of {tuple(self.came.shape)}")
         return (out, None) if self.tuples else out
 
 

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nsvd.walk.decoder import Decoder, block_list
+from nsvd.walk.passes import forward
 from tests.tiny import FAMILIES, state, tiny_model, token_ids
 
 SIZES = {
@@ -89,9 +90,26 @@ def test_the_model_is_whole_again_after_every_step_and_after_an_error():
     before, decoder = state(model), None
     decoder = Decoder(model)
     decoder.enter(token_ids(2, 8))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"hidden states \(2, 8, 5\) in the place of \(2, 8, 32\)"):
         decoder.logits(token_ids(2, 8), torch.zeros(2, 8, 5))
     assert state(model)["modules"] == before["modules"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "falcon"])
+def test_a_pass_can_begin_at_any_block(kind):
+    """With the hidden states that the model has there, its own pass gives the logits to the bit; the blocks before rest."""
+    model, ids = a_model(kind), token_ids(2, 12)
+    decoder = Decoder(model)
+    (passing,), ran = forward(decoder, [ids]), []
+    for number, block in enumerate(decoder.blocks):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits
+        for index, hidden in enumerate(passing.borders):
+            ran.clear()
+            with decoder.resumed(index, hidden):
+                assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain)
+            assert ran == list(range(index, len(decoder)))
 
 
 def test_calls_of_one_shape_are_shared():
