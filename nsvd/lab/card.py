@@ -17,7 +17,6 @@ from nsvd.lab.evaluation import evaluate
 from nsvd.lab.models import embedded_models, load
 from nsvd.lab.training import Recipe
 from nsvd.model import manifest
-from nsvd.model import manifest
 from nsvd.model.files import replacing
 from nsvd.model.moments import calibrate
 
@@ -132,7 +131,6 @@ def main() -> None:
     text = card(folder, [*EMBEDDED, *chosen.data], chosen.machine)
     with replacing(folder / "README.md") as part:
         part.write_text(text, encoding="utf-8")
-    manifest.write(folder)
     manifest.write(folder)
 
 

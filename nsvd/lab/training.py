@@ -29,7 +29,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from nsvd.lab.paths import data
 from nsvd.model import manifest
-from nsvd.model import manifest
 from nsvd.model.files import replacing
 from nsvd.model.loading import default_device
 
@@ -306,7 +305,6 @@ def train(
         tokenizer.save_pretrained(part)
         (part / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
         (part / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
-        manifest.write(part)
         manifest.write(part)
     return curve
 
