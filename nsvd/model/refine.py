@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nsvd.model.descent import descend_, shuffled
-from nsvd.model.shifted import Batch, run_block
+from nsvd.model.shifted import Batch
+from nsvd.walk.decoder import run_block
 
 RATE = 2e-2  # a block alone bears larger steps than the whole model
 

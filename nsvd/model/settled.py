@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -69,15 +68,6 @@ def completion(block: nn.Module, part: str | None, layer: nn.Module) -> Iterator
             stack.callback(block.get_submodule(part).register_forward_hook(compare).remove)
         stack.callback(own.clear)
         yield found
-
-
-def same(a: object, b: object) -> bool:
-    """Whether two nests of tensors and other values are equal."""
-    (ours, form), (theirs, other) = tree_flatten(a), tree_flatten(b)
-    if form != other:
-        return False
-    pairs = zip(ours, theirs, strict=True)
-    return all(type(x) is type(y) and (torch.equal(x, y) if isinstance(x, Tensor) else x == y) for x, y in pairs)
 
 
 class _Remembered(nn.Module):

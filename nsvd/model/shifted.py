@@ -25,8 +25,8 @@ from nsvd.linalg.two_sided import shifted
 from nsvd.model.hooks import evaluating, watch_calls, watch_inputs
 from nsvd.model.moments import shared_inputs
 from nsvd.model.prepare import naming
-from nsvd.model.settled import completion, remembering, same, settled_parts
-from nsvd.walk.decoder import block_list
+from nsvd.model.settled import completion, remembering, settled_parts
+from nsvd.walk.decoder import Call, Decoder, Entered, run_block
 
 Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
 
@@ -39,7 +39,7 @@ class Batch:
     weight: float  # of the domain, 1 on average
     dense: Tensor  # hidden states (count, length, d) before the block
     ours: Tensor
-    calls: list[tuple[tuple, dict]]  # the other arguments of every block
+    calls: list[Call]  # of every block
     wanted: dict[nn.Module | None, Tensor]  # what the dense stream holds at the landmarks of the block; None: behind it
     outputs: dict[str, object] = field(default_factory=dict)  # of the block's parts that will not change any more
 
@@ -77,16 +77,21 @@ def replace_in_order_(
         ValueError: if a layer is in none of the model's blocks; it is named.
         FloatingPointError: if an input holds NaN or Inf; the layer is named.
     """
-    name, blocks = block_list(model)
     weights = [1 / len(domains)] * len(domains) if weights is None else weights
     leaders = shared_inputs(model, names, domains[0][:1, :8])
-    lost = [layer for layer in names if layer not in leaders or not layer.startswith(f"{name}.")]
-    if lost:
-        raise ValueError(f"layer {lost[0]} is in none of the blocks {name}, so it cannot be compressed in their order")
     with evaluating(model):
+        decoder = Decoder(model)
+        name, blocks = decoder.name, decoder.blocks
+        lost = [layer for layer in names if layer not in leaders or not layer.startswith(f"{name}.")]
+        if lost:
+            raise ValueError(
+                f"layer {lost[0]} is in none of the blocks {name}, so it cannot be compressed in their order"
+            )
         batches: list[Batch] = []
+        entered: Entered | None = None
         for d, ids in _batches(domains, batch):
-            batches.append(_enter(model, blocks, d, len(domains) * weights[d], ids, batches[-1] if batches else None))
+            entered = decoder.enter(ids, like=entered)
+            batches.append(Batch(d, len(domains) * weights[d], entered.hidden, entered.hidden, entered.calls, {}))
         for index, block in enumerate(tqdm(blocks, "shifted", disable=not progress, leave=False)):
             groups: dict[str, list[str]] = {}
             for layer in leaders:  # in forward order
@@ -196,43 +201,7 @@ def _batches(domains: Sequence[Tensor], batch: int) -> Iterator[tuple[int, Tenso
             yield domain, ids
 
 
-def _enter(
-    model: nn.Module, blocks: nn.ModuleList, domain: int, weight: float, ids: Tensor, before: Batch | None = None
-) -> Batch:
-    """Hidden states before the first block and the other arguments of every block, from one pass of the dense model.
-
-    A pass no further than the first block where the batch ``before`` has the same shape and gave it the same other arguments:
-    then so are those of all blocks (masks and rotations are of a shape, not of a text).
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    states: list[Tensor] = []
-    calls: dict[str, tuple[tuple, dict]] = {}
-    known: list[list[tuple[tuple, dict]]] = []
-
-    def observe(name: str, args: tuple, kwargs: dict) -> None:
-        rest = dict(kwargs)
-        states.append(args[0] if args else rest.pop("hidden_states"))
-        calls[name] = (args[1:], rest)
-        alike = before is not None and len(states) == 1 and states[0].shape == before.dense.shape
-        if alike and same(calls[name], before.calls[0]):
-            known.append(before.calls)
-            raise _Reached
-
-    wanted = [names[id(block)] for block in blocks]
-    with watch_calls(model, wanted, observe), suppress(_Reached):
-        body = getattr(model, "base_model", model)
-        body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
-    return Batch(domain, weight, states[0], states[0], known[0] if known else [calls[name] for name in wanted], {})
-
-
-def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
-    """The block's output (count, length, d) for hidden states and its other arguments."""
-    args, kwargs = call
-    out = block(hidden, *args, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
+def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The input of a module of the block, which is run no further than that; None is the block's output."""
     if place is None:
         return run_block(block, hidden, call)
@@ -277,7 +246,7 @@ def _landmark(block: nn.Module, layer: nn.Module, item: Batch, index: int) -> nn
 
 
 def _arrivals(
-    block: nn.Module, hidden: Tensor, call: tuple[tuple, dict], places: set[nn.Module | None] | None = None
+    block: nn.Module, hidden: Tensor, call: Call, places: set[nn.Module | None] | None = None
 ) -> dict[nn.Module | None, Tensor]:
     """The inputs of modules of the block, by default all, in the order they run; at last, under None, the block's output."""
     inputs: dict[nn.Module | None, Tensor] = {}

@@ -12,9 +12,8 @@ from nsvd.linalg import Moments
 from nsvd.model import shifted as module
 from nsvd.model.hooks import evaluating
 from nsvd.model.moments import shared_inputs
-from nsvd.model.settled import same
 from nsvd.model.shifted import replace_in_order_
-from nsvd.walk.decoder import block_list
+from nsvd.walk.decoder import Decoder, block_list, run_block, same
 from tests.tiny import FAMILIES, Q, assert_same, logits, state, tiny_model, token_ids
 
 IDS = token_ids()
@@ -56,10 +55,10 @@ def moved(block: nn.Module, layer: nn.Module, hidden, call, delta) -> list[tuple
             if inner is not block:
                 hook = inner.register_forward_pre_hook(lambda m, args: seen.append((m, args[0])) if args else None)
                 handles.append(hook)
-        out = block(hidden, *call[0], **call[1])
+        out = run_block(block, hidden, call)
         for handle in handles:
             handle.remove()
-        return [*seen, (None, out[0] if isinstance(out, tuple) else out)]
+        return [*seen, (None, out)]
 
     plain = values()
     handle = layer.register_forward_hook(lambda _m, _a, out: out + delta.view_as(out))
@@ -69,6 +68,12 @@ def moved(block: nn.Module, layer: nn.Module, hidden, call, delta) -> list[tuple
     return [(m, step) for m, step in steps if step.shape == delta.shape]
 
 
+def entered(model, ids) -> module.Batch:
+    """A batch before the first block."""
+    found = Decoder(model).enter(ids)
+    return module.Batch(0, 1.0, found.hidden, found.hidden, found.calls, {})
+
+
 @pytest.mark.parametrize("family", POSITIONS)
 def test_the_landmark_is_the_last_place_that_moves_as_the_layer_s_output_does(family):
     """By its definition, with directions of our own: there by exactly δ for every δ, nowhere later."""
@@ -76,7 +81,7 @@ def test_the_landmark_is_the_last_place_that_moves_as_the_layer_s_output_does(fa
     prefix, blocks = block_list(model)
     for index, block in enumerate(blocks):
         with torch.no_grad(), evaluating(model):
-            item = module._enter(model, blocks, 0, 1.0, IDS)
+            item = entered(model, IDS)
             for name in singles(model, f"{prefix}.{index}."):
                 layer = model.get_submodule(name)
                 place = module._landmark(block, layer, item, index)
@@ -94,7 +99,7 @@ def test_what_is_added_to_the_residual_stream_is_measured_there(family):
     model = tiny_model(family, dtype=torch.float64)
     prefix, blocks = block_list(model)
     with torch.no_grad(), evaluating(model):
-        item = module._enter(model, blocks, 0, 1.0, IDS)
+        item = entered(model, IDS)
         own, stream, end = 0, 0, 0
         for name in singles(model, f"{prefix}.0."):
             layer, said = model.get_submodule(name), []
@@ -112,49 +117,47 @@ def test_what_is_added_to_the_residual_stream_is_measured_there(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_pass_tells_how_the_blocks_are_called_for_all_texts_of_a_shape(family):
-    """A second batch goes no further than the first block, and finds what a whole pass finds; one of another shape does not."""
+def test_the_calls_of_all_texts_of_a_shape_are_held_once(family):
+    """And no block runs to find them."""
     model, others, runs = tiny_model(family, dtype=torch.float64), token_ids(seed=7), []
-    prefix, blocks = block_list(model)
-    model.get_submodule(f"{prefix}.1").register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad(), evaluating(model):
-        first, alone = (module._enter(model, blocks, 0, 1.0, ids) for ids in (IDS, others))
-        assert len(runs) == 2
-        after = module._enter(model, blocks, 0, 1.0, others, first)
-        assert len(runs) == 2
-        for ids in (others[:, :5], others[:1]):
-            module._enter(model, blocks, 0, 1.0, ids, first)
-        assert len(runs) == 4
+        decoder = Decoder(model)
+        for block in decoder.blocks:
+            block.register_forward_hook(lambda *_: runs.append(1))
+        first, alone = (decoder.enter(ids) for ids in (IDS, others))
+        after, smaller = decoder.enter(others, like=first), decoder.enter(others[:, :5], like=first)
+    assert not runs
     assert after.calls is first.calls
-    assert same(after.calls, alone.calls)
-    assert torch.equal(after.dense, alone.dense)
+    assert smaller.calls is not first.calls
+    assert all(same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(after.calls, alone.calls, strict=True))
+    assert torch.equal(after.hidden, alone.hidden)
 
 
 def test_masks_of_later_blocks_are_those_of_the_batch():
     """Where only the second block slides a window, and the first is called alike for every batch; the last of them is smaller."""
     model = tiny_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
     said, ids = logits(model), token_ids(11, 16)
-    _, blocks = block_list(model)
     with torch.no_grad(), evaluating(model):
-        whole, rest = (module._enter(model, blocks, 0, 1.0, some) for some in (ids[:4], ids[8:]))
-    assert not same(whole.calls[1], whole.calls[0])
-    assert not same(rest.calls[1], whole.calls[1])
+        whole, rest = (Decoder(model).enter(some) for some in (ids[:4], ids[8:]))
+    assert not same(whole.calls[1].kwargs, whole.calls[0].kwargs)
+    assert not same(rest.calls[1].kwargs, whole.calls[1].kwargs)
     replace_in_order_(model, [ids], list(nsvd.targets(model)), exact(model, {}), mu=0.1, batch=4)
     assert (logits(model) - said).abs().max() <= 1e-6 * said.abs().max()
 
 
 def test_what_depends_on_the_text_is_taken_from_it():
-    """A block that is told something of the tokens is told that of its own batch."""
+    """Blocks that are told something of the tokens are told that of their own batch."""
     model, told = tiny_model(), []
-    _, blocks = block_list(model)
     model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: told.append(args[0].sum()))
-    for block in blocks:
-        block.register_forward_pre_hook(lambda _m, args, kw: (args, kw | {"note": told[-1]}), with_kwargs=True)
+    model.model.rotary_emb.register_forward_hook(lambda _m, _a, out: (out[0] + 1e-6 * told[-1], out[1]))
     with torch.no_grad():
-        first = module._enter(model, blocks, 0, 1.0, IDS)
-        after = module._enter(model, blocks, 0, 1.0, token_ids(seed=7), first)
-    assert [kwargs["note"] for _, kwargs in after.calls] == [token_ids(seed=7).sum()] * 2
-    assert token_ids(seed=7).sum() != IDS.sum()
+        decoder = Decoder(model)
+        first = decoder.enter(IDS)
+        after = decoder.enter(token_ids(seed=7), like=first)
+    cosines = [entered.calls[1].kwargs["position_embeddings"][0] for entered in (first, after)]
+    told_apart = 1e-6 * (token_ids(seed=7).sum() - IDS.sum())
+    assert told_apart
+    torch.testing.assert_close(cosines[1] - cosines[0], torch.full_like(cosines[0], told_apart))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
