@@ -183,13 +183,14 @@ def test_the_mini_preset_spells_out_the_defaults():
 
 @pytest.mark.parametrize("name", ["llama-7b", "llama-13b", "llama-30b", "vicuna-7b", "opt-6.7b", "mistral-7b"])
 def test_the_papers_setting_is_there_for_each_of_its_models(name):
-    """256 windows of 2048 tokens of WikiText-2, eight sets, 10 to 50 % removed, its k1; it is not claimed to have run."""
+    """256 windows of 2048 tokens of WikiText-2, no BOS, eight sets, 10 to 50 % removed, its k1; it is not claimed to have run."""
     values, text = preset(name), (FOLDER / f"presets/{name}.yaml").read_text(encoding="utf-8")
     assert name.split("-")[0] in values["model"].lower()
     assert (values["calibration"], values["count"], values["length"]) == ("wikitext2", 256, 2048)
     assert sorted(values["corpora"]) == sorted(HUB)
     assert (values["corpora"][0], values["ratios"], values["k1"]) == ("wikitext2", list(paper.AVERAGE), 0.95)
     assert values["splits"] == [0.99, 0.95, 0.9, 0.85, 0.8]
+    assert values["bos"] is False
     assert "has not been run here" in re.sub(r"\s*\n# ", " ", text)
 
 

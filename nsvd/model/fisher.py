@@ -16,7 +16,7 @@ from nsvd.model.hooks import evaluating
 from nsvd.model.moments import check_windows
 from nsvd.model.sampling import draw
 from nsvd.model.targets import targets
-from nsvd.model.text import windows_at_once
+from nsvd.model.text import tokens_at_once, windows_at_once
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.passes import Passing, forward
 
@@ -86,15 +86,19 @@ def fisher(
 def _epilogue(
     decoder: Decoder, passing: list[Passing], teacher: Callable[[Tensor], Tensor] | None, seed: int, progress: bool
 ) -> None:
-    """The gradient of every batch's loss with respect to the hidden states behind the last block."""
+    """The gradient of every batch's loss with respect to the hidden states behind the last block, some positions at a time."""
     generator = torch.Generator().manual_seed(seed)
     for item in tqdm(passing, "labels", disable=not progress, leave=False):
-        labels = None if teacher is None else _labels(teacher, item.ids, generator)
-        last = item.borders.pop().to(decoder.device).requires_grad_(True)
-        with torch.enable_grad():
-            logits = decoder.logits(item.ids, last.clone()).float().flatten(0, 1)
-            labels = draw(logits.detach().softmax(-1), generator)[:, 0] if labels is None else labels
-            (item.gradient,) = torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), last)
+        labels = None if teacher is None else _drawn(teacher(item.ids), generator)
+        hidden, gradients = item.borders.pop().to(decoder.device), []
+        for part in torch.arange(item.ids.shape[1]).split(max(1, tokens_at_once(decoder.model) // len(item.ids))):
+            last = hidden[:, part].requires_grad_(True)
+            with torch.enable_grad():
+                logits = decoder.logits(item.ids[:, part], last.clone())
+                wanted = _drawn(logits.detach(), generator) if labels is None else labels[:, part]
+                loss = cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="sum")
+                gradients += torch.autograd.grad(loss, last)
+        item.gradient = torch.cat(gradients, dim=1)
 
 
 @contextmanager
@@ -115,6 +119,6 @@ def _watching(layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], 
 
 
 @torch.no_grad()
-def _labels(teacher: Callable[[Tensor], Tensor], ids: Tensor, generator: torch.Generator) -> Tensor:
-    """A token at every position, drawn from what the teacher predicts."""
-    return draw(teacher(ids).float().flatten(0, 1).softmax(-1), generator)[:, 0]
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token (n, length) at every position, drawn from what the logits predict."""
+    return draw(logits.float().flatten(0, 1).softmax(-1), generator).view(logits.shape[:2])

@@ -166,7 +166,8 @@ class _Stub(nn.Module):
         rest = dict(kwargs)
         self.came = args[0] if args else rest.pop("hidden_states")
         self.call = Call(args[1:], rest)
-        out = self.came if self.out is None or self.came.shape[1] == 1 else self.out  # one token only asks for the head
+        head = self.out is not None and self.came.shape[1] == 1 < self.out.shape[1]  # one token only asks for the head
+        out = self.came if self.out is None or head else self.out
         if out.shape != self.came.shape:
             raise ValueError(f"hidden states {tuple(out.shape)} in the place of {tuple(self.came.shape)}")
         return (out, None) if self.tuples else out

@@ -68,6 +68,20 @@ def test_bits_per_byte_do_not_depend_on_how_text_is_cut_into_tokens():
         _ = evaluate(model, ids).bits_per_byte
 
 
+def test_bytes_are_those_of_the_predicted_tokens():
+    """Not of the first of a window, be it a BOS of none or a letter of three; in the middle of a letter, too."""
+    tokenizer = tiny_tokenizer(bos=True)
+    ids = torch.tensor([tokenizer("文字 ab")["input_ids"][:8], tokenizer("文字 ab")["input_ids"][1:9]])
+
+    class Pairs:  # every token but <s> is two letters of two bytes
+        def decode(self, ids, skip_special_tokens):
+            return "éé" * sum(token != 0 for token in ids)
+
+    assert evaluate(tiny_model(), ids, tokenizer).bytes_per_token == 1
+    assert evaluate(tiny_model(), ids, Pairs()).bytes_per_token == 4
+    assert evaluate(tiny_model(), ids.flip(1), Pairs()).bytes_per_token == 4 * 13 / 14
+
+
 def test_a_compressed_model_is_evaluated_like_a_dense_one():
     """And says less than the same model at full rank."""
     model = compressed(tiny_model())

@@ -97,18 +97,27 @@ def test_a_vocabulary_of_262_144_words_leaves_room_for_256_tokens():
     assert windows_at_once(model, 2048) == 1
 
 
-def test_gradients_and_distillation_read_within_the_budget(monkeypatch):
-    """A window at a time where there is room for no more; the same gradients."""
-    model, seen = tiny_model(), []
+@pytest.mark.parametrize("tokens", [40, 13, 1])
+def test_gradients_do_not_depend_on_the_budget(tokens, monkeypatch):
+    """A window at a time, or the head of the model on some of its positions; the same labels, the same gradients."""
+    model = tiny_model()
     H = nsvd.fisher(model, IDS)
+    monkeypatch.setattr(text, "LOGIT_BYTES", 4 * 300 * tokens)
+    sizes = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: sizes.append(out.shape[:2].numel()))
+    for name, again in nsvd.fisher(model, IDS).items():
+        torch.testing.assert_close(again, H[name], rtol=1e-4, atol=1e-9)
+    assert sizes[-1] <= tokens
+    assert sum(size <= tokens for size in sizes) >= 3 * -(-40 // tokens)
+
+
+def test_distillation_reads_within_the_budget(monkeypatch):
+    """A window at a time where there is room for no more."""
+    model, seen = tiny_model(), []
+    monkeypatch.setattr(text, "LOGIT_BYTES", 4 * 300 * 40)
     handle = model.register_forward_pre_hook(
         lambda _m, _args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    monkeypatch.setattr(text, "LOGIT_BYTES", 4 * 300 * 40)
-    for name, again in nsvd.fisher(model, IDS).items():
-        torch.testing.assert_close(again, H[name], rtol=1e-4, atol=1e-9)
-    assert set(seen) == {1}
-    seen.clear()
     nsvd.compress_(model, method="svd", ratio=0.3, windows=IDS, distill=2)
     handle.remove()
     assert set(seen) == {1}
