@@ -163,12 +163,13 @@ def headers(files: list[Path]) -> dict[str, Stored]:
 
 
 def check_counts(folder: Path, config: dict, stored: dict[str, Stored]) -> None:
-    """Raise ``CheckpointError`` if config.json counts more layers than there can be weights for.
+    """Raise ``CheckpointError`` if config.json counts more layers than there can be weights for, or fewer than none.
 
     Lists of that length are made when the configuration is read, before any layer is built.
     """
     most = max(MOST_LAYERS, len(stored))
     for path, key, value in _fields(config):
         counts = "layer" in key or key == "num_labels"
-        if counts and isinstance(value, int | float) and value > most:
+        least = 0 if key.startswith(("num_", "n_")) else -most  # others tell of a layer from the end
+        if counts and isinstance(value, int | float) and not least <= value <= most:
             raise CheckpointError(f"{folder / CONFIG}: {path} is {value}, but the files hold {len(stored)} tensors")

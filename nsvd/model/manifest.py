@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,7 +40,7 @@ def check(folder: Path) -> None:
     Raises:
         CheckpointError: naming the first file that differs, is missing, or holds weights the manifest does not know.
     """
-    if (folder / NAME).exists():
+    if os.path.lexists(folder / NAME):
         sums = _read(folder)
         _compare(folder, sums, sums)
         for file in sorted(folder.iterdir()):
@@ -50,7 +51,7 @@ def check(folder: Path) -> None:
 def check_files(files: Iterable[str | Path]) -> None:
     """Compare these files of one folder with its manifest, unless ``settled``. Raises ``CheckpointError``."""
     files = [Path(file) for file in files]
-    if files and not _settled.get() and (files[0].parent / NAME).exists():
+    if files and not _settled.get() and os.path.lexists(files[0].parent / NAME):
         sums = _read(files[0].parent)
         _compare(files[0].parent, sums, [file.name for file in files])
 

@@ -47,15 +47,15 @@ def limited(stored: Mapping[str, Stored]) -> Iterator[None]:
 def matched(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, tuple[Tensor, Stored | None]]:
     """Every tensor that the model loads, with its entry in the files; None where no entry has its name.
 
-    transformers adds or drops the prefix of the base model, so either is found. Tied tensors are left out.
+    transformers adds or drops the prefix of the base model, so either is found. Tied tensors that no file holds are left out.
     """
     prefix = f"{model.base_model_prefix}."
     tied = model.all_tied_weights_keys
     found = {}
     for key, tensor in model.state_dict().items():
-        if key not in tied:
-            names = (key, prefix + key, key.removeprefix(prefix))
-            found[key] = tensor, next((stored[name] for name in names if name in stored), None)
+        entry = next((stored[name] for name in (key, prefix + key, key.removeprefix(prefix)) if name in stored), None)
+        if entry is not None or key not in tied:
+            found[key] = tensor, entry
     return found
 
 
