@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from nsvd.model.files import replacing
+
 PALETTE = {
     "svd": "#8c8c8c",
     "asvd-0": "#c9a227",
@@ -59,7 +61,7 @@ def log_scale(axes: Axes, *which: str, subs: tuple[float, ...] = (1, 2, 5)) -> N
 
 def save(figure: Figure, name: str, out: str | Path) -> None:
     """Write ``out/name.png`` and ``out/name.pdf``, without dates, so that the same figure is the same file."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    about = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+    for kind, metadata in about.items():
+        with replacing(Path(out) / f"{name}.{kind}") as part:
+            figure.savefig(part, metadata=metadata)

@@ -256,7 +256,8 @@ def train(
     known = work / "recipe.json"
     if known.exists() and Recipe.load(known) != recipe:
         raise ValueError(f"{work} holds the training of another recipe; compare {known}, or use another folder")
-    known.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+    with replacing(known) as part:
+        part.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     if not (work / "tokenizer").exists():
         with replacing(work / "tokenizer") as part:
             own = recipe.start or recipe.tokenizer
@@ -268,9 +269,11 @@ def train(
     opts = optimizers(model, recipe)
     checkpoint, log = work / "checkpoint.safetensors", work / "training.jsonl"
     step, seconds = load_checkpoint(checkpoint, model, opts) if checkpoint.exists() else (0, 0.0)
-    curve = [json.loads(line) for line in log.open()] if log.exists() else []
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    curve = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last one short
     curve = [row for row in curve if row["step"] <= step]
-    log.write_text("".join(json.dumps(row) + "\n" for row in curve))
+    with replacing(log) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in curve))
 
     forward = torch.compile(model) if compile else model
 

@@ -94,6 +94,15 @@ def test_an_error_is_as_good_as_a_stop(text, whole, tmp_path, monkeypatch):
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
 
 
+def test_a_line_that_a_kill_cut_short_is_written_again(text, whole, tmp_path):
+    """The step it tells of is taken again, too."""
+    run(text, tmp_path, stop=5)
+    with (tmp_path / "work" / "training.jsonl").open("a") as log:
+        log.write('{"step": 6, "tok')
+    assert timeless(run(text, tmp_path)) == timeless(whole[1])
+    assert timeless(stored_curve(tmp_path / "model")) == timeless(whole[1])
+
+
 def test_the_finished_model_is_one_that_can_be_loaded(whole):
     """In bfloat16, with the tokenizer, the recipe and the curve beside it."""
     folder, curve = whole
