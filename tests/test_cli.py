@@ -258,6 +258,19 @@ def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
         ([*NSVD, "--search-count", 8], "goes with --allocation strs"),
         ([*NSVD, "--length", 1], "2 tokens at least"),
         ([*NSVD, "--refine", -1], "--refine is -1"),
+        *[
+            (["--method", method, "--ratio", 0.3, f"--{option}", value], f"{option} is {value}, but")
+            for method, option, value in (
+                ("asvd", "alpha", "nan"),
+                ("asvd", "alpha", "inf"),
+                ("asvd", "alpha", "-1000.0"),
+                ("ridge", "mu", "inf"),
+                ("kfac", "eta", "nan"),
+                ("best", "mu", "nan"),
+                ("nsvd-1", "k1", "nan"),
+                ("sola", "prime", "nan"),
+            )
+        ],
         ([*NSVD, "--distill", -2], "--distill is -2"),
         (
             ["--method", "asvd-1", "--cache-ratio", 0.5, "--weights", "worst-case"],

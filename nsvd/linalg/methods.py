@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from nsvd.linalg.decomposition import Decomposition
 from nsvd.linalg.factors import LowRank, least_rank
 from nsvd.linalg.moments import Moments
 from nsvd.linalg.nested import nid, nsvd
+from nsvd.linalg.options import check_option
 from nsvd.linalg.precision import double
 from nsvd.linalg.sola import PUBLISHED
 from nsvd.linalg.two_sided import kfac
@@ -42,11 +44,13 @@ class Method:
         return self.outer is kfac
 
     def resolve(self, options: dict) -> dict:
-        """The method's options, the given ones in place of the defaults; raises ``ValueError`` for one it has not."""
+        """All options, the given ones in place of the defaults; raises ``ValueError`` for one it has not, or out of range."""
         unknown = set(options) - set(self.options)
         if unknown:
             known = ", ".join(self.options) or "none"
             raise ValueError(f"{self.label} has no option {', '.join(sorted(unknown))} (its options: {known})")
+        for name, value in options.items():
+            check_option(name, value)
         return self.options | options
 
     def least_rank(self, options: dict) -> int:
@@ -79,6 +83,7 @@ class SplitMethod(Method):
 
     def inner(self, options: dict) -> tuple[Method, dict]:
         """The method of the blocks, and its part of the options; raises ``ValueError`` if it is a splitting one itself."""
+        check_option("inner", options.get("inner", self.options["inner"]))
         chosen = by_name(options.get("inner", self.options["inner"]))
         if isinstance(chosen, SplitMethod):
             raise ValueError(f"inner is {options['inner']!r}, but it has to be a method of single matrices")
@@ -161,7 +166,8 @@ def decompose(
                 raise ValueError(f"H is {tuple(H.shape)}, but W has {W.shape[0]} output channels")
             check_finite("H", H)
         moments = Moments(*(t if t is None else double(t) for t in (G, mean_abs)), H=H if H is None else double(H))
-    return chosen(double(W), moments, k, **options).to(W)
+    found = chosen(double(W), moments, k, **options).to(W)
+    return LowRank(*(factor.clone(memory_format=torch.contiguous_format) for factor in (found.left, found.right)))
 
 
 def check_finite(name: str, values: Tensor) -> None:

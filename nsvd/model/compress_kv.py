@@ -147,9 +147,13 @@ def compress_kv_(
     clock.lap("decompose")
 
     before = sum(layer.weight.numel() for pair in projections.values() for layer in pair.values())
+    new = {}
     for pair in projections.values():
         for name, layer in pair.items():
-            model.set_submodule(name, LowRankLinear.from_factors(layer, factored[name]))
+            with naming(name):
+                new[name] = LowRankLinear.from_factors(layer, factored[name])
+    for name, layer in new.items():
+        model.set_submodule(name, layer)
     latent = {name: {"rotated": rotated[name], "joint": joint, "absorb": absorbing[name]} for name in projections}
     attach(model, latent)
     about = {

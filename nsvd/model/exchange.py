@@ -115,7 +115,7 @@ class Exchange:
         """The stand-in of a layer; its errors are noted."""
         with naming(name):
             value: LowRank = self.ask.method.cut(one, k, **self.options)
-        new = stand_in(self.layers[name], value, self.ask.factors)
+            new = stand_in(self.layers[name], value, self.ask.factors)
         self.clock.lap("cut")
         self.errors[name] = relative_errors(self.layers[name], value.dense(), self.stats, name)
         self.clock.lap("errors")

@@ -59,9 +59,19 @@ class CompressedLayer(nn.Module, ABC):
 
     @classmethod
     def _filled(cls, layer: nn.Linear, spec: Mapping[str, int], state: Mapping[str, Tensor | None]) -> Self:
-        """A stand-in with this state, None left out, trained or not as the layer is."""
+        """A stand-in with this state, None left out, trained or not as the layer is.
+
+        Raises:
+            FloatingPointError: if a tensor holds NaN or Inf once it has the layer's dtype.
+        """
         new = cls.like(layer, **spec).requires_grad_(layer.weight.requires_grad)
         new.load_state_dict({name: value for name, value in state.items() if value is not None})
+        for name, value in new.named_parameters():
+            if not value.isfinite().all():
+                dtype = str(value.dtype).removeprefix("torch.")
+                raise FloatingPointError(
+                    f"{name} of its {cls.kind} factors, rank {new.rank}, holds NaN or Inf in {dtype}"
+                )
         return new.train(layer.training)
 
     @torch.no_grad()

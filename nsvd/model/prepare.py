@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Decomposition, Method, by_name
-from nsvd.linalg.methods import SplitMethod
+from nsvd.linalg.methods import SplitMethod, check_finite
 from nsvd.linalg.precision import double
 from nsvd.linalg.sola import WHOLE, Block
 from nsvd.model.blocks import blocks
@@ -108,7 +108,9 @@ def mean_gradients(
 
 
 def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method) -> None:
-    """Raise ``ValueError`` unless the method has the statistics it needs, of these layers."""
+    """Raise ``ValueError`` unless the method has the statistics it needs, of these layers, and all they hold is finite."""
+    if stats is not None:
+        check_moments(layers, stats)
     if not method.needs_moments:
         return
     if stats is None:
@@ -126,6 +128,18 @@ def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, 
             raise ValueError(
                 f"layer {name} has {layer.out_features} outputs, the gradients {len(stats[name].H)}; another model's?"
             )
+
+
+def check_moments(layers: Iterable[str], stats: Statistics) -> None:
+    """Raise ``ValueError`` naming the first of these layers of which a moment holds NaN or Inf."""
+    known = set()
+    for name in layers:
+        if name in stats:
+            one = stats[name]
+            for letter, values in (("G", one.G), ("mean_abs", one.mean_abs), ("H", one.H)):
+                if values is not None and id(values) not in known:
+                    check_finite(f"{letter} of layer {name} in the statistics", values)
+                    known.add(id(values))
 
 
 def check_gradients(layers: Iterable[str], stats: Statistics | None, who: str) -> None:

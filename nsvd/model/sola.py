@@ -106,7 +106,10 @@ def _exchanges(
     layers: Mapping[str, nn.Linear], found: Roles, parts: Mapping[str, Block], values: Mapping[str, Split]
 ) -> dict[str, nn.Module]:
     """What takes the place of which layer; a dense one beside a split one has to follow its neurons."""
-    new = {name: _factored(layers[name], value) for name, value in values.items()}
+    new: dict[str, nn.Module] = {}
+    for name, value in values.items():
+        with naming(name):
+            new[name] = _factored(layers[name], value)
     for last, first in found.neurons.items():
         group = [*first, last]
         if any(name in values and parts[name].prime for name in group):

@@ -1,11 +1,13 @@
 """Every method by its name is the formula of its paper, and refuses what it cannot answer."""
 
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from nsvd.linalg import METHODS, by_name, decompose
 from nsvd.linalg.asvd import oas
@@ -134,6 +136,44 @@ def test_what_cannot_be_answered_is_refused_by_name(change, message):
         arguments = {name: value for name, value in arguments.items() if name != "k1" or "k1" in change}
     with unchecked(), pytest.raises(ValueError, match=message):
         decompose(arguments.pop("W"), arguments.pop("G"), **arguments)
+
+
+OUTSIDE = {
+    "k1": (-0.1, 1.1),
+    "alpha": (-1000.0, -0.1, 2.1),
+    "mu": (-1.0,),
+    "eta": (-1.0,),
+    "prime": (-0.1, 1.0),
+    "grid": (0, 1.5),
+    "floor": (-0.1, 1.1),
+    "keep_outer": (-1, 0.5),
+    "compress_v": (1, "yes"),
+    "o_from": (-0.1, 1.1),
+    "inner": (3, None),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_option_takes_a_value_that_is_not_finite_or_out_of_range(method):
+    """All options of all methods, in one table; a number is no text, and True no number."""
+    options = METHODS[method].resolve({})
+    for name in options:
+        for value in (math.nan, math.inf, -math.inf, "much", *([True] if name != "compress_v" else []), *OUTSIDE[name]):
+            if name == "inner" and value == "much":
+                continue
+            with pytest.raises(ValueError, match=rf"^{name} is {re.escape(str(value))}, but"):
+                METHODS[method].resolve({name: value})
+    assert METHODS[method].resolve(options) == options
+
+
+@pytest.mark.parametrize("method", MATRIX)
+def test_factors_can_be_saved_as_they_are(method, tmp_path):
+    """Each is a tensor of its own, its rows one after the other."""
+    x = layer(7, 9, 4)
+    found = decompose(x.W, x.G, method=method, k=4, mean_abs=x.moments.mean_abs, H=x.H, **OPTIONS[method])
+    save_file({"left": found.left, "right": found.right}, tmp_path / "factors.safetensors")
+    assert load_file(tmp_path / "factors.safetensors")["left"].equal(found.left)
+    assert all(f.is_contiguous() and f.untyped_storage().nbytes() == 8 * f.numel() for f in (found.left, found.right))
 
 
 @pytest.mark.parametrize("method", MATRIX)

@@ -232,7 +232,7 @@ def test_prepare_takes_the_options_of_the_outer_step(stats):
         ({"ratio": 0.3, "k1": 0.01}, rf"layer {Q}: k1 = 0\.01 of rank 11 rounds k1 to 0"),
         ({"ratio": 0.3, "k1": 0.95}, rf"layer {K}: k1 = 0\.95 of rank 7 rounds k2 to 0"),  # q_proj had been done
         ({"ratio": 0.97}, rf"layer {Q}: ratio 0\.97 leaves rank 0"),
-        ({"method": "ridge", "ratio": 0.3, "mu": -1.0}, rf"layer {Q}: mu is -1"),
+        ({"method": "ridge", "ratio": 0.3, "mu": -1.0}, r"mu is -1\.0, but a ridge is not negative"),
         ({}, r"either ratio or ranks"),
         ({"ratio": 0.3, "ranks": {Q: 3}}, r"either ratio or ranks"),
         ({"ranks": {"model.nothing": 3}}, r"no layer 'model\.nothing'.*the model has model\.layers\.0"),
@@ -295,6 +295,32 @@ def test_nan_in_any_parameter_is_named(name, method, value):
     before = state(model)
     with pytest.raises(ValueError, match=f"the parameter {name} holds NaN or Inf"):
         nsvd.compress_(model, windows=IDS, method=method, ratio=0.3)
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize("letter", ["G", "mean_abs", "H"])
+@pytest.mark.parametrize("method", ["asvd-1", "asvd-0", "nsvd-1", "ridge", "kfac", "svd", "sola"])
+def test_nan_in_a_moment_is_named(method, letter):
+    """Of every layer that is compressed, whatever the method looks at: what is not computed with is reported."""
+    model = tiny_model()
+    found = statistics(model, IDS)
+    {"G": found.moments[Q].G, "mean_abs": found.moments[Q].mean_abs, "H": found.gradients[Q]}[letter][3] = float("nan")
+    before = state(model)
+    with pytest.raises(ValueError, match=f"{letter} of layer {Q} in the statistics holds NaN or Inf"):
+        nsvd.compress_(model, found, method=method, ratio=0.3)
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd-1", "sola"])
+def test_factors_that_overflow_the_model_s_dtype_are_named(method):
+    """Weights near the end of float16 are finite; their plain factors, √n times as large, are not."""
+    model = tiny_model(dtype=torch.float16, hidden_size=64)
+    model.get_submodule(K).weight.data.fill_(6e4)
+    model.model.layers[0].input_layernorm.weight.data.zero_()  # so that the dense model itself is sound
+    before, found = state(model), statistics(tiny_model(hidden_size=64), IDS)
+    how = {"keep_outer": 0, "grid": 1} if method == "sola" else {}
+    with pytest.raises(FloatingPointError, match=f"layer {K}: down.weight of its low-rank factors.* in float16"):
+        nsvd.compress_(model, found, method=method, ratio=0.3, **how)
     assert_same(before, model)
 
 
