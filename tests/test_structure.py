@@ -64,6 +64,18 @@ def families(tree: ast.AST) -> list[str]:
     return [text for text in strings(tree) if FAMILY.search(text)]
 
 
+def trusting(tree: ast.AST) -> list[str]:
+    """Whatever transformers reads, it is told to run no code that lies there."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    readers = (
+        call
+        for call in calls
+        if call.func.attr == "from_pretrained" and ast.unparse(call.func.value).startswith("Auto")
+    )
+    told = {call: {word.arg: ast.unparse(word.value) for word in call.keywords} for call in readers}
+    return [ast.unparse(call) for call, words in told.items() if words.get("trust_remote_code") != "False"]
+
+
 RULES: list[tuple[str, Callable[[ast.AST], list[str]], tuple[str, ...]]] = [
     ("linalg", foreign_to_mathematics, ("import transformers", "from nsvd.model.layers import targets", "from .. import model")),
     ("linalg", prints, ("def f():\n    print(1)",)),
@@ -74,6 +86,8 @@ RULES: list[tuple[str, Callable[[ast.AST], list[str]], tuple[str, ...]]] = [
     ("walk", upward_of_walk, ("from nsvd.model import hooks", "from nsvd import load", "from ..linalg import factors")),
     ("walk", prints, ("print('x')",)),
     ("walk", families, ("x = 'mistral'",)),
+    ("model", trusting, ("AutoConfig.from_pretrained(f)", "AutoTokenizer.from_pretrained(f, trust_remote_code=True)")),
+    ("lab", trusting, ("m = AutoModelForCausalLM.from_pretrained('x', dtype=d)",)),
     ("lab", upward_of_lab, ("from nsvd.cli import main", "from nsvd import cli")),
 ]  # fmt: skip
 

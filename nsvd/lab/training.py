@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from nsvd.lab.models import load
 from nsvd.lab.paths import data
 from nsvd.model import manifest
 from nsvd.model.files import replacing
@@ -131,7 +132,7 @@ def untrained(recipe: Recipe) -> torch.nn.Module:
     """The model at step 0, in float32: random by the recipe's seed, or the one it starts from."""
     torch.manual_seed(recipe.seed)
     if recipe.start:
-        model = AutoModelForCausalLM.from_pretrained(data() / "models" / recipe.start, dtype=torch.float32)
+        model = load(recipe.start, dtype="float32", device="cpu")[0]
         return deepened(model, recipe.architecture["num_hidden_layers"])
     ids = {"vocab_size": recipe.vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.architecture, **ids))

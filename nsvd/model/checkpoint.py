@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nsvd.model import manifest
 from nsvd.model.files import check_writable, replacing
@@ -23,47 +22,15 @@ from nsvd.model.folder import CONFIG, METHOD, CheckpointError, Stored, headers, 
 from nsvd.model.foreign import quiet
 from nsvd.model.latent import attach, detach
 from nsvd.model.layers import LAYERS, CompressedLayer, LowRankLinear
+from nsvd.model.section import LowRankConfig
 from nsvd.model.skeleton import check_dtypes, check_finite, check_fits, matched
 
-FORMAT = 1
-NUMBER = int | float | None
-DETAILS = {"method": str, "options": dict, "ratio": NUMBER, "ratio_reached": NUMBER}  # where they are told
 MODEL_FILES = (  # what ``save`` may find in the place of a model: names that transformers and we give, no others
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "nsvd_report.json", manifest.NAME,
 )  # fmt: skip
-
-
-class LowRankConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a compressed model.
-
-    ``modules`` maps layer names to {"layer": kind, "rank": k, …}, the kind (of ``layers.LAYERS``) left out where it is
-    low-rank. ``latent_cache``, where there is one, tells how the KV cache was compressed; its ``layers`` map the names of
-    attention layers to {"rotated": int, "joint": bool, "absorb": bool}, the last left out for False, see ``latent.attach``.
-
-    Raises:
-        CheckpointError: naming a field that holds something else.
-    """
-
-    def __init__(
-        self, modules: dict | None = None, format_version: int = FORMAT, latent_cache: dict | None = None, **details
-    ):
-        details.pop("quant_method", None)
-        self.quant_method = METHOD
-        self.format_version = _version(format_version)
-        self.modules = dict(_objects("modules", {} if modules is None else modules))
-        self.latent_cache = latent_cache
-        if latent_cache is not None:
-            _objects(
-                "latent_cache.layers", latent_cache.get("layers") if isinstance(latent_cache, dict) else latent_cache
-            )
-        for name, value in details.items():  # method, ratio, options, …: kept, also when a later version adds some
-            told = name not in DETAILS or (isinstance(value, DETAILS[name]) and not isinstance(value, bool))
-            if not told or hasattr(type(self), name):
-                raise CheckpointError(f"{CONFIG}: quantization_config.{name} is {json.dumps(value)[:40]}")
-            setattr(self, name, value)
 
 
 class LowRankQuantizer(HfQuantizer):
@@ -140,21 +107,6 @@ class LowRankQuantizer(HfQuantizer):
 if METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module would register twice
     register_quantization_config(METHOD)(LowRankConfig)
     register_quantizer(METHOD)(LowRankQuantizer)
-
-
-def _version(value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{CONFIG}: format_version is {json.dumps(value)[:40]}, not a whole number from 1")
-    if value > FORMAT:
-        raise CheckpointError(f"checkpoint format {value} is newer than this nsvd reads ({FORMAT})")
-    return value
-
-
-def _objects(field: str, value: object) -> dict:
-    """An object of objects."""
-    if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
-        raise CheckpointError(f"{CONFIG}: quantization_config.{field} is {json.dumps(value)[:40]}, not layers by name")
-    return value
 
 
 def _empty(name: str, layer: nn.Linear, spec: dict) -> CompressedLayer:

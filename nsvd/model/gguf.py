@@ -52,13 +52,13 @@ def load_gguf(file: str | Path, *, dtype="auto", device: str = "auto"):
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise CheckpointError(f"{file} is not a GGUF file")
-    where = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
+    where = {"gguf_file": file.name, "local_files_only": True}
     with reading(file), _bar(sys.stderr.isatty()):
         read = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32 if dtype == "auto" else dtype, **where
+            file.parent, dtype=torch.float32 if dtype == "auto" else dtype, trust_remote_code=False, **where
         )
     with reading(file, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
     with reading(file):
         check_finite(read)
     return _plain(read, file.stem).to(device).eval(), tokenizer

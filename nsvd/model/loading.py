@@ -16,7 +16,6 @@ from nsvd.model.foreign import quiet, reading
 from nsvd.model.skeleton import check_finite, check_fits, limited
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that every layer computes with
-
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -47,7 +46,7 @@ def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto", verif
         model = _read_model(folder, dtype, stored, compressed=config.get("quantization_config") is not None)
     try:
         with reading(folder, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} holds a model but no tokenizer that can be read: {error.__cause__}") from error
     return model.to(device).eval(), tokenizer
@@ -67,9 +66,8 @@ def download(name: str) -> Path:
 
 
 def _read_model(folder: Path, dtype, stored: dict, compressed: bool) -> PreTrainedModel:
-    safe = {"trust_remote_code": False, "local_files_only": True}
     with reading(folder, CONFIG):
-        config = AutoConfig.from_pretrained(folder, **safe)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if not compressed:  # else the same is checked when the factors are in place
         with reading(folder, f"model of {CONFIG}"), limited(stored), torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -77,8 +75,9 @@ def _read_model(folder: Path, dtype, stored: dict, compressed: bool) -> PreTrain
             check_fits(skeleton, stored)
     with reading(folder), limited(stored):
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe
-        )  # a misshaped tensor is reported in ``info``, and raised below
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip  # a misshaped tensor is reported in ``info``, and raised below
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors missing or misshaped, first {missing[0]}")

@@ -41,3 +41,36 @@ def test_a_hub_that_cannot_be_reached_is_told_apart(monkeypatch):
     monkeypatch.setattr(models, "load_folder", unreachable)
     with pytest.raises(FileNotFoundError, match=r"'somebody/model' .*could not be had from the hub.*mini-llama"):
         nsvd.load("somebody/model")
+
+
+def test_a_model_of_the_hub_is_looked_at_like_a_folder(tmp_path, monkeypatch):
+    """From the local cache, whose files are links; of the hub's files neither code nor pickles are asked for."""
+    import json
+
+    from nsvd.model import loading
+
+    asked = {}
+
+    def snapshot(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path / "hub")
+
+    nsvd.save(tiny_model(), tiny_tokenizer(), tmp_path / "hub")
+    monkeypatch.setattr(loading, "snapshot_download", snapshot)
+    assert len(nsvd.targets(nsvd.load("somebody/model", device="cpu")[0])) == 14
+    assert asked["name"] == "somebody/model"
+    assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked["allow_patterns"])
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    (tmp_path / "hub" / "config.json").write_text(
+        json.dumps(config | {"model_type": "evil", "auto_map": {"AutoConfig": "e.C"}})
+    )
+    (tmp_path / "hub" / "nsvd_manifest.json").unlink()
+    with pytest.raises(nsvd.CheckpointError, match=r"its own code .* is not run"):
+        nsvd.load("somebody/model")
+
+
+def test_a_file_is_no_folder(tmp_path):
+    """Not even the config.json of one."""
+    nsvd.save(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    with pytest.raises(NotADirectoryError, match=r"config\.json is a file; a model is a folder"):
+        nsvd.load(tmp_path / "model" / "config.json")
