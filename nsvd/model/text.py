@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nsvd.model.hooks import evaluating
 
@@ -14,7 +15,12 @@ TOKENS = 4096  # read at a time at most, however small the vocabulary
 
 
 def check_readable(model: nn.Module, windows: Int[Tensor, "count length"]) -> None:
-    """Raise ``ValueError`` if a token id is not in the model's vocabulary, or windows are longer than its learned positions."""
+    """Raise ``ValueError`` if a token id is not in the model's vocabulary, or windows are longer than its learned positions.
+
+    A module that is no ``PreTrainedModel`` does not tell of either.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for token in (int(windows.min()), int(windows.max())):
         if not 0 <= token < vocabulary:

@@ -321,6 +321,8 @@ def test_the_command_line_compresses_and_tells(tmp_path, capsys):
     nsvd.save(tiny_model(num_hidden_layers=3), tiny_tokenizer(), tmp_path / "dense")
     command = ["compress", str(tmp_path / "dense"), str(tmp_path / "low"), "--method", "sola", "--ratio", "0.1"]
     options = [
+        "--calibration",
+        "mini/encyclopedia",
         "--grid",
         "1",
         "--keep-outer",
