@@ -15,7 +15,7 @@ from torch import Tensor
 PIECE = 2**18  # characters tokenized at a time, at most
 ROOM = 16  # characters of a place for every token wanted there; English has 4 or 5 to a token, other languages fewer
 LEAD = 16  # tokens left out at the beginning of a place, which may cut through a word
-BREAKS = (("\n\n", 2), ("\n", 1), (" ", 0))  # where a piece may end, and how much of the break belongs to it
+BREAKS = (("\n\n", 1), ("\n", 0), (" ", 0))  # where a piece may end: tokenizers part words here, and two newlines
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 

@@ -59,8 +59,8 @@ def test_a_bos_that_is_not_there_cannot_begin_a_text():
 @pytest.mark.parametrize(
     ("text", "ends"),
     [
-        ("one two\nthree\n\nfour five six", "\n\n"),
-        ("one two three\nfour five six", "\n"),
+        ("one two\nthree\n\nfour five six", "three\n"),
+        ("one two three\nfour five six", "three"),
         ("one two three four five six", "three"),
         ("一二三四五六七八九十一二三四五六七八九十一二三四", "八"),
     ],
@@ -75,11 +75,15 @@ def test_a_long_text_is_cut_where_it_breaks(text, ends, monkeypatch):
     assert TOKENIZER.decode(token_ids(TOKENIZER, text)) == text
 
 
-def test_an_embedded_text_is_one_piece_and_its_tokens_those_of_the_whole():
-    """Up to 2¹⁸ characters."""
-    text = "\n\n".join(nsvd.documents("mini/encyclopedia", "calibration"))
+@pytest.mark.parametrize("role", ["encyclopedia", "web", "stories", "reading_zh", "instructions_ja"])
+def test_the_tokens_of_the_pieces_are_those_of_the_whole(role, monkeypatch):
+    """For tokenizers that part words at spaces and newlines, as byte-level ones do: each break goes to the piece that keeps it so."""
+    text = "\n\n".join(nsvd.documents(f"mini/{role}", "test"))[:60_000]
     _, tokenizer = nsvd.load("mini-llama-s")
-    assert token_ids(tokenizer, text).tolist() == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for size in (1_000, 3_001, tokens.PIECE):
+        monkeypatch.setattr(tokens, "PIECE", size)
+        assert token_ids(tokenizer, text).tolist() == whole
 
 
 def numbers(count: int) -> str:
