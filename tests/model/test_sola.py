@@ -319,10 +319,9 @@ def test_a_split_layer_that_cannot_be_is_refused(name, shape):
 def test_the_command_line_compresses_and_tells(tmp_path, capsys):
     """``--method sola`` with its options; ``info`` shows primes and ranks; the report has the moves of the search."""
     nsvd.save(tiny_model(num_hidden_layers=3), tiny_tokenizer(), tmp_path / "dense")
-    command = ["compress", str(tmp_path / "dense"), str(tmp_path / "low"), "--method", "sola", "--ratio", "0.1"]
+    command = ["compress", str(tmp_path / "dense"), str(tmp_path / "low"), "--method", "sola"]
+    command += ["--calibration", "mini/encyclopedia", "--ratio", "0.1"]
     options = [
-        "--calibration",
-        "mini/encyclopedia",
         "--grid",
         "1",
         "--keep-outer",
