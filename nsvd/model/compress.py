@@ -64,6 +64,7 @@ class Report:
         return {name: value for name, value in vars(self).items() if name not in ("table", "moves")}
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def compress_(
     model: nn.Module,

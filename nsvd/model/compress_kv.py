@@ -65,6 +65,7 @@ class CacheReport:
         return {name: value for name, value in vars(self).items() if name != "table"}
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def compress_kv_(
     model: PreTrainedModel,

@@ -21,6 +21,7 @@ from nsvd.walk.decoder import Decoder
 from nsvd.walk.passes import Passing, forward
 
 
+@torch.inference_mode(False)
 def fisher(
     model: nn.Module,
     windows: Tensor,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 @contextmanager
@@ -97,6 +99,40 @@ def as_float32(value):
     if isinstance(value, dict):
         return {key: as_float32(item) for key, item in value.items()}
     return type(value)(as_float32(item) for item in value) if type(value) in (tuple, list) else value
+
+
+@contextmanager
+def each_in_float32(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Every block computes ``in_float32`` while in the context, one at a time; what comes and goes keeps its dtype."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_float32_calls(block))
+        yield
+
+
+@contextmanager
+def _float32_calls(block: nn.Module) -> Iterator[None]:
+    came: list[torch.dtype] = []
+    with ExitStack() as stack:
+        inside = stack.enter_context(ExitStack())  # while the block runs
+
+        def enter(_module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+            came.append(next(x.dtype for x in (*args, *kwargs.values()) if _is_floating(x)))
+            inside.enter_context(in_float32(block))
+            return as_float32(args), as_float32(kwargs)
+
+        def leave(_module: nn.Module, _args: tuple, out: object) -> object:
+            inside.close()
+            dtype = came.pop()
+            return tree_map(lambda x: x.to(dtype) if _is_floating(x) else x, out)
+
+        stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(block.register_forward_hook(leave).remove)
+        yield
+
+
+def _is_floating(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 @contextmanager

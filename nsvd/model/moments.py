@@ -15,6 +15,7 @@ from nsvd.linalg.precision import double
 from nsvd.linalg.worst_case import worst_case_weights
 from nsvd.model.files import short_name
 from nsvd.model.hooks import evaluating, watch_inputs
+from nsvd.model.soundness import first_broken
 from nsvd.model.statistics import Statistics
 from nsvd.model.targets import targets
 from nsvd.model.text import check_readable
@@ -113,6 +114,7 @@ def _worst_case(domains: Sequence[Statistics], model: nn.Module | None, ratio: f
     return worst_case_weights(layers).weights
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def shared_inputs(model: nn.Module, names: Iterable[str], ids: Tensor) -> dict[str, str]:
     """For each layer the first layer, in forward order, that reads the same input tensor.
@@ -135,6 +137,18 @@ def shared_inputs(model: nn.Module, names: Iterable[str], ids: Tensor) -> dict[s
     return first
 
 
+def readers(model: nn.Module, names: Iterable[str], texts: Iterable[Tensor]) -> dict[str, str]:
+    """``shared_inputs`` on as many of the texts as it takes to reach every layer: an expert sees few of the tokens."""
+    names, first = list(names), {}
+    for ids in texts:
+        missing = [name for name in names if name not in first]
+        if not missing:
+            break
+        first |= shared_inputs(model, missing, ids)
+    return first
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def calibrate(
     model: nn.Module, windows: Tensor, *, layers: Iterable[str] | None = None, batch: int = 8, progress: bool = False
@@ -149,21 +163,26 @@ def calibrate(
     """
     check_windows(windows, model)
     names = list(targets(model) if layers is None else layers)
-    inputs = shared_inputs(model, names, windows[:1, :8])
+    inputs = readers(model, names, (windows[:1, :8], *windows.split(batch)))
     silent = [name for name in names if name not in inputs]
     if silent:
         raise ValueError(
-            f"{len(silent)} of {len(names)} layers saw no input, first {silent[0]}; leave them out of `layers`"
+            f"{len(silent)} of {len(names)} layers saw no input, first {silent[0]}: take a text that reaches them, "
+            "or calibrate(layers=) those that run, and give compress_ their ranks="
         )
-    running = {name: RunningMoments() for name in dict.fromkeys(inputs.values())}
+    running, overflown = {name: RunningMoments() for name in dict.fromkeys(inputs.values())}, None
     with watch_inputs(model, running, lambda name, x: running[name].add(x)):
         for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
-            _forward(model, ids)
+            if overflown is None and not _forward(model, ids).isfinite().all():
+                overflown = ids
     for name, sums in running.items():
         if not sums.outer.isfinite().all():
             broken = [key for key, value in model.named_parameters() if not value.isfinite().all()]
             cause = f"; so does the parameter {broken[0]}" if broken else ""
             raise FloatingPointError(f"the input of layer {name} holds NaN or Inf on the calibration text{cause}")
+    if overflown is not None:
+        where = first_broken(model, overflown)
+        raise FloatingPointError(f"what the model gives out holds NaN or Inf on the calibration text{where}")
     origin = {
         "model": short_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
         "windows": list(windows.shape),
@@ -182,8 +201,9 @@ def check_windows(windows: Tensor, model: nn.Module | None = None) -> None:
         check_readable(model, windows)
 
 
-def _forward(model: nn.Module, ids: Tensor) -> None:
-    """Run the model's body, without the output head."""
+def _forward(model: nn.Module, ids: Tensor) -> Tensor:
+    """Hidden states that the model's body gives out; the output head does not run."""
     body = getattr(model, "base_model", model)
     with evaluating(model):
-        body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+        out = body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    return out if isinstance(out, Tensor) else out[0]

@@ -23,6 +23,7 @@ from nsvd.model.targets import targets
 GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gradients, where that leaves sixteen
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prepare(
     model: nn.Module, stats: Statistics | None, method: str, *, progress: bool = False, **options: float | str

@@ -3,7 +3,7 @@
 Neurons: h, the input of a layer, is computed one neuron and one token at a time from the outputs of its siblings (gate and
 up, or one layer alone) if permuting those outputs, each token's in its own way, permutes h likewise and does nothing else.
 Values: h is linear in the output of one of several siblings if SCALE times that output makes h as much larger. Each
-experiment is one pass over a few tokens, for all blocks at once; the layer under test is given its own input back, so
+experiment is one pass over a few tokens, in float32, for all blocks at once; the layer under test is given its own input back, so
 nothing behind it notices.
 """
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nsvd.linalg.precision import double
-from nsvd.model.hooks import evaluating, intervening
+from nsvd.model.hooks import each_in_float32, evaluating, intervening
 from nsvd.model.moments import shared_inputs
 from nsvd.model.targets import targets
+from nsvd.walk.decoder import longest_list
 
 IDS = torch.arange(8)[None]
 SCALE = 256  # large: in a random model queries and keys of the usual size hardly matter
@@ -96,7 +97,12 @@ def _inputs(
 
         return look
 
-    with evaluating(model), intervening(model, {name: hook_for(name) for name in names}, changes or {}):
+    found = longest_list(model)
+    with (
+        evaluating(model),
+        each_in_float32(found[1] if found else ()),
+        intervening(model, {name: hook_for(name) for name in names}, changes or {}),
+    ):
         model(input_ids=IDS.to(next(model.parameters()).device), use_cache=False)
     return seen
 
@@ -109,5 +115,5 @@ def _shuffling(size: int) -> Callable[[Tensor], Tensor]:
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
-    """Up to rounding in the model's dtype: where the answer is no, the two differ by as much as they are large."""
+    """Up to rounding: where the answer is no, the two differ by as much as they are large."""
     return ((double(x) - double(y)).norm() <= 0.02 * double(y).norm()).item()

@@ -17,6 +17,7 @@ MOST_TOKENS = 2**27  # of text that is made up, 1 GiB of ids
 OPENING, OPENING_TOKENS = 1.5, 10  # own text begins at this temperature, and is down at 1 after so many tokens
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,

@@ -77,6 +77,7 @@ class Sensitivity:
         return float(self.table.seconds.sum())
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def sensitivity(
     model: nn.Module,

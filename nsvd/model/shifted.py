@@ -10,7 +10,7 @@ trying, not by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -22,8 +22,8 @@ from nsvd.linalg import Moments
 from nsvd.linalg.moments import mixing
 from nsvd.linalg.precision import double
 from nsvd.linalg.two_sided import shifted
-from nsvd.model.hooks import evaluating, watch_calls, watch_inputs
-from nsvd.model.moments import shared_inputs
+from nsvd.model.hooks import as_float32, evaluating, in_float32, watch_calls, watch_inputs
+from nsvd.model.moments import readers
 from nsvd.model.prepare import naming
 from nsvd.model.settled import completion, remembering, settled_parts
 from nsvd.walk.decoder import Call, Decoder, Entered, run_block
@@ -78,7 +78,7 @@ def replace_in_order_(
         FloatingPointError: if an input holds NaN or Inf; the layer is named.
     """
     weights = [1 / len(domains)] * len(domains) if weights is None else weights
-    leaders = shared_inputs(model, names, domains[0][:1, :8])
+    leaders = readers(model, names, (domains[0][:1, :8], *(ids for windows in domains for ids in windows.split(batch))))
     with evaluating(model):
         decoder = Decoder(model)
         name, blocks = decoder.name, decoder.blocks
@@ -87,6 +87,7 @@ def replace_in_order_(
             raise ValueError(
                 f"layer {lost[0]} is in none of the blocks {name}, so it cannot be compressed in their order"
             )
+        _check_every_token(model, leaders, domains[0][:1, :8])
         batches: list[Batch] = []
         entered: Entered | None = None
         for d, ids in _batches(domains, batch):
@@ -125,6 +126,19 @@ def replace_in_order_(
                 with remembering(block, settled, item.outputs):
                     item.dense, item.ours = item.wanted[None], run_block(block, item.ours, item.calls[index])
                 item.outputs.clear()
+
+
+def _check_every_token(model: nn.Module, leaders: Mapping[str, str], ids: Tensor) -> None:
+    """Raise ``ValueError`` naming a layer that does not see every token: two streams of its inputs could not be compared."""
+    seen = dict.fromkeys(leaders.values(), 0)
+    with watch_inputs(model, seen, lambda name, x: seen.__setitem__(name, x.numel() // x.shape[-1])):
+        model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    for name, count in seen.items():
+        if count != ids.numel():
+            raise ValueError(
+                f"layer {name} sees {count} of {ids.numel()} tokens, as experts do, so its inputs cannot be followed: "
+                "shifted=False compresses it for the inputs of the dense model"
+            )
 
 
 def _replace_group(
@@ -222,21 +236,23 @@ def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: C
 def _landmark(block: nn.Module, layer: nn.Module, item: Batch, index: int) -> nn.Module | None:
     """The last module whose input, or None if the block's output, moves by exactly what the layer's output is moved by.
 
-    Where there is none it is the layer itself.
+    Where there is none it is the layer itself. Tried in float32, whatever the model's dtype: rounding would hide the equality.
     """
-    hidden, call, moves = item.dense, item.calls[index], []
+    hidden, moves = as_float32(item.dense), []
+    call = Call(as_float32(item.calls[index].args), as_float32(item.calls[index].kwargs))
 
     def move(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:
         moves.append(out.flip(-1))  # some direction of the output's own size
         return out + moves[0]
 
-    plain = _arrivals(block, hidden, call)
-    handle = layer.register_forward_hook(move)
-    try:
-        moved = _arrivals(block, hidden, call)
-    finally:
-        handle.remove()
-    close = max(1e-3, 8 * torch.finfo(hidden.dtype).eps) * moves[0].norm()
+    with in_float32(block):
+        plain = _arrivals(block, hidden, call)
+        handle = layer.register_forward_hook(move)
+        try:
+            moved = _arrivals(block, hidden, call)
+        finally:
+            handle.remove()
+    close = 1e-3 * moves[0].norm()
     for place in reversed(plain):
         if place in moved and plain[place].shape[-1] == moves[0].shape[-1] and plain[place].numel() == moves[0].numel():
             step = (moved[place] - plain[place]).reshape(moves[0].shape)  # some blocks lay all tokens in one row

@@ -48,9 +48,19 @@ class Statistics(Mapping[str, Moments]):
         return replace(self, gradients=dict(gradients))
 
     def shares(self, count: int) -> list[float]:
-        """Weights, of sum 1, of ``count`` domains: those they were mixed with, equal ones where that were not so many."""
-        weights = self.origin.get("weights", [])
-        return list(weights) if len(weights) == count else [1 / count] * count
+        """Weights, of sum 1, of ``count`` domains of text: those they were mixed with, equal ones where they were not mixed.
+
+        Raises:
+            ValueError: if they were mixed of another number of domains, and ``count`` is not 1.
+        """
+        weights = self.origin.get("weights")
+        if weights is None or count == 1:
+            return [1 / count] * count
+        if len(weights) != count:
+            raise ValueError(
+                f"the statistics are mixed of {len(weights)} domains of text, but the windows are of {count}"
+            )
+        return list(weights)
 
     def fingerprint(self) -> str:
         """Digits that change with any second moment, of inputs or gradients."""

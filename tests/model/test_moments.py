@@ -314,5 +314,90 @@ def test_statistics_say_what_they_were_mixed_with():
     stats = nsvd.calibrate(tiny_model(), IDS)
     mixed = nsvd.mix([stats, stats], [3, 1])
     assert mixed.shares(2) == [0.75, 0.25]
-    assert mixed.shares(4) == [0.25] * 4
+    assert mixed.shares(1) == [1]
+    with pytest.raises(ValueError, match="mixed of 2 domains of text, but the windows are of 4"):
+        mixed.shares(4)
     assert stats.shares(1) == [1]
+
+
+class Experts(nn.Module):
+    """A feed-forward of experts that are linear layers, one to a token: the token's own number says which."""
+
+    def __init__(self, count: int = 4):
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(32, 48) for _ in range(count))
+        self.gate = nn.ModuleList(nn.Linear(32, 48) for _ in range(count))
+        self.down = nn.ModuleList(nn.Linear(48, 32) for _ in range(count))
+        self.ids = None
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for i in range(len(self.up)):
+            mine = (self.ids // 64).clamp(max=len(self.up) - 1) == i
+            if mine.any():
+                y = x[mine]
+                out[mine] = self.down[i](self.up[i](y) * self.gate[i](y).relu())
+        return out
+
+
+def with_experts() -> nn.Module:
+    """A model whose first feed-forward is routed; the first eight tokens of a text seldom reach all experts."""
+    model = tiny_model()
+    experts = model.model.layers[0].mlp = Experts().eval()
+    model.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: setattr(experts, "ids", kwargs["input_ids"]), with_kwargs=True
+    )
+    return model
+
+
+def test_experts_that_few_tokens_reach_are_measured():
+    """The probe of eight tokens reaches some; the text reaches all, and each has the moments of its own tokens."""
+    model, ids = with_experts(), torch.arange(2, 258).reshape(16, 16)
+    stats = nsvd.calibrate(model, ids, batch=2)
+    name = "model.layers.0.mlp.up.3"
+    assert stats[name].n == int((ids >= 192).sum())
+    assert stats["model.layers.0.mlp.up.0"].n == int((ids < 64).sum())
+    assert stats.inputs["model.layers.0.mlp.gate.3"] == stats.inputs[name]
+    report = nsvd.compress_(with_experts(), windows=ids, method="asvd-1", ratio=0.3)
+    assert report.ratio_reached >= 0.3
+
+
+def test_experts_that_the_text_does_not_reach_are_named():
+    """There is nothing to compress them for."""
+    with pytest.raises(
+        ValueError, match=r"3 of 23 layers saw no input, first model\.layers\.0\.mlp\.up\.3: take a text"
+    ):
+        nsvd.calibrate(with_experts(), torch.arange(2, 130).reshape(8, 16))
+
+
+def test_experts_cannot_be_followed():
+    """Each stream may send its tokens another way."""
+    model, ids = with_experts(), torch.arange(2, 258).reshape(16, 16)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.up\.\d sees \d of 8 tokens, as experts do"):
+        nsvd.compress_(model, windows=ids, method="asvd-1", ratio=0.3, shifted=True)
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize("method", ["asvd-1", "best", "sola"])
+def test_everything_works_in_inference_mode(method):
+    """As in the usual mode, to the bit; what is made is no tensor of that mode."""
+    ours, theirs = tiny_model(hidden_size=64), tiny_model(hidden_size=64)
+    how = {"method": method, "ratio": 0.3} | ({"keep_outer": 0, "grid": 1} if method == "sola" else {})
+    nsvd.compress_(theirs, windows=IDS, **how)
+    with torch.inference_mode():
+        stats = nsvd.calibrate(ours, IDS)
+        nsvd.compress_(ours, None if method == "best" else stats, windows=IDS, **how)
+    assert not any(p.is_inference() for p in ours.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_inf_behind_the_last_layer_is_named():
+    """On the text, if not on eight tokens."""
+    model = tiny_model()
+    norm = model.model.norm
+    norm.register_forward_hook(lambda _m, _args, y: y / 0 if y.shape[1] == IDS.shape[1] else y)
+    with pytest.raises(
+        FloatingPointError, match=r"on the calibration text; the first that does is the output of model\.norm"
+    ):
+        nsvd.calibrate(model, IDS)

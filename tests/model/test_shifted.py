@@ -385,3 +385,30 @@ def test_parts_that_are_done_run_no_more_and_nothing_changes(family, monkeypatch
     for name, target in plain.items():
         torch.testing.assert_close(remembered[name], target, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(completed[name], target, rtol=1e-9, atol=1e-12)
+
+
+def test_landmarks_are_found_in_float32(monkeypatch):
+    """In bfloat16 rounding hides that two tensors move alike: the same places as in float32; all bits stay."""
+    found = {}
+    look = module._landmark
+
+    def note(block, layer, item, index):
+        place = look(block, layer, item, index)
+        names = {m: name for name, m in block.named_modules()} | {None: None}
+        found[dtype].append(names[place])
+        return place
+
+    monkeypatch.setattr(module, "_landmark", note)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(num_hidden_layers=3, dtype=dtype)
+        with torch.no_grad():
+            for layer in model.model.layers:  # outputs that are small beside the stream they are added to
+                layer.self_attn.o_proj.weight.mul_(0.02)
+                layer.self_attn.o_proj.bias.zero_()
+        found[dtype], before = [], state(model)
+        replace_in_order_(
+            model, [IDS], list(nsvd.targets(model)), lambda name, *_, m=model: m.get_submodule(name), mu=0.1
+        )
+        assert_same(before, model)
+    assert found[torch.bfloat16] == found[torch.float32]
+    assert set(found[torch.float32]) >= {None}

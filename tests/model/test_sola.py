@@ -229,6 +229,9 @@ class Plain(nn.Module):
         super().__init__()
         self.embed, self.fc1, self.mix, self.fc2 = nn.Embedding(16, 8), nn.Linear(8, 12), mix, nn.Linear(12, 8)
 
+    def get_input_embeddings(self):
+        return self.embed
+
     def forward(self, input_ids, use_cache=False):
         return self.fc2(self.mix(self.fc1(self.embed(input_ids))))
 
