@@ -77,7 +77,7 @@ def test_a_long_text_is_cut_where_it_breaks(text, ends, monkeypatch):
 
 @pytest.mark.parametrize("role", ["encyclopedia", "web", "stories", "reading_zh", "instructions_ja"])
 def test_the_tokens_of_the_pieces_are_those_of_the_whole(role, monkeypatch):
-    """For tokenizers that part words at spaces and newlines, as byte-level ones do: each break goes to the piece that keeps it so."""
+    """For tokenizers that part words at spaces and newlines, as byte-level ones do."""
     text = "\n\n".join(nsvd.documents(f"mini/{role}", "test"))[:60_000]
     _, tokenizer = nsvd.load("mini-llama-s")
     whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
