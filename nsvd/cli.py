@@ -255,8 +255,9 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _seed(text: str) -> int:
-    if not -(2**63) <= int(text) < 2**64:  # what a generator takes
-        raise ValueError
+    digits = text.removeprefix("-")
+    if not (digits.isdecimal() and len(digits) < 21 and -(2**63) <= int(text) < 2**64):
+        raise argparse.ArgumentTypeError("a whole number of 64 bits is needed")
     return int(text)
 
 

@@ -376,7 +376,7 @@ def test_a_seed_is_a_number_that_a_generator_takes(seed, capsys):
     with pytest.raises(SystemExit) as error:
         main(["evaluate", MINI, "--seed", str(seed)])
     assert error.value.code == 2
-    assert "argument --seed" in capsys.readouterr().err
+    assert "argument --seed: a whole number of 64 bits is needed" in capsys.readouterr().err
 
 
 def test_a_nan_is_one_line_with_the_layer(here, models, capsys):
