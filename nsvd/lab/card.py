@@ -56,10 +56,10 @@ def card(folder: Path, corpora: list[str], machine: str, calibration: str = EMBE
     recipe = Recipe.load(folder / "recipe.json")
     curve = [json.loads(line) for line in (folder / "training.jsonl").open()]
     model, tokenizer = load(folder, dtype="float32")
-    home = calibrate(model, windows(calibration, tokenizer, split="calibration", bos=False))
+    home = calibrate(model, windows(calibration, tokenizer, split="calibration"))
     scores = []
     for corpus in corpora:
-        text = windows(corpus, tokenizer, bos=False)
+        text = windows(corpus, tokenizer)
         result = evaluate(model, text, tokenizer)
         alike = analysis.similarity(home, calibrate(model, text))[["moment", "subspace"]].mean()
         error = result.perplexity * result.standard_error

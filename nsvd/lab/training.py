@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -93,7 +93,10 @@ def documents(text: Path, name: str, recipe: Recipe) -> list[str]:
 
 
 def train_tokenizer(recipe: Recipe, text: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; every source contributes the same number of characters."""
+    """Byte-level BPE; every source contributes the same number of characters.
+
+    It puts no BOS before a text, as the windows of the training begin anywhere.
+    """
 
     def sample():
         for name in recipe.text:
@@ -112,7 +115,6 @@ def train_tokenizer(recipe: Recipe, text: Path) -> PreTrainedTokenizerFast:
         vocab_size=recipe.vocabulary, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(sample(), trainer)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,
@@ -164,7 +166,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     """All documents as one row of token ids, each opened by the start token."""
     ids = []
     for start in range(0, len(texts), 500):
-        ids += [np.array(e, dtype=np.uint16) for e in tokenizer(texts[start : start + 500])["input_ids"]]
+        made = tokenizer(texts[start : start + 500], add_special_tokens=False)["input_ids"]
+        ids += [np.array([tokenizer.bos_token_id, *e], dtype=np.uint16) for e in made]
     return np.concatenate(ids)
 
 

@@ -1,6 +1,7 @@
 """Models by name: embedded, a folder, the hub."""
 
 import pytest
+from transformers import AutoTokenizer
 
 import nsvd
 from nsvd.lab import models
@@ -74,3 +75,11 @@ def test_a_file_is_no_folder(tmp_path):
     nsvd.save(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     with pytest.raises(NotADirectoryError, match=r"config\.json is a file; a model is a folder"):
         nsvd.load(tmp_path / "model" / "config.json")
+
+
+@pytest.mark.parametrize("name", nsvd.embedded_models())
+def test_the_tokenizers_of_the_reference_models_put_nothing_before_a_text(name):
+    """Their training windows began anywhere, so hardly one with a BOS: windows that did would be read worse."""
+    tokenizer = AutoTokenizer.from_pretrained(nsvd.embedded_models()[name], trust_remote_code=False)
+    assert tokenizer("a text")["input_ids"] == tokenizer("a text", add_special_tokens=False)["input_ids"]
+    assert tokenizer.bos_token_id == 0
