@@ -42,7 +42,7 @@ def read_json(file: Path) -> dict:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-        deepest = max((path.count(".") for path, _, _ in _fields(value)), default=0)
+        deepest = max((path.count(".") for path, _, _ in each_field(value)), default=0)
     except RecursionError:
         deepest = DEEPEST
     except ValueError as error:
@@ -54,12 +54,12 @@ def read_json(file: Path) -> dict:
     return value
 
 
-def _fields(value: dict | list, path: str = "") -> Iterator[tuple[str, str, object]]:
+def each_field(value: object, path: str = "") -> Iterator[tuple[str, str, object]]:
     """(path, key, value) of everything below."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, below in pairs:
         yield f"{path}{key}", str(key), below
-        yield from _fields(below, f"{path}{key}.")
+        yield from each_field(below, f"{path}{key}.")
 
 
 def read_config(folder: Path) -> dict:
@@ -71,7 +71,7 @@ def read_config(folder: Path) -> dict:
     file = folder / CONFIG
     config = read_json(file)
     _check_architecture(file, config)
-    for path, key, value in _fields(config):
+    for path, key, value in each_field(config):
         if "implementation" in path and isinstance(value, str) and "/" in value:
             raise CheckpointError(f"{file}: {path} is {value!r}, code from a hub, which is not run")
         if key in ("quantization_config", "compression_config") and value is not None:
@@ -168,7 +168,7 @@ def check_counts(folder: Path, config: dict, stored: dict[str, Stored]) -> None:
     Lists of that length are made when the configuration is read, before any layer is built.
     """
     most = max(MOST_LAYERS, len(stored))
-    for path, key, value in _fields(config):
+    for path, key, value in each_field(config):
         counts = "layer" in key or key == "num_labels"
         least = 0 if key.startswith(("num_", "n_")) else -most  # others tell of a layer from the end
         if counts and isinstance(value, int | float) and not least <= value <= most:

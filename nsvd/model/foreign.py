@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as hf
 
-from nsvd.model.folder import CheckpointError
+from nsvd.model.folder import CONFIG, CheckpointError, each_field
 
 
 @contextmanager
@@ -38,17 +38,17 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def reading(folder: Path, what: str = "model") -> Iterator[None]:
+def reading(folder: Path, what: str = "model", config: dict | None = None) -> Iterator[None]:
     """One ``CheckpointError`` with the folder and the reason, whatever the libraries raise within over what lies there.
 
     Only calls into the libraries belong in the block. An error that comes from code of ours which they call back is a fault
-    of the program, and passes as it is; so do those of memory.
+    of the program, and passes as it is; so do those of memory. Where a name is not known, ``config`` tells which field gives it.
     """
     try:
         with quiet():
             yield
     except CheckpointError as error:
-        if str(folder) in str(error):
+        if str(error).startswith(str(folder)):
             raise
         raise CheckpointError(f"{folder}: {error}") from error
     except (MemoryError, torch.OutOfMemoryError):
@@ -58,6 +58,11 @@ def reading(folder: Path, what: str = "model") -> Iterator[None]:
         called = list(dropwhile(_ours, frames))  # from the call into a library on
         if not called or any(map(_ours, called)):
             raise
+        fields = [
+            path for path, _, value in each_field(config) if isinstance(error, KeyError) and value in error.args[:1]
+        ]
+        if fields:
+            raise CheckpointError(f"{folder / CONFIG}: {fields[0]} is {error}, which is not known") from error
         reason = textwrap.shorten(str(error), 240, placeholder=" …") or type(error).__name__
         raise CheckpointError(f"{folder}: the {what} cannot be read ({type(error).__name__}: {reason})") from error
 

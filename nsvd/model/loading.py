@@ -43,7 +43,7 @@ def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto", verif
     stored = headers(weight_files(folder))
     check_counts(folder, config, stored)
     with manifest.settled():
-        model = _read_model(folder, dtype, stored, compressed=config.get("quantization_config") is not None)
+        model = _read_model(folder, dtype, stored, config)
     try:
         with reading(folder, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -65,15 +65,15 @@ def download(name: str) -> Path:
             raise OSError(str(error)) from error
 
 
-def _read_model(folder: Path, dtype, stored: dict, compressed: bool) -> PreTrainedModel:
+def _read_model(folder: Path, dtype, stored: dict, told: dict) -> PreTrainedModel:
     with reading(folder, CONFIG):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if not compressed:  # else the same is checked when the factors are in place
-        with reading(folder, f"model of {CONFIG}"), limited(stored), torch.device("meta"):
+    if told.get("quantization_config") is None:  # else the same is checked when the factors are in place
+        with reading(folder, f"model of {CONFIG}", told), limited(stored), torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         with reading(folder):
             check_fits(skeleton, stored)
-    with reading(folder), limited(stored):
+    with reading(folder, config=told), limited(stored):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True,

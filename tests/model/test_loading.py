@@ -357,6 +357,25 @@ def test_a_configuration_that_the_weights_do_not_bear_out_is_refused(change, fol
 
 
 @both
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "x"}, r"config\.json: hidden_act is 'x', which is not known"),
+        ({"hidden_size": "128"}, "config.json cannot be read .*'hidden_size' expected int, got str"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, but the files hold"),
+        ({"num_hidden_layers": 9_000}, "asks for over [0-9,]+ (parameters|modules), the files hold"),
+    ],
+)
+def test_the_field_is_named(change, message, folder, monkeypatch):
+    """Also in a folder whose name is a letter of the message."""
+    unseal(folder)
+    edit(folder / "config.json", lambda config: config.update(change))
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(nsvd.CheckpointError, match=f"^m[:/].*{message}"):
+        nsvd.load("m", device="cpu")
+
+
+@both
 @pytest.mark.parametrize("text", ["null", "{}", "[]", "5", "", "[" * 3000, '{"a":' * 3000, "\xff", "{'a': 1}", '"x"'])
 def test_a_config_that_is_no_object_is_refused(text, folder):
     """Whatever else it is."""
