@@ -134,8 +134,12 @@ def compress(chosen: argparse.Namespace) -> None:
             calibration["search_windows"] = [list(ids[:search].shape) for ids in windows]
         dense = int(report.table.dense.sum())
         said.append(
-            f"{report.ratio_reached:.1%} of {report.params_before:,} parameters removed ({report.params_after:,} left), "
-            f"{len(report.table) - dense} layers factored, {dense} dense"
+            f"{report.ratio_reached:.1%} of the layers' {report.params_before:,} parameters removed "
+            f"({report.params_after:,} left), {len(report.table) - dense} layers factored, {dense} dense"
+        )
+        said.append(
+            f"{report.model_ratio_reached:.1%} of the whole model's {report.model_params_before:,} removed, "
+            f"left alone {_first(report.left_alone)}"
         )
     if chosen.cache_ratio is not None:
         how = {"method": chosen.method, "cache_ratio": chosen.cache_ratio, "joint": chosen.joint}
@@ -145,6 +149,13 @@ def compress(chosen: argparse.Namespace) -> None:
     nsvd.save(model, tokenizer, chosen.out, report=about | {"calibration": calibration})
     label = chosen.method if chosen.method in RECIPES else method.label
     print(f"{chosen.out}: {label}, {'; '.join(said)}")
+
+
+def _first(sizes: dict[str, int], most: int = 3) -> str:
+    """The first few names with their numbers of parameters, and how many more there are."""
+    told = [f"{name} ({size:,})" for name, size in list(sizes.items())[:most]]
+    rest = sum(list(sizes.values())[most:])
+    return ", ".join(told + ([f"others ({rest:,})"] if rest else []))
 
 
 def _usual_text(model: str, method: str) -> str:
@@ -225,6 +236,8 @@ def info(chosen: argparse.Namespace) -> None:
     about = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     reached = about.get("ratio_reached")
     removed = f", {reached:.1%} of the target layers' parameters removed" if reached is not None else ""
+    whole = about.get("model_ratio_reached")
+    removed += f", {whole:.1%} of the whole model's" if whole is not None else ""
     if "method" in about:
         print(f"compressed by {about['method']} {about.get('options') or ''}{removed}")
     if cache := about.get("latent_cache"):

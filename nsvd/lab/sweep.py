@@ -121,5 +121,4 @@ def _outer(cell: tuple[str, float, dict]) -> str | None:
     method, _, options = cell
     if method == DENSE:
         return None
-    rest = {name: value for name, value in options.items() if name != "k1"}
-    return f"{by_name(method).outer.__name__} {sorted(rest.items())}"
+    return str(by_name(method).outer_step(options))

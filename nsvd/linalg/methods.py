@@ -53,6 +53,10 @@ class Method:
             check_option(name, value)
         return self.options | options
 
+    def outer_step(self, options: dict) -> dict:
+        """The outer step and its options: methods that agree in them share one preparation."""
+        return {"step": self.outer.__name__} | {n: v for n, v in self.resolve(options).items() if n != "k1"}
+
     def least_rank(self, options: dict) -> int:
         """The smallest rank with these options: 1, or what k1 leaves two steps of."""
         chosen = self.resolve(options)
@@ -91,6 +95,11 @@ class SplitMethod(Method):
 
     def resolve(self, options: dict) -> dict:
         return Method(self.label, self.outer, options=self.options | self.inner(options)[0].options).resolve(options)
+
+    def outer_step(self, options: dict) -> dict:
+        """That of the inner method, and what decides on the blocks."""
+        (inner, rest), chosen = self.inner(options), self.resolve(options)
+        return inner.outer_step(rest) | {name: chosen[name] for name in ("prime", "keep_outer", "compress_v")}
 
     def prepare(self, W: Float[Tensor, "d_out d_in"], moments: Moments | None, **options) -> Decomposition:
         raise ValueError(

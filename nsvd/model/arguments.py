@@ -34,6 +34,12 @@ class Arguments:
     search_count: int | None
     seed: int
     progress: bool
+    sampled_text: bool = False  # whether ``domains`` is what the model has written
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compress."""
+        return not (self.ranks if self.ratio is None else self.ratio)
 
     @property
     def splits(self) -> bool:

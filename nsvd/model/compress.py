@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,8 @@ from nsvd.model.exchange import Exchange
 from nsvd.model.layers import CompressedLayer
 from nsvd.model.moments import Statistics
 from nsvd.model.prepare import check_statistics, take_statistics
-from nsvd.model.report import Clock, peak_memory, versions
+from nsvd.model.prepared import Prepared, check_prepared
+from nsvd.model.report import Clock, Report, left_alone, peak_memory, text_of, versions
 from nsvd.model.sampling import own_text
 from nsvd.model.sola import split
 from nsvd.model.soundness import check_exchanged, check_values, predicted
@@ -28,40 +28,6 @@ from nsvd.model.whole_layers import Result, factor
 RANKS_EVERY = (
     2  # every second window is enough for moments that decide on ranks alone, as where the layers see shifted ones
 )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ``compress_`` did. Parameters and bytes count the target layers' weights, biases left out."""
-
-    method: str
-    options: dict
-    allocation: str  # of ALLOCATIONS, or "given"
-    factors: str  # of FACTORS
-    shifted: bool
-    refine: int  # steps a block
-    distill: int  # steps
-    losses: list[float]  # at every one of them, nats a token
-    seed: int
-    calibration: dict | None  # where the statistics come from, and the weights of several domains
-    search_tokens: int  # that went through the model to find the ranks
-    ratio: float | None  # asked
-    ratio_reached: float
-    params_before: int
-    params_after: int
-    bytes_before: int
-    bytes_after: int
-    seconds: dict[str, float]  # by stage
-    peak_memory: int | None  # bytes: of the GPU where there is one, else of the process so far; None: not known
-    versions: dict[str, str]
-    table: (
-        pd.DataFrame
-    )  # a row a layer; errors of the float64 factors, or of refined and distilled ones in the model's dtype
-    moves: list = field(default_factory=list)  # of SoLA's search, see ``nsvd.linalg.sola_ranks``
-
-    def as_dict(self) -> dict:
-        """Everything but the table and the moves, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name not in ("table", "moves")}
 
 
 @torch.inference_mode(False)
@@ -81,7 +47,7 @@ def compress_(
     windows: Tensor | Sequence[Tensor] | None = None,
     weights: Sequence[float] | str = "uniform",
     search_count: int | None = None,
-    prepared: Mapping[str, Decomposition] | None = None,
+    prepared: Prepared | None = None,
     seed: int = 0,
     progress: bool = False,
     **options: float | str,
@@ -99,7 +65,7 @@ def compress_(
             of ``nsvd.linalg.sola.PUBLISHED`` and of its ``inner`` method). Or ``best``: ``kfac``
             with the allocation ``fisher``, pivoted factors and shifted inputs, on text that the model samples from itself
             where no ``windows`` are given.
-        ratio: fraction of the target layers' parameters to remove, in [0, 1); 0 leaves all dense.
+        ratio: fraction of the target layers' parameters to remove, in [0, 1); 0 leaves all dense, and no text is needed.
         ranks: in place of ``ratio``, the rank of each layer to compress; layers that are not named stay dense.
         allocation: how ``ratio`` is shared out: ``uniform`` (the default), the same for every layer; ``strs``, the ASVD
             paper's rank search, some nine passes over ``windows`` a layer; ``spectrum``, from the singular values; ``fisher``,
@@ -120,7 +86,8 @@ def compress_(
         weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
             ``mix``. Statistics that are given bring the weights they were mixed with.
         search_count: how many windows of every domain ``strs`` searches on; by default all.
-        prepared: what ``prepare`` returned for this model, statistics, outer step and options; to follow inputs needs others.
+        prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused; to follow inputs needs
+            others.
         seed: of what is sampled.
 
     Raises:
@@ -142,20 +109,38 @@ def compress_(
         check_readable(model, ids)
     check_values(model)
     before = predicted(model)
+    if ask.idle:
+        nothing = Result(Exchange(model, layers, stats, ask, clock).table({}, {}), [])
+        return _report(model, ask, layers, stats, nothing, clock, {})
     if ask.sampled:
-        ask = replace(ask, domains=[own_text(model, seed=seed)])
+        ask = replace(ask, domains=[own_text(model, seed=seed)], sampled_text=True)
         clock.lap("sample")
-    texts = ask.domains
+    texts, used = ask.domains, _texts(ask, stats)
     if stats is None and ask.shifted and wanted is None:
         texts = [ids[::RANKS_EVERY] for ids in texts]
     how = {"weights": weights, "ratio": ratio}
     stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, seed, progress, **how)
     check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
+    if prepared is not None:
+        check_prepared(prepared, layers, stats, ask.method, ask.options)
     if ask.splits:
         result = _split(model, layers, stats, ask, prepared, clock, before)
     else:
         result = factor(Exchange(model, layers, stats, ask, clock), wanted, prepared, before)
-    return _report(model, ask, layers, stats, result, clock)
+    return _report(model, ask, layers, stats, result, clock, used)
+
+
+def _texts(ask: Arguments, stats: Statistics | None) -> dict[str, dict]:
+    """Which of the windows serve what, besides the calibration, of which the statistics tell themselves."""
+    gradients = (ask.judge.needs_gradients or ask.allocation == "fisher") and not (stats and stats.gradients)
+    purposes = {
+        "gradients": gradients,
+        "targets": ask.shifted,
+        "search": ask.allocation == "strs",
+        "distillation": ask.distill,
+    }
+    source = "sampled from the model" if ask.sampled_text else "given windows"
+    return {purpose: text_of(ask.domains, source) for purpose, served in purposes.items() if served and ask.domains}
 
 
 def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Arguments) -> dict[str, int] | None:
@@ -204,21 +189,25 @@ def _report(
     stats: Statistics | None,
     result: Result,
     clock: Clock,
+    texts: dict,
 ) -> Report:
     """What was done; told to the model, too, so that it is saved with it."""
     table = result.table
     before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
-    size = next(iter(layers.values())).weight.element_size()
+    size, whole = next(iter(layers.values())).weight.element_size(), sum(p.numel() for p in model.parameters())
     report = Report(
         method=ask.name, options=ask.method.resolve(ask.options),
         allocation=ask.allocation if ask.ranks is None else "given", factors=ask.factors,
         shifted=ask.shifted, refine=ask.refine, distill=ask.distill, losses=list(result.losses), seed=ask.seed,
-        calibration=None if stats is None else stats.origin, search_tokens=result.tokens, ratio=ask.ratio,
-        ratio_reached=1 - after / before, params_before=before, params_after=after, bytes_before=before * size,
+        calibration=None if stats is None else stats.origin, texts=texts, search_tokens=result.tokens, ratio=ask.ratio,
+        ratio_reached=1 - after / before, params_before=before, params_after=after,
+        model_ratio_reached=(before - after) / (whole + before - after), model_params_before=whole + before - after,
+        model_params_after=whole, left_alone=left_alone(model, layers), bytes_before=before * size,
         bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table,
         moves=list(result.moves),
     )  # fmt: skip
     if result.changed:
         told = ("method", "options", "allocation", "factors", "shifted", "refine", "distill", "ratio", "ratio_reached")
+        told += ("model_ratio_reached",)
         mark_compressed(model, result.changed, **{name: getattr(report, name) for name in told})
     return report

@@ -15,6 +15,7 @@ from nsvd.linalg.sola import WHOLE, Block
 from nsvd.model.blocks import blocks
 from nsvd.model.fisher import fisher
 from nsvd.model.moments import Statistics, calibrate, mix
+from nsvd.model.prepared import Prepared, describing
 from nsvd.model.report import Clock
 from nsvd.model.roles import roles
 from nsvd.model.soundness import check_values
@@ -27,15 +28,29 @@ GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gr
 @torch.no_grad()
 def prepare(
     model: nn.Module, stats: Statistics | None, method: str, *, progress: bool = False, **options: float | str
-) -> dict[str, Decomposition]:
+) -> Prepared:
     """The method's outer decomposition of every target layer, for all ranks at once.
 
     Give it to ``compress_(…, prepared=…)`` again and again: a sweep over ratios, over k1, or over methods with one outer
     step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. For ``sola``, of the blocks that it factors. Computed
-    in float64 on the layer's device (on the CPU where that has none), kept in the host's memory.
+    in float64 on the layer's device (on the CPU where that has none), kept in the host's memory. What it is of is kept with it:
+    for another outer step, other options, weights or statistics it is refused.
     """
     chosen, layers = by_name(method), targets(model)
     check_values(model)
+    found = decompositions(model, layers, stats, chosen, options, progress)
+    return Prepared(found, *describing(layers, stats, chosen, options))
+
+
+def decompositions(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    stats: Statistics | None,
+    chosen: Method,
+    options: dict,
+    progress: bool,
+) -> dict[str, Decomposition]:
+    """The same as a plain dictionary, for use at once."""
     check_statistics(layers, stats, chosen)
     parts = dict.fromkeys(layers, WHOLE)
     if isinstance(chosen, SplitMethod):

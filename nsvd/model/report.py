@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
+import pandas as pd
 import torch
 import transformers
 from torch import Tensor, nn
 
 from nsvd.linalg.errors import calibration_loss, weight_error
 from nsvd.linalg.precision import double
+from nsvd.model.files import fingerprint
 from nsvd.model.moments import Statistics
 from nsvd.version import __version__
 
@@ -36,6 +41,70 @@ def relative_errors(layer: nn.Linear, dense: Tensor, stats: Statistics | None, n
         whole = calibration_loss(W, torch.zeros_like(W), G)
         row["calibration_error"] = (max(calibration_loss(W, dense, G), 0.0) / whole) ** 0.5 if whole else 0.0
     return row
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``compress_`` did.
+
+    Parameters and bytes count the target layers' weights, biases left out; those of the ``model`` count everything.
+    """
+
+    method: str
+    options: dict
+    allocation: str  # of ALLOCATIONS, or "given"
+    factors: str  # of FACTORS
+    shifted: bool
+    refine: int  # steps a block
+    distill: int  # steps
+    losses: list[float]  # at every one of them, nats a token
+    seed: int
+    calibration: dict | None  # where the statistics come from, and the weights of several domains
+    texts: dict[
+        str, dict
+    ]  # the text of the gradients, of the targets of shifted inputs, of the search and the distillation
+    search_tokens: int  # that went through the model to find the ranks
+    ratio: float | None  # asked
+    ratio_reached: float
+    params_before: int
+    params_after: int
+    model_ratio_reached: float  # the share of the whole model
+    model_params_before: int
+    model_params_after: int
+    left_alone: dict[str, int]  # parameters outside the target layers, by name with * for numbers
+    bytes_before: int
+    bytes_after: int
+    seconds: dict[str, float]  # by stage
+    peak_memory: int | None  # bytes: of the GPU where there is one, else of the process so far; None: not known
+    versions: dict[str, str]
+    table: (
+        pd.DataFrame
+    )  # a row a layer; errors of the float64 factors, or of refined and distilled ones in the model's dtype
+    moves: list = field(default_factory=list)  # of SoLA's search, see ``nsvd.linalg.sola_ranks``
+
+    def as_dict(self) -> dict:
+        """Everything but the table and the moves, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("table", "moves")}
+
+
+def left_alone(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+    """Parameters outside the named layers by name, numbers in it replaced by *; the largest first."""
+    inside = {id(p) for name in layers for p in model.get_submodule(name).parameters()}
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in inside:
+            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+            sizes[pattern] = sizes.get(pattern, 0) + parameter.numel()
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def text_of(domains: Sequence[Tensor], source: str) -> dict:
+    """What is told of a text: where it is from, and of every domain the windows' shape and a fingerprint."""
+    return {
+        "source": source,
+        "windows": [list(d.shape) for d in domains],
+        "fingerprints": [fingerprint([d]) for d in domains],
+    }
 
 
 class Clock:

@@ -25,6 +25,7 @@ from nsvd.model.layers import LowRankLinear
 from nsvd.model.loss import check_text, window_losses
 from nsvd.model.moments import Statistics, calibrate
 from nsvd.model.prepare import check_statistics, naming, prepare_layer
+from nsvd.model.prepared import Prepared, check_prepared
 from nsvd.model.soundness import check_values
 from nsvd.model.targets import targets
 from nsvd.model.text import windows_at_once
@@ -113,6 +114,8 @@ def sensitivity(
     chosen, settings, layers = by_name(method), by_name(method).resolve(options), targets(model)
     check_values(model)
     check_statistics(layers, stats, chosen)
+    if isinstance(prepared, Prepared):
+        check_prepared(prepared, layers, stats, chosen, options)
     about = {} if records is None else _about(model, stats, windows, method, settings)
     about |= {"factors": factors} if factors != "plain" else {}
     check_text(model, windows)

@@ -15,7 +15,7 @@ from nsvd.model.allocation import searched
 from nsvd.model.exchange import Exchange
 from nsvd.model.hooks import exchanged
 from nsvd.model.moments import Statistics
-from nsvd.model.prepare import check_gradients, mean_gradients, prepare
+from nsvd.model.prepare import check_gradients, decompositions, mean_gradients
 from nsvd.model.recipes import recipe
 from nsvd.model.soundness import check_exchanged
 
@@ -70,7 +70,7 @@ def _search(
     if ask.allocation == "fisher":
         check_gradients(job.layers, job.stats, "allocation 'fisher'")
     if prepared is None:
-        prepared = prepare(job.model, job.stats, **how)
+        prepared = decompositions(job.model, job.layers, job.stats, ask.method, ask.options, ask.progress)
         job.clock.lap("decompose")
     text = torch.cat([ids[: ask.search_count] for ids in ask.domains]) if ask.allocation == "strs" else None
     how |= {"factors": ask.factors}

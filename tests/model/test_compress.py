@@ -11,6 +11,8 @@ from torch import nn
 import nsvd
 from nsvd import own_text
 from nsvd.linalg import Method, rank_for_ratio
+from nsvd.model import compress
+from nsvd.model.files import fingerprint
 from nsvd.model.sampling import OPENING
 from tests.linalg.reference import MATRIX
 from tests.tiny import (
@@ -216,6 +218,106 @@ def test_prepare_takes_the_options_of_the_outer_step(stats):
     nsvd.compress_(other, stats, method="asvd", ratio=0.3, alpha=0.5)
     assert_equal_tensors(factors(ours), factors(theirs))
     assert not torch.equal(factors(ours)[f"{Q}.up.weight"], factors(other)[f"{Q}.up.weight"])
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "message"),
+    [
+        ({"method": "asvd-0"}, {"method": "asvd-1"}, "prepared is for step asvd_0, but ASVD-I asks for step asvd_1"),
+        (
+            {"method": "asvd"},
+            {"method": "asvd", "alpha": 1.0},
+            r"step asvd, alpha 0\.5, but ASVD asks for step asvd, alpha 1\.0",
+        ),
+        ({"method": "ridge"}, {"method": "kfac"}, "step ridge, mu 0.1, but K-FAC asks for step kfac"),
+        ({"method": "sola", "keep_outer": 0}, {"method": "sola", "keep_outer": 1}, "keep_outer 0.* keep_outer 1"),
+        ({"method": "asvd-1"}, {"method": "asvd-1", "allocation": "spectrum", "seed": 1}, "of other weights"),
+        ({"method": "svd"}, {"method": "svd", "seed": 1}, "of other weights"),
+        ({"method": "nsvd-1", "text": 5}, {"method": "nid-1"}, "of other statistics"),
+        ({"method": "asvd-0", "text": 5}, {"method": "asvd-0", "allocation": "spectrum"}, "of other statistics"),
+        (None, {"method": "asvd-1"}, r"prepared is a dict, but what prepare\(\) returns is wanted"),
+    ],
+)
+def test_what_was_prepared_for_something_else_is_refused(made, used, message, stats):
+    """Another outer step or option, other weights, other statistics: the model is as it was."""
+    prepared, used = {}, dict(used)
+    model = tiny_model(seed=used.pop("seed", 0))
+    if made is not None:
+        made = dict(made)
+        source = statistics(tiny_model(), token_ids(seed=made.pop("text"))) if "text" in made else stats
+        prepared = nsvd.prepare(tiny_model(), source, **made)
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        nsvd.compress_(model, stats, ratio=0.2, prepared=prepared, **used)
+    assert_same(before, model)
+    if used["method"] == "asvd-1":
+        with pytest.raises(ValueError, match="prepared is"):
+            nsvd.sensitivity(model, stats, IDS, method="asvd-1", prepared=prepared or nsvd.prepare(model, stats, "svd"))
+
+
+MOE = {"intermediate_size": 48, "num_key_value_heads": 2}
+EXPERTS = {
+    "mixtral": MOE | {"num_local_experts": 4},
+    "qwen3_moe": MOE
+    | {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
+    "gpt_oss": MOE | {"num_local_experts": 4, "head_dim": 8},
+    "llama": {},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_the_report_tells_the_share_of_the_whole_model_and_what_was_left_alone(family):
+    """Fused experts are not compressed: half of the layers may be a twentieth of the model."""
+    model = tiny_model(family, **EXPERTS[family])
+    before, names = model.num_parameters(), nsvd.targets(model)
+    layers = {id(p) for layer in names.values() for p in layer.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in layers)
+    report = nsvd.compress_(model, windows=IDS, method="asvd-1", ratio=0.5)
+    after = model.num_parameters()
+    assert (report.model_params_before, report.model_params_after) == (before, after)
+    assert report.model_ratio_reached == pytest.approx(1 - after / before)
+    assert sum(report.left_alone.values()) == rest
+    assert list(report.left_alone.values()) == sorted(report.left_alone.values(), reverse=True)
+    if family != "llama":
+        assert report.model_ratio_reached < 0.2 < 0.5 <= report.ratio_reached
+        assert next(iter(report.left_alone)).startswith("model.layers.*.mlp.experts.")
+    assert model.config.quantization_config.model_ratio_reached == report.model_ratio_reached
+
+
+def test_the_report_tells_which_text_served_what(stats):
+    """Given statistics say what they are of; the text that gradients, targets, search and distillation saw is told beside it."""
+    sampled = nsvd.compress_(tiny_model(), nsvd.calibrate(tiny_model(), IDS), method="best", ratio=0.3)
+    assert sampled.calibration["windows"] == list(IDS.shape)
+    assert set(sampled.texts) == {"gradients", "targets"}
+    assert {text["source"] for text in sampled.texts.values()} == {"sampled from the model"}
+    assert sampled.texts["targets"]["windows"] == [[128, 32]]
+    given = nsvd.compress_(tiny_model(), stats, method="kfac", ratio=0.3, windows=IDS, shifted=True, distill=1)
+    assert set(given.texts) == {"targets", "distillation"}  # the statistics brought their gradients
+    assert given.texts["targets"] == {
+        "source": "given windows",
+        "windows": [list(IDS.shape)],
+        "fingerprints": [fingerprint([IDS])],
+    }
+    searched = nsvd.compress_(tiny_model(), stats, method="svd", ratio=0.3, windows=IDS, allocation="strs")
+    assert set(searched.texts) == {"search"}
+    assert nsvd.compress_(tiny_model(), stats, method="asvd-1", ratio=0.3).texts == {}
+    json.dumps(sampled.as_dict())
+
+
+@pytest.mark.parametrize("method", ["best", "asvd-1", "sola", "svd"])
+def test_nothing_to_remove_needs_no_text(method, monkeypatch):
+    """Neither sampled nor read: the model is what it was."""
+
+    def costly(*_args, **_how):
+        raise AssertionError("something was computed")
+
+    for name in ("own_text", "take_statistics"):
+        monkeypatch.setattr(compress, name, costly)
+    model = tiny_model()
+    before = state(model)
+    report = nsvd.compress_(model, method=method, ratio=0)
+    assert_same(before, model)
+    assert (report.ratio_reached, report.model_ratio_reached, report.table.dense.all()) == (0, 0, True)
 
 
 @pytest.mark.parametrize(
