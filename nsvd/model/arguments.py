@@ -51,6 +51,12 @@ class Arguments:
         return self.allocation != "uniform" and self.ratio > 0 and not self.splits
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether a layer's moments are needed once, when it is factored, and not again."""
+        follows = self.shifted or self.distill or self.splits or self.method.needs_gradients
+        return self.method.needs_moments and self.allocation == "uniform" and bool(self.domains) and not follows
+
+    @property
     def sampled(self) -> bool:
         """Whether the text is to be the model's own."""
         return self.name in RECIPES and not self.domains

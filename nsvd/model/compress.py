@@ -23,6 +23,7 @@ from nsvd.model.sola import split
 from nsvd.model.soundness import check_exchanged, check_values, predicted
 from nsvd.model.targets import targets
 from nsvd.model.text import check_readable
+from nsvd.model.walked import Walked, walkable
 from nsvd.model.whole_layers import Result, factor
 
 RANKS_EVERY = (
@@ -118,9 +119,13 @@ def compress_(
     texts, used = ask.domains, _texts(ask, stats)
     if stats is None and ask.shifted and wanted is None:
         texts = [ids[::RANKS_EVERY] for ids in texts]
-    how = {"weights": weights, "ratio": ratio}
-    stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, seed, progress, **how)
-    check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
+    decoder = walkable(model) if stats is None and ask.one_by_one and weights != "worst-case" else None
+    if decoder is not None and prepared is None:
+        stats = Walked(decoder, texts, list(wanted), weights, progress=progress)
+    else:
+        how = {"weights": weights, "ratio": ratio}
+        stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, seed, progress, **how)
+        check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
     if prepared is not None:
         check_prepared(prepared, layers, stats, ask.method, ask.options)
     if ask.splits:
@@ -152,7 +157,7 @@ def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Arguments) ->
             raise ValueError(f"no layer {name!r} to compress; the model has {', '.join(list(layers)[:3])}, …")
         if not 1 <= k <= min(layers[name].weight.shape):
             raise ValueError(f"layer {name}: rank {k} is not in 1 … {min(layers[name].weight.shape)}")
-    return dict(ask.ranks)
+    return {name: ask.ranks[name] for name in layers if name in ask.ranks}
 
 
 def _split(

@@ -22,6 +22,7 @@ from nsvd.model.prepare import naming, prepare_layer
 from nsvd.model.refine import refine_block_
 from nsvd.model.report import Clock, relative_errors
 from nsvd.model.shifted import Batch, replace_in_order_
+from nsvd.model.walked import Walked
 
 TARGET_RIDGE = 0.03  # of shifted targets, for methods without a ridge of their own: the inputs never fix a target alone
 
@@ -50,6 +51,9 @@ class Exchange:
         new = {}
         for name, k in tqdm(ranks.items(), "compress", disable=not self.ask.progress, leave=False):
             layer = self.layers[name]
+            if isinstance(self.stats, Walked):
+                self.stats[name]  # takes them, where the layer is the first of its block
+                self.clock.lap("calibrate")
             have = None if prepared is None else prepared[name].to(home(layer.weight))
             one = have or prepare_layer(layer, name, self.stats, self.ask.method, self.options)
             self.clock.lap("decompose")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,16 +70,18 @@ def mix(
     first = domains[0]
     if any(other.inputs != first.inputs for other in domains):
         raise ValueError("the statistics to mix are not of the same layers")
-    if weights == "worst-case":
-        shares = _worst_case(domains, model, ratio)
-    else:
-        weights = [1.0] * len(domains) if weights == "uniform" else weights
-        shares = [w / sum(weights) for w in weights]
-    moments = {name: _mixed([d.moments[name] for d in domains], shares) for name in first.moments}
+    shares = _worst_case(domains, model, ratio) if weights == "worst-case" else shares_of(weights, len(domains))
+    moments = {name: mixed([d.moments[name] for d in domains], shares) for name in first.moments}
     gradients = {}
     if all(d.gradients for d in domains):
         gradients = {n: sum(w * d.gradients[n] for w, d in zip(shares, domains, strict=True)) for n in first.gradients}
     return Statistics(moments, first.inputs, {"mixed": [d.origin for d in domains], "weights": shares}, gradients)
+
+
+def shares_of(weights: Sequence[float] | str, count: int) -> list[float]:
+    """Weights of sum 1 for so many domains, from ``uniform`` or numbers."""
+    weights = [1.0] * count if weights == "uniform" else weights
+    return [w / sum(weights) for w in weights]
 
 
 def check_mixture(weights: Sequence[float] | str, count: int) -> None:
@@ -94,7 +96,8 @@ def check_mixture(weights: Sequence[float] | str, count: int) -> None:
         raise ValueError(f"{count} domains and the weights {list(weights)}: give one weight, not negative, for each")
 
 
-def _mixed(parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
+def mixed(parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
+    """The moments of several domains as one, with weights of sum 1; see ``mix``."""
     scales = mixing([m.G for m in parts], shares)
     G = sum(a * m.G for a, m in zip(scales, parts, strict=True))
     mean_abs = sum((w * a).sqrt() * m.mean_abs for w, a, m in zip(shares, scales, parts, strict=True))
@@ -162,7 +165,20 @@ def calibrate(
         FloatingPointError: if an input holds NaN or Inf; the first such layer is named.
     """
     check_windows(windows, model)
-    names = list(targets(model) if layers is None else layers)
+    inputs = inputs_of(model, list(targets(model) if layers is None else layers), windows, batch)
+    running, overflown = {name: RunningMoments() for name in dict.fromkeys(inputs.values())}, None
+    with watch_inputs(model, running, lambda name, x: running[name].add(x)):
+        for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
+            if overflown is None and not _forward(model, ids).isfinite().all():
+                overflown = ids
+    check_sums(model, running)
+    if overflown is not None:
+        raise overflow(model, overflown)
+    return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin_of(model, windows))
+
+
+def inputs_of(model: nn.Module, names: Sequence[str], windows: Tensor, batch: int = 8) -> dict[str, str]:
+    """As ``readers``, on the windows; raises ``ValueError`` if none of them reaches a layer."""
     inputs = readers(model, names, (windows[:1, :8], *windows.split(batch)))
     silent = [name for name in names if name not in inputs]
     if silent:
@@ -170,25 +186,32 @@ def calibrate(
             f"{len(silent)} of {len(names)} layers saw no input, first {silent[0]}: take a text that reaches them, "
             "or calibrate(layers=) those that run, and give compress_ their ranks="
         )
-    running, overflown = {name: RunningMoments() for name in dict.fromkeys(inputs.values())}, None
-    with watch_inputs(model, running, lambda name, x: running[name].add(x)):
-        for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
-            if overflown is None and not _forward(model, ids).isfinite().all():
-                overflown = ids
+    return inputs
+
+
+def check_sums(model: nn.Module, running: Mapping[str, RunningMoments]) -> None:
+    """Raise ``FloatingPointError`` naming the first layer whose input held NaN or Inf."""
     for name, sums in running.items():
         if not sums.outer.isfinite().all():
             broken = [key for key, value in model.named_parameters() if not value.isfinite().all()]
             cause = f"; so does the parameter {broken[0]}" if broken else ""
             raise FloatingPointError(f"the input of layer {name} holds NaN or Inf on the calibration text{cause}")
-    if overflown is not None:
-        where = first_broken(model, overflown)
-        raise FloatingPointError(f"what the model gives out holds NaN or Inf on the calibration text{where}")
-    origin = {
+
+
+def overflow(model: nn.Module, ids: Tensor) -> FloatingPointError:
+    """What to raise where hidden states of these windows are NaN or Inf: it names the module where that begins."""
+    return FloatingPointError(
+        f"what the model gives out holds NaN or Inf on the calibration text{first_broken(model, ids)}"
+    )
+
+
+def origin_of(model: nn.Module, windows: Tensor) -> dict:
+    """What statistics of these windows were taken from."""
+    return {
         "model": short_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
         "windows": list(windows.shape),
         "sha256": hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()[:16],
     }
-    return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin)
 
 
 def check_windows(windows: Tensor, model: nn.Module | None = None) -> None:
