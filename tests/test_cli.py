@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -584,3 +585,17 @@ def test_libraries_say_nothing_before_the_one_line():
     """Log lines and warnings of theirs stay away from standard error."""
     done = subprocess.run([sys.executable, "-c", NOISY], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "nsvd info: bad model\n")
+
+
+def test_compress_and_info_tell_the_share_of_the_whole_model(tmp_path, capsys):
+    """Of fused experts nothing is removed: half of the layers is little of the model, and what was left alone is named."""
+    experts = {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}
+    nsvd.save(tiny_model("mixtral", **experts), tiny_tokenizer(), tmp_path / "m")
+    assert main(["compress", str(tmp_path / "m"), str(tmp_path / "low"), "--method", "svd", "--ratio", "0.5"]) == 0
+    told = capsys.readouterr().out
+    share = re.search(
+        r"5\d\.\d% of the layers' 6,144 parameters removed .*; (\d\.\d%) of the whole model's [\d,]+ removed, ", told
+    )
+    assert "left alone model.layers.*.mlp.experts.gate_up_proj (24,576), " in told
+    assert main(["info", str(tmp_path / "low")]) == 0
+    assert f", {share[1]} of the whole model's" in capsys.readouterr().out

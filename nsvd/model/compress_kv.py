@@ -37,6 +37,7 @@ from nsvd.model.prepare import check_gradients, check_statistics, naming, take_s
 from nsvd.model.recipes import RECIPES, base_method, recipe
 from nsvd.model.report import Clock, peak_memory, relative_errors, versions
 from nsvd.model.sampling import own_text
+from nsvd.model.soundness import check_values
 
 CACHE_ALLOCATIONS = ("uniform", "fisher")
 
@@ -114,6 +115,7 @@ def compress_kv_(
     joint = usual.get("joint", False) if joint is None else joint
     settings, domains = chosen.resolve(options), [windows] if isinstance(windows, Tensor) else list(windows or ())
     _check(model, cache_ratio, allocation, absorb)
+    check_values(model)
     projections = _projections(model)
     rotated, absorbing = _examined(model, absorb)
     clock.lap("examine")

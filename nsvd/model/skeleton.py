@@ -19,6 +19,7 @@ from nsvd.model.folder import CheckpointError, Stored
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 SPARE_TENSORS, SPARE_BYTES = 2_000, 2**30  # beyond what the files hold: fused and tied weights; masks and rotations
+TAIL = 4  # parts of a name, the number of a block among them
 
 
 @contextmanager
@@ -48,7 +49,9 @@ def limited(stored: Mapping[str, Stored]) -> Iterator[None]:
 def matched(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, tuple[Tensor, Stored | None]]:
     """Every tensor that the model loads, with its entry in the files; None where no entry has its name.
 
-    transformers adds or drops the prefix of the base model, so either is found. Tied tensors that no file holds are left out.
+    transformers adds or drops the prefix of the base model, so either is found. It also gives parts of models that see other
+    places: an entry that no tensor has the name of is taken where it alone ends like the tensor's name, in ``TAIL`` parts at
+    least. Tied tensors that no file holds are left out.
     """
     prefix = f"{model.base_model_prefix}."
     tied = model.all_tied_weights_keys
@@ -57,7 +60,22 @@ def matched(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, t
         entry = next((stored[name] for name in (key, prefix + key, key.removeprefix(prefix)) if name in stored), None)
         if entry is not None or key not in tied:
             found[key] = tensor, entry
+    used = {id(entry) for _, entry in found.values()}
+    tails: dict[str, list[Stored]] = {}
+    for name, entry in stored.items():
+        for tail in _tails(name) if id(entry) not in used else ():
+            tails.setdefault(tail, []).append(entry)
+    for key, (tensor, entry) in found.items():
+        longest = next((tails[tail] for tail in _tails(key) if tail in tails), ()) if entry is None else ()
+        if len(longest) == 1:
+            found[key] = tensor, longest[0]
     return found
+
+
+def _tails(name: str) -> list[str]:
+    """The ends of a dotted name that have ``TAIL`` parts or more, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - TAIL + 1)]
 
 
 def check_fits(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
