@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for _library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):  # what matters of what they say is raised
@@ -262,20 +263,30 @@ def _flush() -> None:
         raise
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong with the arguments in one line; the usage, which can be long, is in ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; {self.prog} --help tells more\n")
+
+
 def _shard(text: str) -> tuple[int, int]:
-    i, _, n = text.partition("/")
-    return int(i), int(n)
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n, two whole numbers") from error
+    return i, n
 
 
 def _seed(text: str) -> int:
-    digits = text.removeprefix("-")
-    if not (digits.isdecimal() and len(digits) < 21 and -(2**63) <= int(text) < 2**64):
-        raise argparse.ArgumentTypeError("a whole number of 64 bits is needed")
-    return int(text)
+    with suppress(ValueError):
+        if -(2**63) <= int(text) < 2**64:  # what a generator takes
+            return int(text)
+    raise argparse.ArgumentTypeError("a whole number of 64 bits is needed")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("nsvd", description="Low-rank compression of language models.")
+    parser = _Parser("nsvd", description="Low-rank compression of language models.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
     def command(function) -> argparse.ArgumentParser:

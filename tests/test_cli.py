@@ -506,27 +506,32 @@ def test_what_run_cannot_do_is_one_line(arguments, message, here, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        [],
-        ["fly"],
-        ["info"],
-        ["evaluate"],
-        ["compress", MINI, "low"],
-        ["compress", MINI, "low", "--method", "svd", "--ratio", "much"],
-        ["compress", MINI, "low", *NSVD, "--speed", "9"],
-        ["run", "all", "--shard", "first"],
-        ["run", "all", "-p", "alone"],
+        ([], "nsvd: the following arguments are required: COMMAND; nsvd --help tells more"),
+        (["fly"], "nsvd: argument COMMAND: invalid choice: 'fly' (choose from "),
+        (["info"], "nsvd info: the following arguments are required: MODEL; nsvd info --help tells more"),
+        (["evaluate"], "nsvd evaluate: the following arguments are required: MODEL"),
+        (["compress", MINI, "low"], "nsvd compress: the following arguments are required: --method"),
+        (
+            ["compress", MINI, "low", "--method", "svd", "--ratio", "much"],
+            "nsvd compress: argument --ratio: invalid float value: 'much'",
+        ),
+        (["compress", MINI, "low", *NSVD, "--speed", "9\n8"], "nsvd: unrecognized arguments: --speed 9 8; nsvd --help"),
+        (["run", "all", "--shard", "first"], "nsvd run: argument --shard: 'first' is not i/n, two whole numbers"),
+        (["run", "all", "-p", "alone"], "nsvd run: argument -p: expected 2 arguments"),
+        (["evaluate", MINI, "--seed", "one"], "nsvd evaluate: argument --seed: a whole number of 64 bits is needed"),
     ],
 )
-def test_a_command_that_is_no_command_shows_the_usage(arguments, here, capsys):
-    """argparse's own answer: exit code 2, the usage, the error last."""
+def test_a_command_that_is_no_command_is_one_line(arguments, message, here, capsys):
+    """What is wrong with the arguments, and where the usage stands; exit code 2."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
-    error = capsys.readouterr().err.splitlines()
-    assert error[0].startswith("usage: nsvd")
-    assert "error:" in error[-1]
+    line = capsys.readouterr().err
+    assert line.startswith(message)
+    assert line.endswith("--help tells more\n")
+    assert line.count("\n") == 1
     assert contents(here) == {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def parse(text: str, what: str) -> object:
         return yaml.load(text, Loader=_Written)
     except RecursionError as error:
         raise ValueError(f"{what} is nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except Exception as error:  # a value that belies its tag raises what yaml happens to meet: !!bool x
         raise ValueError(f"{what} is not YAML: {error}") from error
 
 
@@ -100,7 +101,8 @@ def check(values: Mapping[str, object], kinds: Mapping[str, str]) -> None:
     """Refuse, in one sentence, a value that is not of its parameter's kind; a whole number is a float, too."""
     for name, value in values.items():
         if not _fits(value, kinds[name]):
-            raise ValueError(f"{name} is {_short(value)}, of type {type(value).__name__}; it is to be {kinds[name]}")
+            kind = kinds[name] or "a number, a text, true, false, null, or a list of such"
+            raise ValueError(f"{name} is {_short(value)}, of type {type(value).__name__}; it is to be {kind}")
 
 
 def _kind(annotation: str, default: str) -> str:
@@ -119,9 +121,15 @@ def _fits(value: object, kind: str) -> bool:
         return isinstance(value, list) and all(_fits(one, inner) for one in value)
     if kind == "float":
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        return False  # half a character; no file can hold it
-    return kind not in PLAIN or type(value) is PLAIN[kind]
+    return _plain(value) and (kind not in PLAIN or type(value) is PLAIN[kind])
+
+
+def _plain(value: object) -> bool:
+    """Whether the executed notebook can tell of the value: JSON has it, and UTF-8 has its characters (no half ones)."""
+    try:
+        return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode()) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _short(value: object) -> str:

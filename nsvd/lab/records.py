@@ -104,12 +104,18 @@ class Records:
     def frame(self, *, stale: bool = False) -> pd.DataFrame:
         """All records that count as found, a column for every parameter and number; with ``stale`` the others, too."""
         rows = (row for row in self._rows.values() if stale or self._counts(row))
-        return pd.DataFrame([row["parameters"] | row["numbers"] for row in rows])
+        cells = ((row["parameters"] | row["numbers"]).items() for row in rows)
+        return pd.DataFrame([{_whole(name): _whole(value) for name, value in row} for row in cells])
 
 
 def finite(numbers: dict) -> dict:
     """The same with None, JSON's null, in place of NaN and infinities."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
+
+def _whole(value: object) -> object:
+    """A lone surrogate in a text, which has no place in a table, escaped."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _key(parameters: dict) -> str:

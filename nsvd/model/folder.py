@@ -18,7 +18,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 METHOD = "nsvd"  # ``quant_method`` of our own checkpoints
 DEEPEST = 64  # levels of lists and objects in a JSON file
 MOST_LAYERS = 10_000  # unless the files hold more tensors than that
-QUANTIZED = ("F8", "F6", "F4")  # how the dtypes begin that no layer here computes with
+QUANTIZED = ("F8_", "F6_", "F4")  # how the dtypes begin that no layer here computes with
 
 
 class CheckpointError(ValueError):

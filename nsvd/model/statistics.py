@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -70,7 +71,8 @@ class Statistics(Mapping[str, Moments]):
         """Write everything to one safetensors file."""
         tensors = _tensors(self.moments, self.gradients)
         about = {"inputs": self.inputs, "n": {name: m.n for name, m in self.moments.items()}, "origin": self.origin}
-        about |= {"gradients": list(self.gradients), "fingerprint": fingerprint(tensors.values())}
+        about |= {"gradients": list(self.gradients)}
+        about |= {"sum": _sum(tensors, about)}
         with replacing(file) as part:
             save_file(tensors, part, metadata={"nsvd_statistics": json.dumps(about)})
 
@@ -99,8 +101,8 @@ class Statistics(Mapping[str, Moments]):
             if not tensor.isfinite().all():
                 layer, _, letter = name.rpartition(".")
                 raise FloatingPointError(f"{file}: {letter} of layer {layer} holds NaN or Inf")
-        if about.get("fingerprint") not in (None, fingerprint(tensors.values())):  # older files have none
-            raise ValueError(f"{file} is damaged: its numbers are not those that were written")
+        if "sum" in about and about.pop("sum") != _sum(tensors, about):  # older files have none
+            raise ValueError(f"{file} is damaged: it holds something else than was written")
         return cls(moments, inputs, origin, gradients)
 
 
@@ -109,6 +111,13 @@ def _tensors(moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) ->
     tensors = {f"{name}.G": m.G.contiguous() for name, m in moments.items()}
     tensors |= {f"{name}.mean_abs": m.mean_abs.contiguous() for name, m in moments.items()}
     return tensors | {f"{name}.H": H.contiguous() for name, H in gradients.items()}
+
+
+def _sum(tensors: Mapping[str, Tensor], about: dict) -> str:
+    """Digits that change with anything in the file: numbers, shapes, and what is told of them."""
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    text = json.dumps(json.loads(json.dumps([about, shapes])), sort_keys=True).encode()  # as it is read again
+    return fingerprint([*tensors.values(), torch.frombuffer(bytearray(text), dtype=torch.uint8)])
 
 
 def _moments(stored: safe_open, name: str, n: int) -> Moments:

@@ -36,14 +36,33 @@ class Outcome:
     growth: int  # bytes
 
 
+def refusing(work: Callable[[], object], culprit: str) -> int | None:
+    """What the command line makes of bad input: one line, and 2. It has to name the culprit."""
+    try:
+        work()
+    except (ValueError, OSError, ArithmeticError) as error:
+        if culprit not in str(error):
+            raise AssertionError(f"{type(error).__name__} does not name {culprit}: {error}") from error
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return REFUSED
+
+
 def run(kind: Callable[[int], Case], seeds: Iterable[int]) -> Iterator[Outcome]:
-    """The outcome of each seed. A case that hangs or kills its process costs that process alone."""
+    """The outcome of each seed. A case that hangs or kills its process costs that process alone.
+
+    All run in one folder of their own, the current one for them, which is removed in the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="nsvd-fuzz-") as place:
+        yield from _outcomes(kind, seeds, place)
+
+
+def _outcomes(kind: Callable[[int], Case], seeds: Iterable[int], place: str) -> Iterator[Outcome]:
     fork, worker, ours = multiprocessing.get_context("fork"), None, None
     try:
         for seed in seeds:
             if worker is None:
                 ours, theirs = fork.Pipe()
-                worker = fork.Process(target=_work, args=(kind, theirs), daemon=True)
+                worker = fork.Process(target=_work, args=(kind, theirs, place), daemon=True)
                 worker.start()
                 theirs.close()
             begin = time.monotonic()
@@ -70,8 +89,9 @@ def _receive(pipe, begin: float):
     return pipe.recv()
 
 
-def _work(kind: Callable[[int], Case], pipe) -> None:
+def _work(kind: Callable[[int], Case], pipe, place: str) -> None:
     """Draw and run the cases whose seeds come through the pipe."""
+    os.chdir(place)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 4 * BYTES, resource.RLIM_INFINITY))  # the machine is spared
     with tempfile.TemporaryFile() as stream:

@@ -2,7 +2,17 @@
 
 from collections.abc import Callable
 
+from tests.fuzz.commands import arguments
+from tests.fuzz.corpora import corpora
 from tests.fuzz.folders import folders
 from tests.fuzz.harness import Case
+from tests.fuzz.presets import presets
+from tests.fuzz.records import records
 
-KINDS: dict[str, Callable[[int], Case]] = {"folders": folders}
+KINDS: dict[str, Callable[[int], Case]] = {
+    "folders": folders,
+    "corpora": corpora,
+    "presets": presets,
+    "records": records,
+    "arguments": arguments,
+}

@@ -18,6 +18,8 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nsize: [*b, *b]\n"
         ("!!python/object/apply:os.getcwd []", "v is not YAML: could not determine a constructor"),
         ("a: 1\n---\nb: 2", "v is not YAML: expected a single document"),
         ("\ud800", "v is not YAML: "),
+        ("!!bool x", "v is not YAML: "),
+        ("!!timestamp x", "v is not YAML: "),
     ],
 )
 def test_a_value_that_cannot_be_read_is_named(text, message):

@@ -164,6 +164,7 @@ def test_any_character_may_stand_in_a_parameter(text, file):
     Records(file).add({"text": text}, {"nll": 1.0})
     Records(file).add(FIRST, {"nll": 2.0})
     assert Records(file).find(text=text) == {"nll": 1.0}
+    assert list(Records(file).frame().text[:1]) == [text.encode("utf-8", "backslashreplace").decode()]
     assert file.read_bytes().count(b"\n") == 2
 
 

@@ -192,6 +192,13 @@ KINDS = (
         ("ratios", "[0.2, x]", r"to be list\[float\]"),
         ("ratios", "{a: 1}", r"of type dict; it is to be list\[float\]"),
         ("list_of", "3", "list_of is 3, of type int; it is to be list"),
+        (
+            "odd",
+            "2024-05-01",
+            "odd is .*, of type date; it is to be a number, a text, true, false, null, or a list of such",
+        ),
+        ("odd", "[1, .nan]", r"odd is \[1, nan\], of type list; it is to be a number"),
+        ("list_of", "[2024-05-01]", r"list_of is \[.*\], of type list; it is to be list"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(name, text, message, project, executed):
@@ -203,7 +210,7 @@ def test_a_value_of_another_kind_is_refused(name, text, message, project, execut
 
 
 def test_a_value_of_the_kind_is_given_as_it_is(project, executed):
-    """A whole number is a float, too; where the kind is not known every value is taken."""
+    """A whole number is a float, too; where the kind is not known every value that JSON has is taken."""
     values = {
         "size": 4,
         "share": 1,

@@ -166,6 +166,17 @@ def test_the_tokenizer_is_stored_beside_the_weights(saved):
     assert tokenizer("häé")["input_ids"] == tiny_tokenizer()("häé")["input_ids"]
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("low", [False, True])
+def test_every_dtype_that_a_model_may_have_is_read_again(dtype, low, tmp_path):
+    """Dense or compressed."""
+    model = compressed(tiny_model()) if low else tiny_model()
+    nsvd.save(model.to(getattr(torch, dtype)), tiny_tokenizer(), tmp_path / "x")
+    again, _ = nsvd.load(tmp_path / "x", device="cpu")
+    assert again.dtype == getattr(torch, dtype)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 def test_another_precision_is_had_by_asking(saved):
     """``dtype="auto"`` keeps the stored one."""
     assert nsvd.load(saved, device="cpu")[0].dtype == torch.float32

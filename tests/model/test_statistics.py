@@ -90,7 +90,7 @@ def test_a_file_that_tells_nonsense_is_no_statistics(about, tmp_path):
         (f"{Q}.G", lambda G: G.long(), f"not a statistics file: layer {Q} has G"),
         (f"{Q}.mean_abs", lambda a: a[:3].contiguous(), rf"not a statistics file: layer {Q} .* mean_abs of \(3,\)"),
         (f"{Q}.H", lambda H: H[None].contiguous(), f"not a statistics file: layer {Q} has H"),
-        (f"{Q}.G", lambda G: G * 1.001, "is damaged: its numbers are not those that were written"),
+        (f"{Q}.G", lambda G: G * 1.001, "is damaged: it holds something else than was written"),
         (f"{Q}.mean_abs", lambda a: -a, "is damaged"),
     ],
 )
@@ -100,6 +100,30 @@ def test_numbers_that_are_not_those_written_are_refused(name, change, message, t
     nsvd.calibrate(model, IDS).with_gradients(nsvd.fisher(model, IDS)).save(tmp_path / "stats")
     rewritten(tmp_path / "stats", lambda tensors: tensors.update({name: change(tensors[name])}))
     with pytest.raises(ValueError, match=f"stats.*{message}"):
+        nsvd.Statistics.load(tmp_path / "stats")
+
+
+@pytest.mark.parametrize("about", [
+    lambda a: a["n"].update({Q: 5}), lambda a: a["inputs"].update({DOWN: Q}), lambda a: a["origin"].update(bos=True),
+    lambda a: a["gradients"].pop(), lambda a: a["inputs"].pop(Q) and None, lambda a: a.update(sum=None),
+])  # fmt: skip
+def test_what_is_told_of_the_numbers_is_theirs_too(about, tmp_path):
+    """How many tokens, which layers, and from where, by the same sum; a file without a sum is an older one."""
+    model = tiny_model()
+    nsvd.calibrate(model, IDS).with_gradients(nsvd.fisher(model, IDS)).save(tmp_path / "stats")
+    rewritten(tmp_path / "stats", about=lambda a: about(a) and None)
+    with pytest.raises(ValueError, match="stats is damaged: it holds something else than was written"):
+        nsvd.Statistics.load(tmp_path / "stats")
+    rewritten(tmp_path / "stats", about=lambda a: {k: v for k, v in a.items() if k != "sum"})
+    assert nsvd.Statistics.load(tmp_path / "stats")
+
+
+def test_a_reshaped_tensor_is_not_what_was_written(tmp_path):
+    """The numbers are the same, and a vector may stand in the place of H, too."""
+    model = tiny_model()
+    nsvd.calibrate(model, IDS).with_gradients(nsvd.fisher(model, IDS)).save(tmp_path / "stats")
+    rewritten(tmp_path / "stats", lambda tensors: tensors.update({f"{Q}.H": tensors[f"{Q}.H"].flatten()}))
+    with pytest.raises(ValueError, match="stats is damaged"):
         nsvd.Statistics.load(tmp_path / "stats")
 
 
