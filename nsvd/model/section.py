@@ -9,8 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from nsvd.model.folder import CONFIG, METHOD, CheckpointError
 
 FORMAT = 1
-NUMBER = int | float | None
-DETAILS = {"method": str, "options": dict, "ratio": NUMBER, "ratio_reached": NUMBER}  # where they are told
+KINDS = {"method": str, "options": dict, "ratio": int | float | None, "reached": int | float | None}  # by the last word
 
 
 class LowRankConfig(QuantizationConfigMixin):
@@ -37,7 +36,8 @@ class LowRankConfig(QuantizationConfigMixin):
                 "latent_cache.layers", latent_cache.get("layers") if isinstance(latent_cache, dict) else latent_cache
             )
         for name, value in details.items():  # method, ratio, options, …: kept, also when a later version adds some
-            told = name not in DETAILS or (isinstance(value, DETAILS[name]) and not isinstance(value, bool))
+            kind = KINDS.get(name.rpartition("_")[2], object)
+            told = isinstance(value, kind) and not (kind is not object and isinstance(value, bool))
             if not told or hasattr(type(self), name):
                 raise CheckpointError(f"{CONFIG}: quantization_config.{name} is {json.dumps(value)[:40]}")
             setattr(self, name, value)

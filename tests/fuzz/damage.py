@@ -159,7 +159,7 @@ def change_header(file: Path, rng: random.Random) -> str:
     try:
         header = json.loads(data[8 : 8 + size])
         name = rng.choice([key for key in header if key != "__metadata__"])
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, RecursionError):
         return flip(file, rng)
     entry, how = header[name], rng.choice(("dtype", "shape", "offsets", "renamed", "taken out", "size", "any"))
     if how == "dtype":

@@ -101,7 +101,12 @@ def _work(kind: Callable[[int], Case], pipe, place: str) -> None:
         sys.stdout, sys.stderr = (os.fdopen(os.dup(stream.fileno()), "w", buffering=1) for _ in range(2))
         while True:
             seed = pipe.recv()
-            case = kind(seed)
+            try:
+                case = kind(seed)
+            except Exception as error:
+                pipe.send("not drawn")
+                pipe.send(Outcome(seed, "not drawn", f"the fuzzer itself: {error!r}", False, "", 0.0, 0))
+                continue
             pipe.send(case.description)
             pipe.send(_judge(seed, case))
 

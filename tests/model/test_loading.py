@@ -402,6 +402,8 @@ def test_a_config_that_is_no_object_is_refused(text, folder):
         ({"latent_cache": []}, r"latent_cache.layers is \[\]"),
         ({"latent_cache": {"layers": {"model.layers.0.self_attn": {"rotated": -1, "joint": False}}}}, "latent cache"),
         ({"ratio_reached": "x"}, "quantization_config.ratio_reached is"),
+        ({"model_ratio_reached": [None]}, "quantization_config.model_ratio_reached is"),
+        ({"options": 5}, "quantization_config.options is 5"),
         ({"to_dict": 1}, "quantization_config.to_dict is 1"),
     ],
     ids=str,
