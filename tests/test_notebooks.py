@@ -72,17 +72,29 @@ def written_for(preset) -> list:
     ]  # fmt: skip
 
 
+def run_small(source, folder, **more) -> workbook.Outcome:
+    declared = papermill.inspect_notebook(str(source))
+    small = TINY | {"figures": str(folder / "figures"), "results": str(folder / "results.jsonl")} | more
+    (outcome,) = workbook.run([str(source)], {name: v for name, v in small.items() if name in declared}, out=folder)
+    return outcome
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.stem)
 def test_a_notebook_runs_with_small_parameters(source, tmp_path):
     """From start to end, without an error and without a word on stderr."""
-    declared = papermill.inspect_notebook(str(source))
-    small = TINY | {"figures": str(tmp_path / "figures"), "results": str(tmp_path / "results.jsonl")}
-    parameters = {name: value for name, value in small.items() if name in declared}
-    (outcome,) = workbook.run([str(source)], parameters, out=tmp_path)
+    outcome = run_small(source, tmp_path)
     assert outcome.error is None
     outputs = [out for cell in nbformat.read(outcome.file, 4).cells for out in cell.get("outputs", [])]
     assert not [out.text for out in outputs if out.output_type == "stream"]
     assert len(list((tmp_path / "figures").glob("*.png"))) == len(list((tmp_path / "figures").glob("*.pdf"))) > 0
+
+
+@pytest.mark.parametrize(("number", "sets"), [("04", 1), ("04", 3), ("05", 1), ("06", 2), ("08", 2)])
+def test_a_notebook_runs_on_few_sets(number, sets, tmp_path):
+    """There may be no set away from home, or none between home and the last two; and two windows to search on."""
+    (source,) = workbook.notebooks([number])
+    corpora = ["mini/encyclopedia", "mini/web", "mini/reading_zh"][:sets]
+    assert run_small(source, tmp_path, corpora=corpora, search_count=2).error is None
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.stem)

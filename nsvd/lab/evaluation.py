@@ -91,14 +91,20 @@ def perplexity(model: nn.Module, windows: Tensor, **options) -> float:
 
 
 def average_improvement(perplexities: Sequence[float], reference: Sequence[float]) -> float:
-    """Mean relative reduction of perplexity against a reference, the NSVD paper's "Avg. impro.": mean of 1 − p / p_ref."""
-    return sum(1 - p / r for p, r in zip(perplexities, reference, strict=True)) / len(reference)
+    """Mean relative reduction of perplexity against a reference, the NSVD paper's "Avg. impro.": mean of 1 − p / p_ref.
+
+    NaN where there is nothing to average.
+    """
+    return _mean([1 - p / r for p, r in zip(perplexities, reference, strict=True)])
 
 
 def excess_closed(perplexities: Sequence[float], reference: Sequence[float], dense: Sequence[float]) -> float:
-    """Mean share of the reference's excess log-perplexity over the dense model that is closed: 1 − ln(p/d) / ln(p_ref/d)."""
+    """Mean share of the reference's excess log-perplexity over the dense model that is closed: 1 − ln(p/d) / ln(p_ref/d).
+
+    NaN where there is nothing to average.
+    """
     rows = zip(perplexities, reference, dense, strict=True)
-    return sum(1 - math.log(p / d) / math.log(r / d) for p, r, d in rows) / len(dense)
+    return _mean([1 - math.log(p / d) / math.log(r / d) for p, r, d in rows])
 
 
 def paired_interval(
@@ -113,7 +119,7 @@ def paired_interval(
     """Bootstrap interval of ``average_improvement`` over corpora, from losses per window; with ``dense`` of ``excess_closed``.
 
     Windows are drawn with replacement within each corpus, the same ones for all models: what is left is the
-    uncertainty of the difference on this kind of text, not that of the perplexities.
+    uncertainty of the difference on this kind of text, not that of the perplexities. Of no corpus both ends are NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(draws, dtype=torch.float64)
@@ -125,5 +131,11 @@ def paired_interval(
             base = dense[number][index].mean(1)
             total += 1 - (ours[index].mean(1) - base) / (theirs[index].mean(1) - base)
     edge = (1 - level) / 2
+    if not losses:
+        return math.nan, math.nan
     low, high = torch.quantile(total / len(losses), torch.tensor([edge, 1 - edge], dtype=torch.float64))
     return low.item(), high.item()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

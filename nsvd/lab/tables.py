@@ -76,6 +76,29 @@ def shares_closed(
     return pd.DataFrame(rows).set_index([*by, "recipe"])
 
 
+def compared(
+    frame: pd.DataFrame,
+    pairs: Sequence[tuple[object, object]],
+    corpora: Sequence[str],
+    *,
+    by: str = "recipe",
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Average improvement of the first of each pair over the second, with its paired bootstrap interval over test windows.
+
+    ``frame`` has a row a (``by``, corpus) with ``perplexity`` and ``losses``; a pair names two values of ``by``. ``verdict`` is
+    ``better`` or ``worse`` where the interval leaves out zero, and ``equal`` where it does not. Calibration is held fixed: what
+    another draw of its text would change is in no interval.
+    """
+    sides = {name: part.set_index("corpus").loc[list(corpora)] for name, part in frame.groupby(by, sort=False)}
+    rows = [_improvement(sides[ours], sides[theirs], level, seed) for ours, theirs in pairs]
+    table = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(pairs, names=[by, "against"]))
+    table["verdict"] = "equal"
+    table.loc[table.low > 0, "verdict"], table.loc[table.high < 0, "verdict"] = "better", "worse"
+    return table
+
+
 def bold_best(column: pd.Series) -> list[str]:
     """For ``Styler.apply``: bold where a column has its smallest value among the rows of one ratio."""
     return ["font-weight: bold" if best else "" for best in column == column.groupby("ratio").transform("min")]

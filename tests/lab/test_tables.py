@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from nsvd.lab.tables import gains, shares_closed
+from nsvd.lab.tables import compared, gains, improvements, shares_closed
 
 
 def test_gains_are_average_improvements_over_the_reference_of_the_same_method():
@@ -44,3 +44,36 @@ def test_the_share_closed_is_measured_against_the_reference_of_its_own_group():
     for ratio in (0.2, 0.5):
         assert table.loc[(ratio, "asvd-1"), ["closed", "low", "high"]].tolist() == [0, 0, 0]
         assert table.loc[(ratio, "ours")].tolist() == pytest.approx([0.625] * 3)
+
+
+def test_two_recipes_are_ordered_only_beyond_the_interval_of_their_difference():
+    """On the same windows; a difference that a second draw of windows could turn round is called equal."""
+    losses = {"plain": [1.0, 2.0, 3.0], "lower": [0.9, 1.8, 2.9], "mixed": [1.3, 1.6, 3.01]}
+    rows = [
+        {"recipe": name, "corpus": corpus, "losses": each, "perplexity": math.exp(sum(each) / 3)}
+        for name, each in losses.items()
+        for corpus in ("home", "one")
+    ]
+    pairs = [("lower", "plain"), ("plain", "lower"), ("mixed", "plain"), ("plain", "plain")]
+    table = compared(pd.DataFrame(rows), pairs, ["home", "one"])
+    assert list(table.index) == pairs
+    assert list(table.verdict) == ["better", "worse", "equal", "equal"]
+    assert table.improvement.iloc[0] == pytest.approx(1 - math.exp(-0.4 / 3))
+    assert 0 < table.low.iloc[0] <= table.improvement.iloc[0] <= table.high.iloc[0]
+
+
+def test_an_average_over_no_set_is_nan():
+    """Where the calibration domain is the only test set."""
+    rows = [
+        {"ratio": ratio, "method": method, "recipe": method, "allocation": method, "corpus": "home"}
+        | {"losses": [loss], "perplexity": math.exp(loss)}
+        for ratio, method, loss in ((0.0, "dense", 1.0), (0.5, "asvd-1", 3.0), (0.5, "nsvd-1", 2.0))
+    ]
+    frame = pd.DataFrame(rows)
+    tables = [
+        improvements(frame, [])[["improvement", "low", "high", "closed"]],
+        shares_closed(frame, [], ["ratio"]),
+        gains(frame.assign(method="svd"), [], reference="asvd-1"),
+        compared(frame, [("nsvd-1", "asvd-1")], [])[["improvement", "low", "high"]],
+    ]
+    assert all(len(table) > 0 and table.isna().all(axis=None) for table in tables)
