@@ -171,7 +171,7 @@ def test_nan_stops_with_the_name_of_the_layer(stats, monkeypatch):
     assert_same(before, model)
 
 
-def test_nan_in_one_truncated_layer_is_found_in_the_loss_itself(stats, monkeypatch):
+def test_nan_in_one_truncated_layer_is_found_in_its_factors(stats, monkeypatch):
     """Nothing is replaced by random weights: a factor that holds NaN is an error."""
     cut = Method.cut
 
@@ -182,7 +182,7 @@ def test_nan_in_one_truncated_layer_is_found_in_the_loss_itself(stats, monkeypat
         return value
 
     monkeypatch.setattr(Method, "cut", spoilt)
-    with pytest.raises(FloatingPointError, match=r"layer model\.layers\.0\.mlp\.down_proj: the loss of window 0"):
+    with pytest.raises(FloatingPointError, match=r"layer model\.layers\.0\.mlp\.down_proj: up\.weight of its low-rank factors"):
         nsvd.sensitivity(tiny_model(), stats, TEXT, **FAST)
 
 
