@@ -182,7 +182,9 @@ def test_nan_in_one_truncated_layer_is_found_in_its_factors(stats, monkeypatch):
         return value
 
     monkeypatch.setattr(Method, "cut", spoilt)
-    with pytest.raises(FloatingPointError, match=r"layer model\.layers\.0\.mlp\.down_proj: up\.weight of its low-rank factors"):
+    with pytest.raises(
+        FloatingPointError, match=r"layer model\.layers\.0\.mlp\.down_proj: up\.weight of its low-rank factors"
+    ):
         nsvd.sensitivity(tiny_model(), stats, TEXT, **FAST)
 
 
