@@ -21,8 +21,15 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 @cache
 def origin() -> dict[str, str]:
-    """Versions, the commit, and a hash of the code that computes (``nsvd/linalg``, ``nsvd/model``, the evaluation)."""
-    files = sorted([*_PACKAGE.glob("linalg/*.py"), *_PACKAGE.glob("model/*.py"), _PACKAGE / "lab/evaluation.py"])
+    """Versions, the commit, and a hash of the code that computes (``linalg``, ``model``, ``walk``, the evaluation)."""
+    files = sorted(
+        [
+            *_PACKAGE.glob("linalg/*.py"),
+            *_PACKAGE.glob("model/*.py"),
+            *_PACKAGE.glob("walk/*.py"),
+            _PACKAGE / "lab/evaluation.py",
+        ]
+    )
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     git = ["git", "-C", str(_PACKAGE), "rev-parse", "--short", "HEAD"]
     try:
