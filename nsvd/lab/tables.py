@@ -91,7 +91,7 @@ def compared(
     ``better`` or ``worse`` where the interval leaves out zero, and ``equal`` where it does not. Calibration is held fixed: what
     another draw of its text would change is in no interval.
     """
-    sides = {name: part.set_index("corpus").loc[list(corpora)] for name, part in frame.groupby(by, sort=False)}
+    sides = {name: frame[frame[by] == name].set_index("corpus").loc[list(corpora)] for pair in pairs for name in pair}
     rows = [_improvement(sides[ours], sides[theirs], level, seed) for ours, theirs in pairs]
     table = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(pairs, names=[by, "against"]))
     table["verdict"] = "equal"
