@@ -39,6 +39,7 @@ LINES = (
     '{"text": "  \\n"}', '{"text": "a\\u2028b\\u0000c\\r"}', '  {"text": "x"}  ', '{"text": "x"} {"text": "y"}',
     "{'text': 'x'}", '{"text": "x"',
 )  # fmt: skip
+MANY = 10_000  # windows that are looked at
 FEW = 20_000  # bytes that ``nsvd evaluate`` reads whole
 
 
@@ -220,7 +221,7 @@ def _cut(file: Path, tokenizer: str, name: str, how: dict, split: str) -> int | 
         (windows,) = cut
         assert (windows.dtype, *windows.shape) == (torch.long, count, length), f"windows {tuple(windows.shape)}"
         assert first is None or (windows[:, 0] == first).all(), "no BOS"
-        ids = windows[:, first is not None :]
+        ids = windows[:MANY, first is not None :]
         letters = tokenizer.convert_ids_to_tokens(ids.flatten().tolist())
         said = bytes(_values()[letter] for letter in letters)
         parts = [said[start : start + ids.shape[1]] for start in range(0, len(said), ids.shape[1])]

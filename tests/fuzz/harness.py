@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch.linalg import LinAlgError
+
 SECONDS, BYTES = 30, 2 * 2**30  # that a case may take
 REFUSED = 2  # the exit code of the command line for bad input
 
@@ -40,7 +42,7 @@ def refusing(work: Callable[[], object], culprit: str) -> int | None:
     """What the command line makes of bad input: one line, and 2. It has to name the culprit."""
     try:
         work()
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, LinAlgError) as error:
         if culprit not in str(error):
             raise AssertionError(f"{type(error).__name__} does not name {culprit}: {error}") from error
         print(" ".join(str(error).split()), file=sys.stderr)
