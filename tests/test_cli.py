@@ -326,13 +326,15 @@ def test_a_model_of_somebody_else_is_calibrated_on_a_text_that_is_named(here, mo
     assert report["calibration"]["corpus"] == "mini/encyclopedia"
 
 
-@pytest.mark.parametrize(("flag", "begin"), [([], True), (["--no-bos"], False), (["--bos"], True)])
-def test_windows_begin_with_a_bos_as_the_tokenizer_does_or_as_asked_for(flag, begin, here, capsys):
-    """Report and results tell it, part by part."""
+@pytest.mark.parametrize(
+    ("flag", "own", "begin"), [([], True, False), (["--no-bos"], False, False), (["--bos"], True, True)]
+)
+def test_windows_begin_with_a_bos_as_the_tokenizer_does_or_as_asked_for(flag, own, begin, here, capsys):
+    """Own text as the configuration does, where the tokenizer puts none. Report and results tell it, part by part."""
     part = ["--calibration", "self+mini/encyclopedia", "--count", 4, "--length", 32]
     said(capsys, "compress", MINI, "low", "--method", "asvd-1", "--ratio", 0.3, *part, *flag)
     report = json.loads((here / "low" / "nsvd_report.json").read_text(encoding="utf-8"))
-    assert report["calibration"]["bos"] == [begin, begin]
+    assert report["calibration"]["bos"] == [own, begin]
     said(capsys, "evaluate", MINI, "--data", "mini/web", *SHORT, *flag, "--json", "x.json")
     (row,) = json.loads((here / "x.json").read_text(encoding="utf-8"))["results"]
     model, tokenizer = nsvd.load(MINI, dtype="float32", device="cpu")
