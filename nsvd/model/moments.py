@@ -190,8 +190,10 @@ def inputs_of(model: nn.Module, names: Sequence[str], windows: Tensor, batch: in
 
 
 def check_sums(model: nn.Module, running: Mapping[str, RunningMoments]) -> None:
-    """Raise ``FloatingPointError`` naming the first layer whose input held NaN or Inf."""
+    """Raise ``FloatingPointError`` naming the first layer whose input held NaN or Inf, ``ValueError`` for one without input."""
     for name, sums in running.items():
+        if sums.outer is None:
+            raise ValueError(f"layer {name} saw no input: take a text that reaches it")
         if not sums.outer.isfinite().all():
             broken = [key for key, value in model.named_parameters() if not value.isfinite().all()]
             cause = f"; so does the parameter {broken[0]}" if broken else ""

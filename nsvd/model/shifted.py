@@ -79,6 +79,7 @@ def replace_in_order_(
     """
     weights = [1 / len(domains)] * len(domains) if weights is None else weights
     leaders = readers(model, names, (domains[0][:1, :8], *(ids for windows in domains for ids in windows.split(batch))))
+    _check_every_token(model, leaders, domains[0][:1, :8])
     with evaluating(model):
         decoder = Decoder(model)
         name, blocks = decoder.name, decoder.blocks
@@ -87,7 +88,6 @@ def replace_in_order_(
             raise ValueError(
                 f"layer {lost[0]} is in none of the blocks {name}, so it cannot be compressed in their order"
             )
-        _check_every_token(model, leaders, domains[0][:1, :8])
         batches: list[Batch] = []
         entered: Entered | None = None
         for d, ids in _batches(domains, batch):
@@ -131,7 +131,7 @@ def replace_in_order_(
 def _check_every_token(model: nn.Module, leaders: Mapping[str, str], ids: Tensor) -> None:
     """Raise ``ValueError`` naming a layer that does not see every token: two streams of its inputs could not be compared."""
     seen = dict.fromkeys(leaders.values(), 0)
-    with watch_inputs(model, seen, lambda name, x: seen.__setitem__(name, x.numel() // x.shape[-1])):
+    with evaluating(model), watch_inputs(model, seen, lambda name, x: seen.__setitem__(name, x.numel() // x.shape[-1])):
         model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     for name, count in seen.items():
         if count != ids.numel():

@@ -42,8 +42,8 @@ class Decoder:
     ``name`` is that of the list of blocks, ``blocks`` the list itself.
 
     Raises:
-        ValueError: if the model has no list of blocks, or a walk over a few tokens does not give what the model gives: some
-            blocks hand each other more than hidden states.
+        ValueError: if the model has no list of blocks, or a walk over a few tokens does not give what the model gives: its
+            blocks hand each other more than hidden states, or remember the text.
     """
 
     def __init__(self, model: nn.Module):
@@ -114,7 +114,8 @@ class Decoder:
     @torch.no_grad()
     def _check(self) -> None:
         kind, given = type(self.model).__name__, []
-        ids = torch.arange(TOKENS, device=self.device)[None] % self.model.get_input_embeddings().num_embeddings
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        ids = torch.arange(TOKENS, device=self.device)[None] % vocabulary
         handle = self.blocks[0].register_forward_hook(lambda _m, _a, out: given.append(out))
         try:
             plain = self.model(input_ids=ids, use_cache=False).logits
@@ -125,6 +126,7 @@ class Decoder:
         self._tuples = isinstance(given[0], tuple)
         try:
             entered = self.enter(ids)
+            self.enter(vocabulary - 1 - ids)  # another text: whatever a model keeps of one is then of this one
             hidden = entered.hidden
             for index, call in enumerate(entered.calls):
                 hidden = self.run(index, hidden, call)

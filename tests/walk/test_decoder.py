@@ -145,6 +145,16 @@ def test_blocks_that_talk_to_each_other_are_refused():
         Decoder(model)
 
 
+def test_a_model_that_remembers_its_text_is_refused():
+    """Where a block looks at the token ids behind its arguments, it would look at those of the last text that entered."""
+    model, seen = tiny_model(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    block = model.model.layers[0]
+    block.register_forward_hook(lambda _m, _a, out: out + 1e-2 * seen[-1][..., None])
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be run block by block"):
+        Decoder(model)
+
+
 def test_a_layer_outside_the_blocks_is_named():
     decoder = Decoder(tiny_model())
     assert decoder.index("model.layers.1.mlp.up_proj") == 1
