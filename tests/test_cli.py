@@ -391,7 +391,7 @@ def test_a_nan_is_one_line_with_the_layer(here, models, capsys):
     poison(model, "model.layers.1.input_layernorm.weight", value=torch.finfo(torch.float32).max)
     nsvd.save(model, tiny_tokenizer(), "nan-inside")
     line = refused(capsys, here, "compress", "nan-inside", "low", *NSVD)
-    assert "the model predicts NaN or Inf for 8 tokens; the first that does is" in line
+    assert "the model predicts NaN or Inf for 8 tokens; it begins in the output of" in line
     assert "model.layers.1." in line
     line = refused(capsys, here, "evaluate", models / "nan-norm", "--data", "mini/web", *SHORT, "--json", "x.json")
     assert "NaN or Inf" in line

@@ -59,6 +59,11 @@ def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise FileNotFoundError(f"no model {name!r}: {advice}")
     try:
-        return load_folder(download(name), **asked)
+        folder = download(name)
     except OSError as error:
-        raise FileNotFoundError(f"{name!r} is no local folder and could not be had from the hub: {advice}") from error
+        raise FileNotFoundError(
+            f"{name!r} is no local folder and could not be downloaded from the hub: {advice}"
+        ) from error
+    model, tokenizer = load_folder(folder, **asked)
+    model.config._name_or_path = name  # not the folder of the cache
+    return model, tokenizer

@@ -196,4 +196,4 @@ def _apart(chosen: Sequence[Path], folder: Path) -> None:
         raise ValueError(f"two of the notebooks are called {twice[0]}; run them apart")
     for file in chosen:
         if (folder / file.name).resolve() == file.resolve():
-            raise ValueError(f"{file} would be replaced by what it gives; choose another folder for the output")
+            raise ValueError(f"{file} would be overwritten by its own output; choose another folder for the output")

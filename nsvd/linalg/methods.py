@@ -14,7 +14,7 @@ from nsvd.linalg.decomposition import Decomposition
 from nsvd.linalg.factors import LowRank, least_rank
 from nsvd.linalg.moments import Moments
 from nsvd.linalg.nested import nid, nsvd
-from nsvd.linalg.options import check_option
+from nsvd.linalg.options import checked
 from nsvd.linalg.precision import double
 from nsvd.linalg.sola import PUBLISHED
 from nsvd.linalg.two_sided import kfac
@@ -49,9 +49,7 @@ class Method:
         if unknown:
             known = ", ".join(self.options) or "none"
             raise ValueError(f"{self.label} has no option {', '.join(sorted(unknown))} (its options: {known})")
-        for name, value in options.items():
-            check_option(name, value)
-        return self.options | options
+        return self.options | {name: checked(name, value) for name, value in options.items()}
 
     def outer_step(self, options: dict) -> dict:
         """The outer step and its options: methods that agree in them share one preparation."""
@@ -87,7 +85,7 @@ class SplitMethod(Method):
 
     def inner(self, options: dict) -> tuple[Method, dict]:
         """The method of the blocks, and its part of the options; raises ``ValueError`` if it is a splitting one itself."""
-        check_option("inner", options.get("inner", self.options["inner"]))
+        checked("inner", options.get("inner", self.options["inner"]))
         chosen = by_name(options.get("inner", self.options["inner"]))
         if isinstance(chosen, SplitMethod):
             raise ValueError(f"inner is {options['inner']!r}, but it has to be a method of single matrices")

@@ -43,8 +43,8 @@ RANGES = {
 KINDS = {"compress_v": (bool, "it is True or False"), "inner": (str, "it is the name of a method")}
 
 
-def check_option(name: str, value: object) -> None:
-    """Raise ``ValueError`` unless an option may have this value."""
+def checked(name: str, value: object) -> object:
+    """The value, a number as Python's own; raises ``ValueError`` unless an option may have it."""
     if name in RANGES:
         fits, meaning = RANGES[name].holds(value), RANGES[name].meaning
     else:
@@ -52,3 +52,6 @@ def check_option(name: str, value: object) -> None:
         fits = isinstance(value, kind)
     if not fits:
         raise ValueError(f"{name} is {value}, but {meaning}")
+    if name in RANGES:
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value

@@ -123,7 +123,7 @@ def resolve(
     if distill and not (ask.domains or ask.sampled):
         raise ValueError("distill goes over a text: pass windows=, such as own_text(model)")
     if search_count is not None and ask.allocation != "strs":
-        raise ValueError(f"search_count is of allocation 'strs'; allocation {ask.allocation!r} searches on no text")
+        raise ValueError(f"search_count needs allocation 'strs', not {ask.allocation!r}")
     if search_count is not None and search_count < 1:
         raise ValueError(f"search_count is {search_count}; 1 window is the least")
     return ask

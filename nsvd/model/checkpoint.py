@@ -47,7 +47,9 @@ class LowRankQuantizer(HfQuantizer):
         layers = dict(model.named_modules())
         for name, spec in modules.items():
             if not isinstance(layers.get(name), nn.Linear):
-                raise CheckpointError(f"config.json names a compressed layer {name}, which the model has not")
+                raise CheckpointError(
+                    f"config.json names a compressed layer {name}, but the model has no such linear layer"
+                )
             model.set_submodule(name, _empty(name, layers[name], spec))
         _check_latent(model, self.latent_layers)
         attach(model, self.latent_layers)

@@ -119,8 +119,8 @@ def compress_(
     texts, used = ask.domains, _texts(ask, stats)
     if stats is None and ask.shifted and wanted is None:
         texts = [ids[::RANKS_EVERY] for ids in texts]
-    decoder = walkable(model) if stats is None and ask.one_by_one and weights != "worst-case" else None
-    if decoder is not None and prepared is None:
+    once = stats is None and prepared is None and ask.one_by_one and weights != "worst-case"
+    if once and (decoder := walkable(model)) is not None:
         stats = Walked(decoder, texts, list(wanted), weights, progress=progress)
     else:
         how = {"weights": weights, "ratio": ratio}
@@ -144,8 +144,11 @@ def _texts(ask: Arguments, stats: Statistics | None) -> dict[str, dict]:
         "search": ask.allocation == "strs",
         "distillation": ask.distill,
     }
-    source = "sampled from the model" if ask.sampled_text else "given windows"
-    return {purpose: text_of(ask.domains, source) for purpose, served in purposes.items() if served and ask.domains}
+    return {
+        purpose: text_of(ask.domains, ask.sampled_text)
+        for purpose, served in purposes.items()
+        if served and ask.domains
+    }
 
 
 def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Arguments) -> dict[str, int] | None:

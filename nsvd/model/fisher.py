@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from nsvd.linalg.precision import double
 from nsvd.model.hooks import evaluating
-from nsvd.model.moments import check_windows
+from nsvd.model.moments import check_names, check_windows
 from nsvd.model.sampling import draw
 from nsvd.model.targets import targets
 from nsvd.model.text import tokens_at_once, windows_at_once
@@ -53,6 +53,7 @@ def fisher(
     check_windows(windows, model)
     batch = batch or min(8, windows_at_once(model, windows.shape[1]))
     names = list(targets(model) if layers is None else layers)
+    check_names(model, names)
     modules = {name: model.get_submodule(name) for name in names}
     sums: dict[str, Tensor] = {}
 
@@ -75,7 +76,8 @@ def fisher(
             with _watching({n: m for n, m in modules.items() if inside[n] == index}, add):
                 for item in passing:
                     hidden = item.borders.pop().to(decoder.device)
-                    item.gradient = decoder.pull(index, hidden, item.calls[index], item.gradient)
+                    gradient = item.gradient.to(decoder.device)
+                    item.gradient = decoder.pull(index, hidden, item.calls[index], gradient).cpu()
     for name in names:
         if name not in sums:
             raise ValueError(f"no gradient reached layer {name}")
@@ -99,7 +101,7 @@ def _epilogue(
                 wanted = _drawn(logits.detach(), generator) if labels is None else labels[:, part]
                 loss = cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="sum")
                 gradients += torch.autograd.grad(loss, last)
-        item.gradient = torch.cat(gradients, dim=1)
+        item.gradient = torch.cat(gradients, dim=1).cpu()
 
 
 @contextmanager

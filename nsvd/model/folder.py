@@ -119,7 +119,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = read_json(folder / INDEX)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"{folder / INDEX}: weight_map is no list of tensors and their files")
+        raise CheckpointError(f"{folder / INDEX}: weight_map must map tensor names to file names")
     if not isinstance(index.get("metadata", {}), dict):
         raise CheckpointError(f"{folder / INDEX}: metadata is not an object")
     return [_inside(folder, name) for name in sorted(set(names.values()))]

@@ -43,7 +43,8 @@ def load_gguf(file: str | Path, *, dtype="auto", device: str = "auto"):
     the weights are handed, uncopied, to a plain model of the same configuration.
 
     Raises:
-        CheckpointError: if the file cannot be read, holds NaN or Inf, or is of an architecture that transformers does not know.
+        CheckpointError: if the file cannot be read, lacks a tensor, holds NaN or Inf, or is of an architecture that
+            transformers does not know.
         ValueError: if there is no such dtype or device, or the package gguf is not installed.
     """
     file, device, dtype = Path(file), usable_device(device), usable_dtype(dtype)
@@ -54,9 +55,13 @@ def load_gguf(file: str | Path, *, dtype="auto", device: str = "auto"):
             raise CheckpointError(f"{file} is not a GGUF file")
     where = {"gguf_file": file.name, "local_files_only": True}
     with reading(file), _bar(sys.stderr.isatty()):
-        read = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32 if dtype == "auto" else dtype, trust_remote_code=False, **where
-        )
+        read, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32 if dtype == "auto" else dtype, trust_remote_code=False,
+            output_loading_info=True, **where,
+        )  # fmt: skip
+    missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if missing:
+        raise CheckpointError(f"{file}: {len(missing)} tensors missing or misshaped, first {missing[0]}")
     with reading(file, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
     with reading(file):

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from nsvd.linalg.precision import double
-from nsvd.model.text import check_readable, predictions, windows_at_once
+from nsvd.model.text import check_readable, check_token_ids, predictions, windows_at_once
 
 
 @torch.no_grad()
@@ -44,6 +44,7 @@ def window_losses(
 
 def check_text(model: nn.Module, windows: Tensor) -> None:
     """Raise ``ValueError`` unless there is a token to predict in every window, and the model can read them."""
+    check_token_ids(windows)
     if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
         raise ValueError(f"windows must be a (count, length ≥ 2) tensor of token ids, not {tuple(windows.shape)}")
     check_readable(model, windows)

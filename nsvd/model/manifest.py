@@ -16,11 +16,15 @@ from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from nsvd.model.files import replacing
 from nsvd.model.folder import CheckpointError, read_json
 
 NAME = "nsvd_manifest.json"
 FORMAT = 1
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "adapter_config.json")
+READ = (  # what loading would read; another of these beside the files of a manifest is refused
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "adapter_config.json", "*config.json",
+    "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+)  # fmt: skip
 ADVICE = f"restore the file, or delete {NAME} if another program changed the folder on purpose"
 
 _settled: ContextVar[bool] = ContextVar("_settled", default=False)
@@ -31,20 +35,21 @@ def write(folder: Path) -> None:
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != NAME)
     sums = {file.name: {"sha256": _sum(file), "bytes": file.stat().st_size} for file in files}
     text = json.dumps({"format_version": FORMAT, "files": sums}, indent=1) + "\n"
-    (folder / NAME).write_text(text, encoding="utf-8")
+    with replacing(folder / NAME) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def check(folder: Path) -> None:
     """Compare every file with the manifest; a folder without one passes.
 
     Raises:
-        CheckpointError: naming the first file that differs, is missing, or holds weights the manifest does not know.
+        CheckpointError: naming the first file that differs, is missing, or would be read and is not in it.
     """
     if os.path.lexists(folder / NAME):
         sums = _read(folder)
         _compare(folder, sums, sums)
         for file in sorted(folder.iterdir()):
-            if file.name not in sums and any(fnmatchcase(file.name, pattern) for pattern in WEIGHTS):
+            if file.name not in sums and any(fnmatchcase(file.name, pattern) for pattern in READ):
                 raise CheckpointError(f"{file} is not in {NAME}; {ADVICE}")
 
 
@@ -74,7 +79,7 @@ def _read(folder: Path) -> dict[str, dict]:
     if version > FORMAT:
         raise CheckpointError(f"{folder / NAME}: format {version} is newer than this nsvd reads ({FORMAT})")
     if not isinstance(sums, dict) or not sums:
-        raise CheckpointError(f"{folder / NAME}: files is no list of files")
+        raise CheckpointError(f"{folder / NAME}: files must map file names to their sums")
     for name, entry in sums.items():
         whole = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
         if not whole or name != Path(name).name or "\\" in name or "\0" in name:

@@ -18,7 +18,7 @@ from nsvd.model.hooks import evaluating, watch_inputs
 from nsvd.model.soundness import first_broken
 from nsvd.model.statistics import Statistics
 from nsvd.model.targets import targets
-from nsvd.model.text import check_readable
+from nsvd.model.text import check_readable, check_token_ids
 
 WEIGHTS = ("uniform", "worst-case")  # of several domains, by name
 
@@ -165,7 +165,9 @@ def calibrate(
         FloatingPointError: if an input holds NaN or Inf; the first such layer is named.
     """
     check_windows(windows, model)
-    inputs = inputs_of(model, list(targets(model) if layers is None else layers), windows, batch)
+    names = list(targets(model) if layers is None else layers)
+    check_names(model, names)
+    inputs = inputs_of(model, names, windows, batch)
     running, overflown = {name: RunningMoments() for name in dict.fromkeys(inputs.values())}, None
     with watch_inputs(model, running, lambda name, x: running[name].add(x)):
         for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
@@ -175,6 +177,14 @@ def calibrate(
     if overflown is not None:
         raise overflow(model, overflown)
     return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin_of(model, windows))
+
+
+def check_names(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise ``ValueError`` for the first name that no module of the model has."""
+    known = {name for name, _ in model.named_modules()}
+    for name in layers:
+        if name not in known:
+            raise ValueError(f"the model has no layer {name!r}")
 
 
 def inputs_of(model: nn.Module, names: Sequence[str], windows: Tensor, batch: int = 8) -> dict[str, str]:
@@ -218,6 +228,7 @@ def origin_of(model: nn.Module, windows: Tensor) -> dict:
 
 def check_windows(windows: Tensor, model: nn.Module | None = None) -> None:
     """Raise ``ValueError`` for anything but a table of token ids, one at least, that the model, if given, can read."""
+    check_token_ids(windows)
     if windows.ndim != 2 or windows.numel() == 0:
         raise ValueError(
             f"calibration windows must be a (count, length) tensor of token ids, not {tuple(windows.shape)}"

@@ -48,9 +48,9 @@ def check_prepared(
     if prepared.outer != outer:
         raise ValueError(f"prepared is for {_said(prepared.outer)}, but {method.label} asks for {_said(outer)}")
     if prepared.weights != _weights(layers):
-        raise ValueError("prepared is of other weights than the model has")
+        raise ValueError("prepared was made for other weights than this model's")
     if prepared.moments != _moments(layers, stats, method):
-        raise ValueError("prepared is of other statistics than those given")
+        raise ValueError("prepared was made for other statistics than those given")
 
 
 def _said(outer: Mapping) -> str:

@@ -98,10 +98,9 @@ def left_alone(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-def text_of(domains: Sequence[Tensor], source: str) -> dict:
-    """What is told of a text: where it is from, and of every domain the windows' shape and a fingerprint."""
-    return {
-        "source": source,
+def text_of(domains: Sequence[Tensor], sampled: bool) -> dict:
+    """What is told of a text: whether ``compress_`` sampled it, and of every domain the windows' shape and a fingerprint."""
+    return ({"source": "sampled from the model"} if sampled else {}) | {
         "windows": [list(d.shape) for d in domains],
         "fingerprints": [fingerprint([d]) for d in domains],
     }

@@ -68,8 +68,8 @@ class Sensitivity:
 
     @property
     def tokens(self) -> int:
-        """Tokens that losses were measured on for this table, in this run or an earlier one; only the blocks from the truncated
-        layer on read them."""
+        """How many tokens the losses of this table were measured on, earlier runs included. They pass only the blocks from the
+        truncated layer on."""
         return int(self.table.tokens.sum())
 
     @property

@@ -50,7 +50,7 @@ def first_broken(model: nn.Module, ids: Tensor | None = None) -> str:
 
     with watch_outputs(model, leaves, observe):
         _run(model, ids)
-    return f"; the first that does is the output of {broken[0]}" if broken else ""
+    return f"; it begins in the output of {broken[0]}" if broken else ""
 
 
 def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Tensor) -> None:

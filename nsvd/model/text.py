@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,6 +13,18 @@ from nsvd.model.hooks import evaluating
 
 LOGIT_BYTES = 2**28  # of logits in float32 that are made at a time; what is done with them takes a few times as much
 TOKENS = 4096  # read at a time at most, however small the vocabulary
+
+
+def check_token_ids(windows: object) -> None:
+    """Raise ``ValueError`` for anything but a tensor of whole numbers."""
+    if (
+        not isinstance(windows, Tensor)
+        or windows.is_floating_point()
+        or windows.is_complex()
+        or windows.dtype == torch.bool
+    ):
+        kind = windows.dtype if isinstance(windows, Tensor) else type(windows).__name__
+        raise ValueError(f"windows must be a tensor of token ids, whole numbers, not {kind}")
 
 
 def check_readable(model: nn.Module, windows: Int[Tensor, "count length"]) -> None:

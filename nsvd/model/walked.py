@@ -28,8 +28,8 @@ BATCH = 8  # windows read at a time, as ``calibrate`` does
 class Walked(Mapping[str, Moments]):
     """The same moments as ``calibrate`` and ``mix`` give, taken as they are asked for, in the order of the blocks.
 
-    Held at a time are the hidden states (count, length, d) of all windows before one block, in the host's memory, and the
-    moments of this block's layers. Those of blocks that are passed are gone. The blocks themselves must stay as they are until
+    At any time it holds the hidden states (count, length, d) of all windows before one block, in the host's memory, and the
+    moments of this block's layers. Those of earlier blocks are gone. The blocks themselves must stay as they are until
     theirs are taken: a layer may be exchanged once its block is passed.
 
     Raises:
@@ -76,10 +76,6 @@ class Walked(Mapping[str, Moments]):
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def shares(self, count: int) -> list[float]:
-        """Weights, of sum 1, of the domains."""
-        return list(self._shares) if len(self._shares) == count else [1 / count] * count
-
     @torch.no_grad()
     def _advance(self) -> None:
         """Take the next block's moments, and go on behind it."""
@@ -113,7 +109,7 @@ def walkable(model: nn.Module) -> Decoder | None:
     try:
         with evaluating(model):
             return Decoder(model)
-    except (ValueError, AttributeError):
+    except ValueError:
         return None
 
 

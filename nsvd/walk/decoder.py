@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 TOKENS = 8  # of the pass that shows whether a walk gives what the model gives
-CLOSE = 1e-3  # relative error of its logits; the walk repeats the same operations, so it is 0 but for odd kernels
+CLOSE = 1e-3  # relative error of the last hidden states; the walk repeats the same operations, so it is 0 but for odd kernels
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,19 @@ class Decoder:
             return torch.autograd.grad(out, hidden, gradient)[0]
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Run the epilogue on the hidden states behind the last block; (count, length, vocabulary)."""
+        """Run the epilogue on the hidden states behind the last block; (count, length, vocabulary).
+
+        Raises ``ValueError`` for a model without an output head.
+        """
         with self.resumed(len(self), hidden):
-            return self.model(input_ids=ids, use_cache=False).logits
+            out = self.model(input_ids=ids, use_cache=False)
+        if "logits" not in out:
+            raise ValueError(f"{type(self.model).__name__} has no output head, which gradients and losses need")
+        return out.logits
+
+    def _last(self, ids: Tensor) -> Tensor:
+        """What the body of the model gives out for token ids, the head left out."""
+        return getattr(self.model, "base_model", self.model)(input_ids=ids, use_cache=False)[0]
 
     @contextmanager
     def resumed(self, index: int, hidden: Tensor) -> Iterator[None]:
@@ -118,7 +128,7 @@ class Decoder:
         ids = torch.arange(TOKENS, device=self.device)[None] % vocabulary
         handle = self.blocks[0].register_forward_hook(lambda _m, _a, out: given.append(out))
         try:
-            plain = self.model(input_ids=ids, use_cache=False).logits
+            plain = self._last(ids)
         finally:
             handle.remove()
         if len(given) != 1:
@@ -130,7 +140,8 @@ class Decoder:
             hidden = entered.hidden
             for index, call in enumerate(entered.calls):
                 hidden = self.run(index, hidden, call)
-            walked = self.logits(entered.ids, hidden)
+            with self.resumed(len(self), hidden):
+                walked = self._last(entered.ids)
         except (AttributeError, RuntimeError, TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{kind} cannot be run block by block: {error}") from error
         if plain.isfinite().all() and not (walked - plain).norm() <= CLOSE * plain.norm():

@@ -167,7 +167,7 @@ def test_whole_surrogate_pairs_and_a_byte_order_mark_are_text(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"some text"), r"zipped\.txt is not UTF-8 text"),
+        (gzip.compress(b"some text", mtime=0), r"zipped\.txt is not UTF-8 text"),
         ("some text".encode("utf-16"), r"zipped\.txt is not UTF-8 text"),
         ("some text".encode("utf-16-le"), r"zipped\.txt is not UTF-8 text: it holds NUL bytes"),
     ],

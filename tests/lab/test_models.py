@@ -40,7 +40,7 @@ def test_a_hub_that_cannot_be_reached_is_told_apart(monkeypatch):
         raise OSError("We couldn't connect")
 
     monkeypatch.setattr(models, "load_folder", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"'somebody/model' .*could not be had from the hub.*mini-llama"):
+    with pytest.raises(FileNotFoundError, match=r"'somebody/model' .*could not be downloaded from the hub.*mini-llama"):
         nsvd.load("somebody/model")
 
 

@@ -142,7 +142,7 @@ def test_a_kernel_that_is_not_there_is_a_failed_notebook(project, monkeypatch):
 def test_a_source_is_not_replaced_by_its_output(project, executed):
     """Nor one notebook's output by that of another."""
     own, other = write(project / "own.ipynb", "1"), write(project / "other" / "own.ipynb", "2")
-    with pytest.raises(ValueError, match=r"own\.ipynb would be replaced by what it gives"):
+    with pytest.raises(ValueError, match=r"own\.ipynb would be overwritten by its own output"):
         workbook.run([str(own)], out=project)
     with pytest.raises(ValueError, match=r"two of the notebooks are called own\.ipynb"):
         workbook.run([str(own), str(other)], out=project / "out")

@@ -231,10 +231,10 @@ def test_prepare_takes_the_options_of_the_outer_step(stats):
         ),
         ({"method": "ridge"}, {"method": "kfac"}, "step ridge, mu 0.1, but K-FAC asks for step kfac"),
         ({"method": "sola", "keep_outer": 0}, {"method": "sola", "keep_outer": 1}, "keep_outer 0.* keep_outer 1"),
-        ({"method": "asvd-1"}, {"method": "asvd-1", "allocation": "spectrum", "seed": 1}, "of other weights"),
-        ({"method": "svd"}, {"method": "svd", "seed": 1}, "of other weights"),
-        ({"method": "nsvd-1", "text": 5}, {"method": "nid-1"}, "of other statistics"),
-        ({"method": "asvd-0", "text": 5}, {"method": "asvd-0", "allocation": "spectrum"}, "of other statistics"),
+        ({"method": "asvd-1"}, {"method": "asvd-1", "allocation": "spectrum", "seed": 1}, "for other weights"),
+        ({"method": "svd"}, {"method": "svd", "seed": 1}, "for other weights"),
+        ({"method": "nsvd-1", "text": 5}, {"method": "nid-1"}, "for other statistics"),
+        ({"method": "asvd-0", "text": 5}, {"method": "asvd-0", "allocation": "spectrum"}, "for other statistics"),
         (None, {"method": "asvd-1"}, r"prepared is a dict, but what prepare\(\) returns is wanted"),
     ],
 )
@@ -294,7 +294,6 @@ def test_the_report_tells_which_text_served_what(stats):
     given = nsvd.compress_(tiny_model(), stats, method="kfac", ratio=0.3, windows=IDS, shifted=True, distill=1)
     assert set(given.texts) == {"targets", "distillation"}  # the statistics brought their gradients
     assert given.texts["targets"] == {
-        "source": "given windows",
         "windows": [list(IDS.shape)],
         "fingerprints": [fingerprint([IDS])],
     }
@@ -441,7 +440,7 @@ def test_inf_in_the_output_of_the_last_layer_is_named(source):
     model.get_submodule(DOWN).weight.data[3] = 3e38
     model.get_submodule(DOWN.replace("down", "up")).weight.data *= 1e4
     before = state(model)
-    with pytest.raises(FloatingPointError, match=f"the first that does is the output of {DOWN}"):
+    with pytest.raises(FloatingPointError, match=f"it begins in the output of {DOWN}"):
         nsvd.compress_(model, ratio=0.3, **source)
     assert_same(before, model)
 

@@ -28,7 +28,7 @@ def plain_model():
     return tiny_model("llama", attention_bias=False, mlp_bias=False, intermediate_size=64)
 
 
-def write(model, file, kind=gguf.GGMLQuantizationType.F32) -> None:
+def write(model, file, kind=gguf.GGMLQuantizationType.F32, without: str = "") -> None:
     """A tiny LLaMA as llama.cpp's converter writes it, with a tokenizer of single bytes."""
     config, out = model.config, gguf.GGUFWriter(str(file), "llama")
     out.add_context_length(config.max_position_embeddings)
@@ -42,14 +42,14 @@ def write(model, file, kind=gguf.GGMLQuantizationType.F32) -> None:
     out.add_rope_dimension_count(config.head_dim)
     out.add_vocab_size(config.vocab_size)
     out.add_tokenizer_model("gpt2")
-    pieces = [f"<{i}>" for i in range(199)] + ["ab"] + [chr(i + 33) for i in range(config.vocab_size - 200)]
+    pieces = [f"<{i}>" for i in range(198)] + ["ab", "abc"] + [chr(i + 33) for i in range(config.vocab_size - 200)]
     out.add_token_list(pieces)
     out.add_token_types([3 if i < 2 else 1 for i in range(config.vocab_size)])
-    out.add_token_merges(["a b"])
+    out.add_token_merges(["a b", "ab c"])
     out.add_bos_token_id(0)
     out.add_eos_token_id(1)
     for key, value in model.state_dict().items():
-        if key == "lm_head.weight":
+        if key in ("lm_head.weight", without):
             continue
         value = value.float()
         if "q_proj" in key or "k_proj" in key:
@@ -111,6 +111,15 @@ def test_a_nan_in_a_file_is_named(tmp_path):
     model.model.norm.weight.data[3] = torch.nan
     write(model, tmp_path / "m.gguf")
     with pytest.raises(nsvd.CheckpointError, match=r"model\.norm\.weight holds NaN or Inf"):
+        nsvd.load(tmp_path / "m.gguf")
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(tmp_path):
+    """transformers would put random numbers in its place."""
+    write(plain_model(), tmp_path / "m.gguf", without="model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(
+        nsvd.CheckpointError, match=r"1 tensors missing or misshaped, first model\.layers\.1\.mlp\.down"
+    ):
         nsvd.load(tmp_path / "m.gguf")
 
 

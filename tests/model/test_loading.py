@@ -110,7 +110,7 @@ def test_transformers_itself_sees_the_sums_of_a_compressed_folder(folder):
         (lambda m: edit(m / manifest.NAME, lambda v: v.update(format_version=2)), "format 2 is newer"),
         (lambda m: edit(m / manifest.NAME, lambda v: v.update(format_version=-1)), "format_version is -1"),
         (lambda m: edit(m / manifest.NAME, lambda v: v.update(files={"../x": {}})), r"entry '\.\./x' is no file"),
-        (lambda m: edit(m / manifest.NAME, lambda v: v.update(files=None)), "files is no list of files"),
+        (lambda m: edit(m / manifest.NAME, lambda v: v.update(files=None)), "files must map file names to their sums"),
     ],
 )
 def test_what_is_missing_added_or_no_manifest_is_named(damage, message, folder):
@@ -214,7 +214,8 @@ def test_an_index_names_files_of_its_folder(name, folder):
 
     edit(index, change)
     refused(
-        folder, r"index\.json: (.* is not the name of a safetensors file|none.safetensors is missing|weight_map is no)"
+        folder,
+        r"index\.json: (.* is not the name of a safetensors file|none.safetensors is missing|weight_map must map)",
     )
 
 

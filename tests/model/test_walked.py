@@ -31,7 +31,6 @@ def test_several_domains_are_mixed_as_mix_does(weights):
     whole = nsvd.mix([nsvd.calibrate(model, ids) for ids in (IDS, OTHER)], weights)
     walked = Walked(walkable(model), [IDS, OTHER], list(nsvd.targets(model)), weights)
     assert walked.origin == whole.origin
-    assert walked.shares(2) == whole.shares(2)
     for name in walked:
         torch.testing.assert_close(walked[name].G, whole[name].G, rtol=1e-12, atol=0)
         torch.testing.assert_close(walked[name].mean_abs, whole[name].mean_abs, rtol=1e-12, atol=0)
