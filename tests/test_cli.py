@@ -43,12 +43,12 @@ def models(tmp_path_factory):
     single = {"dtype": torch.float32}
     put("dense", tiny_model(**single))
     low = put("low", compressed(tiny_model(**single)))
-    bad = tiny_model(**single)
-    poison(bad, f"{Q}.weight")
-    put("nan", bad)
-    bad = tiny_model(**single)
-    poison(bad, "model.norm.weight")
-    put("nan-norm", bad)
+    for name, spoiled in {"nan": f"{Q}.weight", "nan-norm": "model.norm.weight"}.items():
+        bad = shutil.copytree(folder / "dense", folder / name)
+        (bad / "nsvd_manifest.json").unlink()
+        tensors = load_file(bad / "model.safetensors")
+        tensors[spoiled][0] = torch.nan
+        save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     missing, cut, empty = (shutil.copytree(low, folder / name) for name in ("missing", "cut", "no-config"))
     for damaged in (missing, cut):
         (damaged / "nsvd_manifest.json").unlink()
@@ -427,6 +427,7 @@ def test_a_model_is_not_compressed_over_itself(here, models, capsys, monkeypatch
     monkeypatch.setattr(nsvd, "load", lambda *_a, **_k: pytest.fail("the model was loaded"))
     for source, out in (
         ("keep", "keep"), ("keep", "./keep/"), (keep, "../here/keep"), ("keep", "link"), ("link", "keep"), ("linked", "keep"),
+        ("keep", "new/../keep"),
     ):  # fmt: skip
         line = refused(capsys, here, "compress", source, out, *NSVD)
         assert f"cannot write {out}: the model {source} itself lies there" in line

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from nsvd.lab.paths import data
+from nsvd.model.files import reached
 from nsvd.model.gguf import PACKAGED, load_gguf, packaged
 from nsvd.model.loading import download, load_folder
 
@@ -20,12 +21,12 @@ def check_apart(source: str | Path, out: str | Path) -> None:
 
     All names of a folder count: relative, through links, of an embedded model. So do files of the model that are links.
     """
-    path = embedded_models().get(str(source), Path(source))
-    if not path.exists() or not Path(out).exists():
+    path, target = embedded_models().get(str(source), Path(source)), reached(out)
+    if not path.exists() or not target.exists():
         return
     files = [file.resolve() for file in [path, *(path.iterdir() if path.is_dir() else [])]]
     for place in {place for file in files for place in (file, *file.parents)}:
-        if place.exists() and place.samefile(out):
+        if place.exists() and place.samefile(target):
             raise FileExistsError(f"cannot write {out}: the model {source} itself lies there; choose another folder")
 
 
@@ -47,7 +48,7 @@ def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool
         return load_folder(embedded[name], **asked)
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
-            raise FileNotFoundError(f"{source} is a folder without config.json, so not a model")
+            raise FileNotFoundError(f"{Path(source)} is a folder without config.json, so not a model")
         return load_folder(source, **asked)
     if name in PACKAGED or (Path(source).is_file() and name.endswith(".gguf")):
         return load_gguf(packaged(name) if name in PACKAGED else source, dtype=dtype, device=device)

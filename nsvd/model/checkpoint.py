@@ -17,13 +17,14 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from nsvd.model import manifest
-from nsvd.model.files import check_writable, replacing
+from nsvd.model.files import check_writable, reached, replacing
 from nsvd.model.folder import CONFIG, METHOD, CheckpointError, Stored, headers, read_json
 from nsvd.model.foreign import quiet
 from nsvd.model.latent import attach, detach
 from nsvd.model.layers import LAYERS, CompressedLayer, LowRankLinear
 from nsvd.model.section import LowRankConfig
 from nsvd.model.skeleton import check_dtypes, check_finite, check_fits, matched
+from nsvd.model.targets import check_unwrapped
 
 MODEL_FILES = (  # what ``save`` may find in the place of a model: names that transformers and we give, no others
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
@@ -190,13 +191,13 @@ def check_target(folder: str | Path) -> None:
     A folder is an older model's if it has a config.json and nothing but files of ``MODEL_FILES``: what is replaced is then
     no more than ``save`` writes. Symbolic links are followed.
     """
-    folder = Path(folder)
-    if folder.resolve() == Path.cwd().resolve():
+    place = reached(folder)
+    if place.resolve() == Path.cwd().resolve():
         raise FileExistsError(f"cannot write {folder}: it is the folder this runs in")
-    if folder.is_file():
+    if place.is_file():
         raise FileExistsError(f"cannot write {folder}: it is a file, a checkpoint is a folder")
-    held = sorted(folder.iterdir()) if folder.is_dir() else []
-    if held and not (folder / "config.json").is_file():
+    held = sorted(place.iterdir()) if place.is_dir() else []
+    if held and not (place / "config.json").is_file():
         raise FileExistsError(f"cannot write {folder}: it holds something that is not a model")
     for entry in held:
         if not entry.is_file() or not any(fnmatchcase(entry.name, name) for name in MODEL_FILES):
@@ -209,8 +210,14 @@ def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict 
 
     The folder appears when everything is written; an older model there is replaced whole, anything else is refused.
     ``report`` is put beside the weights as ``nsvd_report.json``, the sums of all files as ``nsvd_manifest.json``.
+
+    Raises:
+        OSError: if the folder cannot be written, or something else than a model would be lost.
+        ValueError: if the model is wrapped, or a parameter holds NaN or Inf: what ``load`` would refuse.
     """
     check_target(folder)
+    check_unwrapped(model)
+    check_finite(model)
     with replacing(folder) as part, quiet():
         model.save_pretrained(part)
         if tokenizer is not None:

@@ -33,6 +33,12 @@ def short_name(source: str | Path) -> str:
     return path.resolve().name if path.is_absolute() or path.is_dir() else str(source)
 
 
+def reached(target: str | Path) -> Path:
+    """``target``, or where it lies once the folders on the way are made: ``old`` for ``new/../old`` if ``new`` is not there."""
+    path = Path(target)
+    return path if os.path.lexists(path) else path.resolve()
+
+
 @contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
     """Give a fresh path to write a file or a folder to; put it in the place of ``target`` on success.
@@ -48,13 +54,14 @@ def replacing(target: str | Path) -> Iterator[Path]:
         OSError: if the file or folder cannot be written; names ``target``.
     """
     with _told_of(target):
-        if _is_stream(target):
+        place = reached(target)
+        if _is_stream(place):
             with TemporaryDirectory() as scratch:
-                part = Path(scratch) / Path(target).name
+                part = Path(scratch) / place.name
                 yield part
-                _write_into(target, part)
+                _write_into(place, part)
             return
-        place = Path(target).resolve()
+        place = place.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         _recover(place)
         with _hidden(place.parent, place.name) as (folder, mode):
@@ -67,14 +74,14 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
 def check_writable(target: str | Path, *, folder: bool = False) -> None:
     """Raise ``OSError`` before any work is done if ``replacing`` cannot put a file (or a ``folder``) at ``target``."""
-    target = Path(target)
-    if _is_stream(target):
+    place = reached(target)
+    if _is_stream(place):
         if folder:
             raise NotADirectoryError(f"cannot write {target}: it is a device or a pipe, not a folder")
-        if not os.access(target, os.W_OK):
+        if not os.access(place, os.W_OK):
             raise PermissionError(f"cannot write {target}: no permission")
         return
-    place = target.resolve()
+    place = place.resolve()
     if place.is_dir() and not folder:
         raise IsADirectoryError(f"cannot write {target}: there is a folder of that name")
     if place.is_dir() and place.is_mount():

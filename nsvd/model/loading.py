@@ -13,7 +13,7 @@ from nsvd.model import manifest
 from nsvd.model.checkpoint import is_compressed
 from nsvd.model.folder import CONFIG, CheckpointError, check_counts, headers, read_config, weight_files
 from nsvd.model.foreign import quiet, reading
-from nsvd.model.skeleton import check_finite, check_fits, limited
+from nsvd.model.skeleton import check_blocks, check_finite, check_fits, limited
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that every layer computes with
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -86,6 +86,7 @@ def _read_model(folder: Path, dtype, stored: dict, told: dict) -> PreTrainedMode
             raise CheckpointError(f"{folder}: the model has no tensor {min(info['unexpected_keys'])}, which is stored")
     else:
         with reading(folder):
+            check_blocks(model, info["unexpected_keys"])
             check_finite(model)
     return model
 

@@ -41,7 +41,7 @@ def sample(
 
     Raises:
         ValueError: a size or temperature that is not positive, more tokens than the model has positions for where these are
-            learned, or no token to start from.
+            learned, or no token to start from, or one that the vocabulary has not.
         FloatingPointError: if a prediction holds NaN or Inf.
     """
     opening = temperature if opening is None else opening
@@ -58,6 +58,9 @@ def sample(
             "the model's configuration names no token that begins a text (bos_token_id), so it cannot write one: "
             "pass start= to sample, or calibrate on a text that is at hand (windows=, --calibration CORPUS)"
         )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= start < vocabulary:
+        raise ValueError(f"the token to start from (bos_token_id) is {start}, the vocabulary has {vocabulary} tokens")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device writes the same
     draws = torch.cat([_uniform(count, generator) for _ in range(length - 1)], dim=1)
@@ -94,7 +97,7 @@ def _batch(model: PreTrainedModel, length: int) -> int:
     shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * shared * head * model.dtype.itemsize * length
-    return min(max(CACHE_BYTES // each, 1), 128)
+    return min(max(CACHE_BYTES // max(each, 1), 1), 128)
 
 
 def _annealed(opening: float, temperature: float, steps: int) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import get_ident
 
@@ -128,6 +128,21 @@ def check_dtypes(config: Mapping, stored: Mapping[str, Stored]) -> None:
             if seen not in (None, kind):
                 raise CheckpointError(f"{entry.file}: {key} is stored as {kind}, the other weights as {seen}")
             seen = kind
+
+
+def check_blocks(model: nn.Module, unexpected: Iterable[str]) -> None:
+    """Raise ``CheckpointError`` if tensors that the model has not are of blocks beyond its own.
+
+    A model of fewer blocks than were stored runs, and is another one.
+    """
+    modules = dict(model.named_modules())
+    for key in sorted(unexpected):
+        for number in re.finditer(r"(?<=\.)\d+(?=\.)", key):
+            blocks = modules.get(key[: number.start() - 1])
+            if isinstance(blocks, nn.ModuleList) and int(number[0]) >= len(blocks):
+                raise CheckpointError(
+                    f"config.json asks for {len(blocks)} {key[: number.start() - 1]}, the files hold {key}"
+                )
 
 
 @torch.no_grad()

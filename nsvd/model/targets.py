@@ -61,16 +61,21 @@ def is_plain(layer: nn.Linear) -> bool:
     return bool((out - wanted).norm() <= 8 * torch.finfo(x.dtype).eps * wanted.norm())
 
 
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a module that only holds a model of transformers, and is none."""
+    if not isinstance(model, PreTrainedModel):
+        held = ((name, type(m).__name__) for name, m in model.named_modules() if isinstance(m, PreTrainedModel))
+        for name, inner in held:
+            kind = type(model).__name__
+            raise ValueError(f"{kind} is a wrapper of a model: give the model itself, its {name} ({inner})")
+
+
 def _check_model(model: nn.Module) -> None:
     """Raise ``ValueError`` for a model that is wrapped, no decoder, or quantized."""
-    kind = type(model).__name__
+    check_unwrapped(model)
     if not isinstance(model, PreTrainedModel):
-        inner = next(
-            (f"{n} ({type(m).__name__})" for n, m in model.named_modules() if isinstance(m, PreTrainedModel)), None
-        )
-        if inner:
-            raise ValueError(f"{kind} is a wrapper of a model: give the model itself, its {inner}")
         return
+    kind = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{kind} is an encoder with a decoder; only models that are a decoder alone are compressed")
     about = getattr(model.config, "quantization_config", None)

@@ -372,3 +372,26 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path):
     nsvd.save(tiny_model("llama"), None, tmp_path / "bare")
     with pytest.raises(nsvd.CheckpointError, match="no tokenizer"):
         nsvd.load(tmp_path / "bare")
+
+
+def test_a_folder_reached_through_one_that_is_not_there_is_looked_into(folder, tmp_path, monkeypatch):
+    """What would be lost is refused there, too."""
+    monkeypatch.chdir(tmp_path)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"beside a model it holds notes\.txt"):
+        nsvd.save(tiny_model(), tiny_tokenizer(), f"new/../{folder.name}")
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_what_load_would_refuse_is_not_saved(compress, folder):
+    """A good model is not replaced by one of NaN, or by a wrapper."""
+    before = (folder / "model.safetensors").read_bytes()
+    model = compressed(tiny_model()) if compress else tiny_model()
+    with pytest.raises(ValueError, match=r"DataParallel is a wrapper of a model: .* module \(LlamaForCausalLM\)"):
+        nsvd.save(torch.nn.DataParallel(model), tiny_tokenizer(), folder)
+    name, parameter = list(model.named_parameters())[-1]
+    parameter.data.view(-1)[0] = torch.nan
+    with pytest.raises(nsvd.CheckpointError, match=f"parameter {name} holds NaN or Inf"):
+        nsvd.save(model, tiny_tokenizer(), folder)
+    assert (folder / "model.safetensors").read_bytes() == before

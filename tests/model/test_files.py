@@ -292,3 +292,20 @@ def test_a_single_number_has_a_fingerprint():
     """Parameters without dimensions are told apart like others."""
     one, other = torch.nn.Parameter(torch.tensor(1.0)), torch.tensor(2.0)
     assert fingerprint([one]) == fingerprint([torch.tensor(1.0)]) != fingerprint([other])
+
+
+def test_a_way_through_a_folder_that_is_not_there_leads_to_what_is(tmp_path, monkeypatch):
+    """``new/../old`` is ``old``: a device stays one, a folder is no place for a file."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    descriptor = os.open("pipe", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        with replacing("new/../pipe") as part:
+            part.write_text("told")
+        assert os.read(descriptor, 9) == b"told"
+        assert stat.S_ISFIFO(os.stat("pipe").st_mode)
+    finally:
+        os.close(descriptor)
+    os.mkdir("old")
+    with pytest.raises(IsADirectoryError, match=r"cannot write new/\.\./old: there is a folder of that name"):
+        check_writable("new/../old")

@@ -469,3 +469,16 @@ def test_the_model_without_its_head_is_read(folder, tmp_path):
     assert torch.equal(bare(token_ids()).last_hidden_state, expected)
     bare.save_pretrained(tmp_path / "bare")
     assert torch.equal(AutoModel.from_pretrained(tmp_path / "bare")(token_ids()).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_blocks_that_config_json_does_not_count_are_told(blocks, tmp_path):
+    """A model of fewer blocks would run, and be another one."""
+    nsvd.save(tiny_model(), tiny_tokenizer(), tmp_path / "m")
+    folder = tmp_path / "m"
+    (folder / manifest.NAME).unlink()
+    file = folder / "config.json"
+    told = json.loads(file.read_text()) | {"num_hidden_layers": blocks, "layer_types": None}
+    file.write_text(json.dumps(told))
+    with pytest.raises(nsvd.CheckpointError, match=rf"{blocks} model.layers, the files hold model.layers.{blocks}\."):
+        nsvd.load(folder)

@@ -130,6 +130,11 @@ def test_a_model_that_names_no_first_token_needs_one():
     assert (nsvd.sample(model, 2, 4, start=9)[:, 0] == 9).all()
 
 
+def test_a_first_token_that_the_vocabulary_has_not_is_refused():
+    with pytest.raises(ValueError, match=r"bos_token_id.* is 300, the vocabulary has 300 tokens"):
+        nsvd.sample(tiny_model(bos_token_id=300), 1, 4)
+
+
 def test_a_window_is_no_longer_than_learned_positions():
     """OPT has 64 and no more; rotations go on for ever."""
     assert nsvd.sample(tiny_model("opt"), 1, 64).shape == (1, 64)
