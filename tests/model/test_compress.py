@@ -251,7 +251,7 @@ def test_what_was_prepared_for_something_else_is_refused(made, used, message, st
         nsvd.compress_(model, stats, ratio=0.2, prepared=prepared, **used)
     assert_same(before, model)
     if used["method"] == "asvd-1":
-        with pytest.raises(ValueError, match="prepared (is|was made) "):
+        with pytest.raises(ValueError, match=r"prepared (is|was made) "):
             nsvd.sensitivity(model, stats, IDS, method="asvd-1", prepared=prepared or nsvd.prepare(model, stats, "svd"))
 
 
