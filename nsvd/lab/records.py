@@ -116,8 +116,16 @@ class Records:
 
 
 def finite(numbers: dict) -> dict:
-    """The same with None, JSON's null, in place of NaN and infinities."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+    """The same with None, JSON's null, in place of NaN and infinities, in lists and dictionaries too."""
+    return {name: _finite(value) for name, value in numbers.items()}
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return finite(value)
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole(value: object) -> object:

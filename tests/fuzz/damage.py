@@ -61,21 +61,7 @@ def cut(file: Path, rng: random.Random) -> str:
 
 def overwrite(file: Path, rng: random.Random) -> str:
     """Something else altogether."""
-    text = rng.choice(
-        (
-            "<html></html>",
-            "null",
-            "{}",
-            "[]",
-            "5",
-            '"x"',
-            "[" * 3000,
-            '{"a":' * 3000,
-            "\0" * 100,
-            "\xff\xfe",
-            "{'a': 1}",
-        )
-    )
+    text = rng.choice(TEXTS)
     file.write_bytes(text.encode("latin-1"))
     return f"{file.name} holds {text[:12]!r}"
 

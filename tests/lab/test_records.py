@@ -1,6 +1,7 @@
 """Results are found again by their parameters, as long as the code that made them is the same."""
 
 import json
+import math
 import os
 
 import pytest
@@ -224,3 +225,16 @@ def test_a_folder_is_no_file_of_results(tmp_path):
     """Named in one sentence."""
     with pytest.raises(OSError, match=str(tmp_path)):
         Records(tmp_path)
+
+
+def test_what_is_not_finite_is_null_however_deep_it_stands(tmp_path):
+    """The file stays JSON for every reader."""
+    Records(tmp_path / "r.jsonl").add(
+        {"a": 1}, {"losses": [1.0, math.nan, (math.inf, 2)], "by": {"x": -math.inf}, "n": 3}
+    )
+    (line,) = (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["numbers"] == {
+        "losses": [1.0, None, [None, 2]],
+        "by": {"x": None},
+        "n": 3,
+    }
