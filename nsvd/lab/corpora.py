@@ -106,7 +106,7 @@ def documents(name: str, split: str = "test") -> list[str]:
     """
     if split not in ("calibration", "test"):
         raise ValueError(f"unknown split {split!r}; the splits are calibration and test")
-    if name.startswith("mini/"):
+    if name in EMBEDDED:
         texts = _file(data() / "corpora" / name.removeprefix("mini/") / f"{split}.jsonl", name)
     elif name in HUB:
         texts = _hub(name, split)

@@ -63,9 +63,11 @@ def mix(
         ratio: fraction of the parameters removed, the same from every layer; for ``worst-case`` only.
 
     Raises:
-        ValueError: not one weight for each domain, a negative one or all 0; an unknown name; ``worst-case`` without model and
+        ValueError: statistics alone in place of a list; not one weight for each domain, a negative one or all 0; an unknown name; ``worst-case`` without model and
             ratio; different layers.
     """
+    if isinstance(domains, Statistics):
+        raise ValueError("mix takes a list of statistics, one for each text; this is one alone")
     check_mixture(weights, len(domains))
     first = domains[0]
     if any(other.inputs != first.inputs for other in domains):

@@ -254,9 +254,12 @@ def test_a_folder_of_corpora_is_read_by_split(tmp_path):
 
 def test_what_is_no_corpus_is_said(tmp_path):
     """An unknown name with the known ones, a file that is not there, an unknown split."""
-    with pytest.raises(ValueError, match=r"unknown corpus 'wikitext3'; use mini/encyclopedia.*wikitext2.*DIR:name"):
-        nsvd.documents("wikitext3")
-    for missing in (tmp_path / "none.txt", tmp_path / "none.jsonl", "mini/novels"):
+    for unknown in ("wikitext3", "mini/novels"):
+        with pytest.raises(
+            ValueError, match=rf"unknown corpus '{unknown}'; use mini/encyclopedia.*wikitext2.*DIR:name"
+        ):
+            nsvd.documents(unknown)
+    for missing in (tmp_path / "none.txt", tmp_path / "none.jsonl"):
         with pytest.raises(FileNotFoundError, match="no file"):
             nsvd.documents(str(missing))
     with pytest.raises(ValueError, match="unknown split 'train'"):

@@ -309,6 +309,12 @@ def test_worst_case_weights_need_a_model_with_parameters_removed():
             nsvd.mix([stats, stats], "worst-case", **missing)
 
 
+def test_one_statistics_alone_are_not_mixed():
+    """They are a mapping: its keys would be taken for domains."""
+    with pytest.raises(ValueError, match="mix takes a list of statistics"):
+        nsvd.mix(nsvd.calibrate(tiny_model(), IDS))
+
+
 def test_statistics_say_what_they_were_mixed_with():
     """As many weights as domains, equal ones where another number of domains was mixed, or none."""
     stats = nsvd.calibrate(tiny_model(), IDS)
