@@ -63,8 +63,8 @@ def mix(
         ratio: fraction of the parameters removed, the same from every layer; for ``worst-case`` only.
 
     Raises:
-        ValueError: statistics alone in place of a list; not one weight for each domain, a negative one or all 0; an unknown name; ``worst-case`` without model and
-            ratio; different layers.
+        ValueError: statistics alone in place of a list; not one weight for each domain, a negative one or all 0; an unknown
+            name; ``worst-case`` without model and ratio; different layers.
     """
     if isinstance(domains, Statistics):
         raise ValueError("mix takes a list of statistics, one for each text; this is one alone")
