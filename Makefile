@@ -57,7 +57,7 @@ test-newest: ## the tests of the package on the newest versions that pyproject.t
 	$(call install,$(VENV)-newest,)
 	$(call pytest,$(VENV)-newest) $(RANGES)
 
-pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS)
+pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 lock: test-newest ## write constraints-lock.txt: what test-newest has just installed and passed with
 	$(VENV)-newest/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch|triton|nvidia-|cuda-)|^#| @ ' > constraints-lock.txt
