@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 REAL_TEXT ?= 04_evaluation 10_beyond_nsvd
-RANGES := tests/walk tests/model tests/lab tests/test_cli.py
+RANGES := tests/walk tests/stored tests/compression tests/cache tests/lab tests/test_cli.py
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1

@@ -3,26 +3,26 @@
 Importing the package also teaches transformers to read compressed checkpoints.
 """
 
+from nsvd.cache.compress import CacheReport, compress_kv_
+from nsvd.cache.latent import cache_bytes
+from nsvd.compression.compress import Report, compress_
+from nsvd.compression.measure import prepare
+from nsvd.compression.recipes import RECIPES
+from nsvd.compression.strs import Sensitivity, sensitivity
 from nsvd.lab.calibration import domains
 from nsvd.lab.corpora import EMBEDDED, documents, windows
 from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
-from nsvd.model.checkpoint import CheckpointError, save
-from nsvd.model.compress import Report, compress_
-from nsvd.model.compress_kv import CacheReport, compress_kv_
-from nsvd.model.files import replacing
-from nsvd.model.fisher import fisher
-from nsvd.model.latent import cache_bytes
-from nsvd.model.layers import LowRankLinear, PivotedLinear
-from nsvd.model.loading import default_device
-from nsvd.model.moments import Statistics, calibrate, mix
-from nsvd.model.prepare import prepare
-from nsvd.model.recipes import RECIPES
-from nsvd.model.sampling import own_text, random_tokens, sample
-from nsvd.model.sensitivity import Sensitivity, sensitivity
-from nsvd.model.targets import targets
+from nsvd.stored.checkpoint import CheckpointError, save
+from nsvd.stored.files import replacing
+from nsvd.stored.layers import LowRankLinear, PivotedLinear
+from nsvd.stored.loading import default_device
 from nsvd.version import __version__
+from nsvd.walk.gradients import fisher
+from nsvd.walk.moments import Statistics, calibrate, mix
+from nsvd.walk.sampling import own_text, random_tokens, sample
+from nsvd.walk.targets import targets
 
 __all__ = [
     "EMBEDDED",

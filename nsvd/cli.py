@@ -64,12 +64,12 @@ def run(chosen: argparse.Namespace) -> int:
 def compress(chosen: argparse.Namespace) -> None:
     """Compress a model into a folder."""
     import nsvd
+    from nsvd.compression.measure import statistics_of
+    from nsvd.compression.recipes import RECIPES, base_method
     from nsvd.lab.calibration import begins_with_bos, domains
     from nsvd.lab.models import check_apart
-    from nsvd.model.checkpoint import check_target
-    from nsvd.model.files import short_name
-    from nsvd.model.prepare import statistics_of
-    from nsvd.model.recipes import RECIPES, base_method
+    from nsvd.stored.checkpoint import check_target
+    from nsvd.stored.files import short_name
 
     method = base_method(chosen.method)
     names = ("k1", "alpha", "mu", "eta", *nsvd.METHODS["sola"].options)
@@ -186,7 +186,7 @@ def evaluate(chosen: argparse.Namespace) -> None:
     import nsvd
     from nsvd.lab.calibration import begins_with_bos
     from nsvd.lab.records import finite, origin
-    from nsvd.model.files import check_writable
+    from nsvd.stored.files import check_writable
 
     if chosen.json:
         check_writable(chosen.json)
@@ -223,9 +223,9 @@ def evaluate(chosen: argparse.Namespace) -> None:
 def info(chosen: argparse.Namespace) -> None:
     """What a model folder holds."""
     import nsvd
-    from nsvd.model.checkpoint import describe
-    from nsvd.model.latent import bytes_per_token
-    from nsvd.model.layers import CompressedLayer
+    from nsvd.cache.latent import bytes_per_token
+    from nsvd.stored.checkpoint import describe
+    from nsvd.stored.layers import CompressedLayer
 
     model, _ = nsvd.load(chosen.model, device="cpu")
     total, size = model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())

@@ -432,7 +432,7 @@ def test_a_model_is_not_compressed_over_itself(here, models, capsys, monkeypatch
         line = refused(capsys, here, "compress", source, out, *NSVD)
         assert f"cannot write {out}: the model {source} itself lies there" in line
     own = nsvd.embedded_models()[MINI]
-    monkeypatch.setattr("nsvd.model.checkpoint.MODEL_FILES", ("*",))
+    monkeypatch.setattr("nsvd.stored.checkpoint.MODEL_FILES", ("*",))
     assert f"the model {MINI} itself" in refused(capsys, here, "compress", MINI, own, *NSVD)
 
 

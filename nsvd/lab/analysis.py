@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nsvd.linalg import METHODS, Decomposition, from_metric, rank_for_ratio
 from nsvd.linalg.errors import calibration_loss, condition_number, effective_rank, principal_cosines
 from nsvd.linalg.sola import overlap
-from nsvd.model.moments import Statistics
-from nsvd.model.targets import targets
+from nsvd.walk.moments import Statistics
+from nsvd.walk.targets import targets
 
 
 def place(layer: str) -> dict[str, str | int]:

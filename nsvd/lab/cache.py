@@ -14,16 +14,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
+from nsvd.cache.absorption import multiplications
+from nsvd.cache.compress import compress_kv_
+from nsvd.cache.latent import attach, bytes_per_token, cache_bytes, latent_layers
+from nsvd.compression.recipes import base_method
 from nsvd.lab.records import Records
 from nsvd.lab.sweep import DENSE, measure
-from nsvd.model.absorption import multiplications
-from nsvd.model.caches import caches_of
-from nsvd.model.compress_kv import compress_kv_
-from nsvd.model.files import fingerprint
-from nsvd.model.latent import attach, bytes_per_token, cache_bytes, latent_layers
-from nsvd.model.layers import LowRankLinear
-from nsvd.model.moments import Statistics
-from nsvd.model.recipes import base_method
+from nsvd.stored.files import fingerprint
+from nsvd.stored.layers import LowRankLinear
+from nsvd.walk.caches import caches_of
+from nsvd.walk.moments import Statistics
 
 
 def cache_sweep(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nsvd.lab.corpora import MAX_CALIBRATION, MAX_LENGTH, windows
 from nsvd.lab.tokens import beginning
-from nsvd.model.sampling import own_text, random_tokens
+from nsvd.walk.sampling import own_text, random_tokens
 
 
 def domains(

@@ -16,9 +16,9 @@ from nsvd.lab.corpora import EMBEDDED, windows
 from nsvd.lab.evaluation import evaluate
 from nsvd.lab.models import embedded_models, load
 from nsvd.lab.training import Recipe
-from nsvd.model import manifest
-from nsvd.model.files import replacing
-from nsvd.model.moments import calibrate
+from nsvd.stored import manifest
+from nsvd.stored.files import replacing
+from nsvd.walk.moments import calibrate
 
 TEXT = """# {name}
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from nsvd.lab.tokens import bytes_per_token
-from nsvd.model.loss import check_text, window_losses
-from nsvd.model.text import predictions, windows_at_once
+from nsvd.walk.loss import check_text, window_losses
+from nsvd.walk.text import predictions, windows_at_once
 
 
 @dataclass(frozen=True)

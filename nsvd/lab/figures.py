@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from nsvd.model.files import replacing
+from nsvd.stored.files import replacing
 
 PALETTE = {
     "svd": "#8c8c8c",

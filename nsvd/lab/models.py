@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from nsvd.lab.paths import data
-from nsvd.model.files import reached
-from nsvd.model.gguf import PACKAGED, load_gguf, packaged
-from nsvd.model.loading import download, load_folder
+from nsvd.stored.files import reached
+from nsvd.stored.gguf import PACKAGED, load_gguf, packaged
+from nsvd.stored.loading import download, load_folder
 
 
 def embedded_models() -> dict[str, Path]:

@@ -16,7 +16,7 @@ from nsvd.lab import tables
 from nsvd.lab.corpora import EMBEDDED
 from nsvd.lab.paths import checkout
 from nsvd.lab.records import Records
-from nsvd.model.files import replacing
+from nsvd.stored.files import replacing
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 CELL = ["model", "recipe", "method", "ratio", "k1", "alpha", "allocation", "cache_ratio", "joint", "corpus", "measure"]

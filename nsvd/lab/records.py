@@ -12,24 +12,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from nsvd.model.files import replacing, sync
-from nsvd.model.locks import locked
-from nsvd.model.report import versions
+from nsvd.compression.report import versions
+from nsvd.stored.files import replacing, sync
+from nsvd.stored.locks import locked
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @cache
 def origin() -> dict[str, str]:
-    """Versions, the commit, and a hash of the code that computes (``linalg``, ``model``, ``walk``, the evaluation)."""
-    files = sorted(
-        [
-            *_PACKAGE.glob("linalg/*.py"),
-            *_PACKAGE.glob("model/*.py"),
-            *_PACKAGE.glob("walk/*.py"),
-            _PACKAGE / "lab/evaluation.py",
-        ]
-    )
+    """Versions, the commit, and a hash of the code that computes: every room but ``lab``, and the evaluation."""
+    rooms = [file for file in _PACKAGE.glob("*/*.py") if file.parent.name != "lab"]
+    files = sorted([*rooms, _PACKAGE / "lab/evaluation.py"])
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     git = ["git", "-C", str(_PACKAGE), "rev-parse", "--short", "HEAD"]
     try:

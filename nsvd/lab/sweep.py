@@ -11,14 +11,14 @@ import pandas as pd
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nsvd.compression.compress import compress_
+from nsvd.compression.measure import prepare
 from nsvd.lab.evaluation import evaluate
 from nsvd.lab.records import Records
 from nsvd.lab.tokens import common_beginning
 from nsvd.linalg import by_name
-from nsvd.model.compress import compress_
-from nsvd.model.files import fingerprint
-from nsvd.model.moments import Statistics
-from nsvd.model.prepare import prepare
+from nsvd.stored.files import fingerprint
+from nsvd.walk.moments import Statistics
 
 DENSE = "dense"
 

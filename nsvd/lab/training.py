@@ -29,9 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from nsvd.lab.models import load
 from nsvd.lab.paths import data
-from nsvd.model import manifest
-from nsvd.model.files import replacing
-from nsvd.model.loading import default_device
+from nsvd.stored import manifest
+from nsvd.stored.files import replacing
+from nsvd.stored.loading import default_device
 
 BOS, EOS = "<s>", "</s>"
 BLOCK = re.compile(r"(\.layers\.)(\d+)\.")  # the number of a block in the name of its parameters

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from nsvd.lab.parameters import check, declared, read_preset
 from nsvd.lab.paths import checkout
-from nsvd.model.files import check_writable, replacing
+from nsvd.stored.files import check_writable, replacing
 
 KERNEL = "python3"
 

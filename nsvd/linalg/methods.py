@@ -12,12 +12,12 @@ from torch import Tensor
 from nsvd.linalg import asvd as family
 from nsvd.linalg.decomposition import Decomposition
 from nsvd.linalg.factors import LowRank, least_rank
+from nsvd.linalg.kfac import kfac
 from nsvd.linalg.moments import Moments
-from nsvd.linalg.nested import nid, nsvd
+from nsvd.linalg.nsvd import nid, nsvd
 from nsvd.linalg.options import checked
 from nsvd.linalg.precision import double
 from nsvd.linalg.sola import PUBLISHED
-from nsvd.linalg.two_sided import kfac
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from nsvd.linalg.allocation import Shapes
+from nsvd.linalg.budget import Shapes
 from nsvd.linalg.factors import saves_parameters
 from nsvd.linalg.precision import double
 

@@ -10,7 +10,7 @@ import torch
 
 import nsvd
 from nsvd import cli
-from nsvd.model import manifest
+from nsvd.stored import manifest
 from tests.fuzz import damage
 from tests.fuzz.harness import Case
 from tests.tiny import compressed, tiny_model, tiny_tokenizer, token_ids

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import nsvd
+from nsvd.cache.latent import bytes_per_token
 from nsvd.lab import cache, sweep
 from nsvd.lab.records import Records
-from nsvd.model.latent import bytes_per_token
 from tests.tiny import tiny_model, token_ids
 
 

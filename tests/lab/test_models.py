@@ -48,7 +48,7 @@ def test_a_model_of_the_hub_is_looked_at_like_a_folder(tmp_path, monkeypatch):
     """From the local cache, whose files are links; of the hub's files neither code nor pickles are asked for."""
     import json
 
-    from nsvd.model import loading
+    from nsvd.stored import loading
 
     asked = {}
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsvd.linalg import rank_for_ratio, saves_parameters
-from nsvd.linalg.allocation import after, cut, cut_where, spectrum_steps, strs_steps, total
+from nsvd.linalg.budget import after, cut, cut_where, spectrum_steps, strs_steps, total
 from nsvd.linalg.factors import FACTORS, least_rank, n_params, split_rank
 
 KEPT = (0.1, 0.3, 0.5, 0.7, 0.9)

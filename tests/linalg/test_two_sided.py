@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nsvd.linalg import LowRank, Moments, from_metric
 from nsvd.linalg.asvd import ridged
-from nsvd.linalg.two_sided import from_metrics, kfac, shifted
+from nsvd.linalg.kfac import from_metrics, kfac, shifted
 from tests.linalg.reference import is_close, is_determined, law, layer, layers, random_factors, truncate
 
 GENERIC = layer(9, 12, 4, condition=1e3)

@@ -1,0 +1,221 @@
+"""Replace the linear layers of a model by low-rank ones, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nsvd.compression.exchange import Exchange
+from nsvd.compression.measure import check_statistics, take_statistics
+from nsvd.compression.prepared import Prepared, check_prepared
+from nsvd.compression.ranks import uniform
+from nsvd.compression.report import Clock, Report, left_alone, peak_memory, text_of, versions
+from nsvd.compression.request import Arguments, resolve
+from nsvd.compression.sola import split
+from nsvd.compression.whole_layers import Result, factor
+from nsvd.linalg import Decomposition
+from nsvd.stored.checkpoint import is_compressed, mark_compressed
+from nsvd.stored.layers import CompressedLayer
+from nsvd.walk.moments import Statistics
+from nsvd.walk.sampling import own_text
+from nsvd.walk.soundness import check_exchanged, check_values, predicted
+from nsvd.walk.targets import targets
+from nsvd.walk.text import check_readable
+from nsvd.walk.walked import Walked, walkable
+
+RANKS_EVERY = (
+    2  # every second window is enough for moments that decide on ranks alone, as where the layers see shifted ones
+)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def compress_(
+    model: nn.Module,
+    stats: Statistics | None = None,
+    *,
+    method: str = "nsvd-1",
+    ratio: float | None = None,
+    ranks: Mapping[str, int] | None = None,
+    allocation: str | None = None,
+    factors: str | None = None,
+    shifted: bool | None = None,
+    refine: int = 0,
+    distill: int = 0,
+    windows: Tensor | Sequence[Tensor] | None = None,
+    weights: Sequence[float] | str = "uniform",
+    search_count: int | None = None,
+    prepared: Prepared | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **options: float | str,
+) -> Report:
+    """Replace every target layer by rank-k factors, in place, and report.
+
+    All layers are decomposed, in float64, before the first is exchanged (with ``shifted`` those already exchanged are put
+    back): when something raises, the model is unchanged. A layer whose factors would not be smaller than its weight stays
+    dense and is reported so; the model's dtype is kept.
+
+    Args:
+        model: a model with ``nn.Linear`` layers.
+        stats: moments from ``calibrate`` (not needed for ``svd``).
+        method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``, ``eta``; for ``sola`` those
+            of ``nsvd.linalg.sola.PUBLISHED`` and of its ``inner`` method). Or ``best``: ``kfac``
+            with the allocation ``fisher``, pivoted factors and shifted inputs, on text that the model samples from itself
+            where no ``windows`` are given.
+        ratio: fraction of the target layers' parameters to remove, in [0, 1); 0 leaves all dense, and no text is needed.
+        ranks: in place of ``ratio``, the rank of each layer to compress; layers that are not named stay dense.
+        allocation: how ``ratio`` is shared out: ``uniform`` (the default), the same for every layer; ``strs``, the ASVD
+            paper's rank search, some nine passes over ``windows`` a layer; ``spectrum``, from the singular values; ``fisher``,
+            from them and the gradients of the loss. The last three hold all decompositions in memory at once.
+            For ``sola``: ``sola`` (its default), or ``uniform`` or ``spectrum`` over the layers that it compresses.
+        factors: how they are stored: ``plain`` (the default), or ``pivoted``, which buys more rank for the same parameters.
+        shifted: take the layers in order, each for the inputs it gets after those before it are compressed. With ranks to be found
+            by a method that uses gradients, these are then averaged over the dense model and the compressed one.
+        refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
+            dense block gave out; goes with ``shifted``. A hundred or two are what it takes. Errors are weighed by the loss
+            where the statistics hold the gradients of a block's last layer, else all alike.
+        distill: after everything, this many steps of gradient descent on all factors at once, towards what the dense model
+            predicts after every token of ``windows`` (Kullback–Leibler divergence). Two hundred are what it takes; each costs
+            some four passes over 1024 tokens of every domain, a window at least, and memory for the gradients of the whole model.
+        windows: token ids (count, length), or one such tensor for each of several domains: to calibrate on
+            when ``stats`` is not given (every second one, with ``shifted``), to search on with ``strs``, to take gradients from, to
+            follow with ``shifted``, to ``distill`` on.
+        weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
+            ``mix``. Statistics that are given bring the weights they were mixed with.
+        search_count: how many windows of every domain ``strs`` searches on; by default all.
+        prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused; to follow inputs needs
+            others.
+        seed: of what is sampled.
+
+    Raises:
+        ValueError: unknown method, option, allocation or layer; ratio or k1 out of range or rounding to nothing (the layer
+            is named); NaN or Inf in a weight (the layer is named); statistics that do not fit; a model compressed before.
+        FloatingPointError: NaN or Inf in an activation, from ``calibrate``, in a loss of the search, or in one of the last steps.
+    """
+    ask = resolve(
+        method, options, ratio=ratio, ranks=ranks, allocation=allocation, factors=factors, shifted=shifted, refine=refine,
+        distill=distill, windows=windows, weights=weights, search_count=search_count, seed=seed, progress=progress,
+    )  # fmt: skip
+    if weights != "uniform" and stats is not None:
+        raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
+    if is_compressed(model):
+        raise ValueError("this model is compressed already; dequantize() it first")
+    layers, clock = targets(model), Clock()
+    wanted = _given(model, layers, ask)
+    for ids in ask.domains:
+        check_readable(model, ids)
+    check_values(model)
+    before = predicted(model)
+    if ask.idle:
+        nothing = Result(Exchange(model, layers, stats, ask, clock).table({}, {}), [])
+        return _report(model, ask, layers, stats, nothing, clock, {})
+    if ask.sampled:
+        ask = replace(ask, domains=[own_text(model, seed=seed)], sampled_text=True)
+        clock.lap("sample")
+    texts, used = ask.domains, _texts(ask, stats)
+    if stats is None and ask.shifted and wanted is None:
+        texts = [ids[::RANKS_EVERY] for ids in texts]
+    once = stats is None and prepared is None and ask.one_by_one and weights != "worst-case"
+    if once and (decoder := walkable(model)) is not None:
+        stats = Walked(decoder, texts, list(wanted), weights, progress=progress)
+    else:
+        how = {"weights": weights, "ratio": ratio}
+        stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, seed, progress, **how)
+        check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
+    if prepared is not None:
+        check_prepared(prepared, layers, stats, ask.method, ask.options)
+    if ask.splits:
+        result = _split(model, layers, stats, ask, prepared, clock, before)
+    else:
+        result = factor(Exchange(model, layers, stats, ask, clock), wanted, prepared, before)
+    return _report(model, ask, layers, stats, result, clock, used)
+
+
+def _texts(ask: Arguments, stats: Statistics | None) -> dict[str, dict]:
+    """Which of the windows serve what, besides the calibration, of which the statistics tell themselves."""
+    gradients = (ask.judge.needs_gradients or ask.allocation == "fisher") and not (stats and stats.gradients)
+    purposes = {
+        "gradients": gradients,
+        "targets": ask.shifted,
+        "search": ask.allocation == "strs",
+        "distillation": ask.distill,
+    }
+    return {
+        purpose: text_of(ask.domains, ask.sampled_text)
+        for purpose, served in purposes.items()
+        if served and ask.domains
+    }
+
+
+def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Arguments) -> dict[str, int] | None:
+    """The ranks that are known before anything is measured, None where they have to be found."""
+    if ask.ranks is None:
+        return None if ask.searches or ask.splits else uniform(model, ask.ratio, ask.factors)
+    for name, k in ask.ranks.items():
+        if name not in layers:
+            raise ValueError(f"no layer {name!r} to compress; the model has {', '.join(list(layers)[:3])}, …")
+        if not 1 <= k <= min(layers[name].weight.shape):
+            raise ValueError(f"layer {name}: rank {k} is not in 1 … {min(layers[name].weight.shape)}")
+    return {name: ask.ranks[name] for name in layers if name in ask.ranks}
+
+
+def _split(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    stats: Statistics,
+    ask: Arguments,
+    prepared: Mapping[str, Decomposition] | None,
+    clock: Clock,
+    before: Tensor,
+) -> Result:
+    """``compress_`` by SoLA, which has its own search for ranks."""
+    table, new, moves = split(
+        model, layers, stats, ask.method, ask.options, ratio=ask.ratio, ranks=ask.ranks, allocation=ask.allocation,
+        prepared=prepared, clock=clock, progress=ask.progress,
+    )  # fmt: skip
+    dense = {name: layers[name] for name in new}
+    try:
+        for name, layer in new.items():
+            model.set_submodule(name, layer)
+        check_exchanged(model, dense, before)
+    except BaseException:
+        for name, layer in dense.items():
+            model.set_submodule(name, layer)
+        raise
+    clock.lap("exchange")
+    return Result(table, [name for name, layer in new.items() if isinstance(layer, CompressedLayer)], moves=moves)
+
+
+def _report(
+    model: nn.Module,
+    ask: Arguments,
+    layers: Mapping[str, nn.Linear],
+    stats: Statistics | None,
+    result: Result,
+    clock: Clock,
+    texts: dict,
+) -> Report:
+    """What was done; told to the model, too, so that it is saved with it."""
+    table = result.table
+    before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
+    size, whole = next(iter(layers.values())).weight.element_size(), sum(p.numel() for p in model.parameters())
+    report = Report(
+        method=ask.name, options=ask.method.resolve(ask.options),
+        allocation=ask.allocation if ask.ranks is None else "given", factors=ask.factors,
+        shifted=ask.shifted, refine=ask.refine, distill=ask.distill, losses=list(result.losses), seed=ask.seed,
+        calibration=None if stats is None else stats.origin, texts=texts, search_tokens=result.tokens, ratio=ask.ratio,
+        ratio_reached=1 - after / before, params_before=before, params_after=after,
+        model_ratio_reached=(before - after) / (whole + before - after), model_params_before=whole + before - after,
+        model_params_after=whole, left_alone=left_alone(model, layers), bytes_before=before * size,
+        bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table,
+        moves=list(result.moves),
+    )  # fmt: skip
+    if result.changed:
+        told = ("method", "options", "allocation", "factors", "shifted", "refine", "distill", "ratio", "ratio_reached")
+        told += ("model_ratio_reached",)
+        mark_compressed(model, result.changed, **{name: getattr(report, name) for name in told})
+    return report

@@ -1,0 +1,91 @@
+"""Gradient descent on the factors of compressed layers, for the last steps that can follow a decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.stored.layers import CompressedLayer
+
+RATE = 1e-2  # of Adam
+WARMUP = 10  # steps
+EPS = 1e-12  # of Adam: gradients of a mean over tokens are small
+
+
+def descend_(
+    part: nn.Module,
+    loss: Callable[[int], Iterable[Tensor]],
+    *,
+    steps: int,
+    name: str,
+    rate: float = RATE,
+    progress: bool = False,
+) -> list[float]:
+    """Lower the sum of what ``loss(step)`` yields over the factors of the compressed layers inside ``part``, in place.
+
+    Adam, its ``rate`` in units of each factor's root mean square and falling linearly to zero, on copies in float32 at least,
+    cast to the factors' dtype at every step; all else stays. Gradients are taken of one term after the other, so that only
+    one has to be held.
+
+    Returns:
+        The loss at every step.
+
+    Raises:
+        FloatingPointError: if a loss, a gradient or a factor is NaN or Inf; the step is told.
+    """
+    factors = [
+        p for m in part.modules() if isinstance(m, CompressedLayer) for n, p in m.named_parameters() if "bias" not in n
+    ]
+    if not factors:
+        return []
+    copies = [f.detach().to(torch.promote_types(f.dtype, torch.float32), copy=True) for f in factors]
+    sizes = [copy.square().mean().sqrt().item() for copy in copies]
+    adam = torch.optim.Adam([{"params": [copy]} for copy in copies], betas=(0.9, 0.99), eps=EPS)
+    known = {p: p.requires_grad for p in [*part.parameters(), *factors]}
+    losses = []
+    try:
+        for p in known:
+            p.requires_grad_(False)
+        for f in factors:
+            f.requires_grad_(True)
+        for step in tqdm(range(steps), name, disable=not progress, leave=False):
+            losses.append(_accumulate(loss(step), factors, copies))
+            now = rate * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+            for group, size in zip(adam.param_groups, sizes, strict=True):
+                group["lr"] = now * size
+            norm = sum(copy.grad.square().sum() for copy in copies)
+            adam.step()
+            adam.zero_grad()
+            for factor, copy in zip(factors, copies, strict=True):
+                factor.detach().copy_(copy)
+            norm = norm + sum(factor.detach().float().square().sum() for factor in factors)
+            if not norm.isfinite() or losses[-1] != losses[-1]:
+                raise FloatingPointError(f"{name}: NaN or Inf at step {step + 1} of {steps}, at a loss of {losses[-1]}")
+    finally:
+        for p, flag in known.items():
+            p.requires_grad_(flag)
+    return losses
+
+
+def _accumulate(terms: Iterable[Tensor], factors: list[Tensor], copies: list[Tensor]) -> float:
+    """Add the gradients of every term to those of the copies; returns the sum of the terms."""
+    total = 0.0
+    with torch.enable_grad():
+        for term in terms:
+            for copy, gradient in zip(copies, torch.autograd.grad(term, factors, materialize_grads=True), strict=True):
+                gradient = gradient.to(copy.dtype)
+                copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
+            total += term.item()
+            del term
+    return total
+
+
+def shuffled(count: int, steps: int, seed: int) -> list[int]:
+    """``steps`` numbers below ``count``, 1 at least: all of them in random order, then again in another."""
+    generator, order = torch.Generator().manual_seed(seed), []
+    for _ in range(-(-steps // count)):
+        order += torch.randperm(count, generator=generator).tolist()
+    return order[:steps]

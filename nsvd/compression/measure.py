@@ -1,0 +1,181 @@
+"""The statistics and decompositions a method needs, and the checks before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.compression.prepared import Prepared, describing
+from nsvd.compression.report import Clock
+from nsvd.compression.sola_blocks import blocks
+from nsvd.linalg import Decomposition, Method, by_name
+from nsvd.linalg.methods import SplitMethod, check_finite
+from nsvd.linalg.precision import double
+from nsvd.linalg.sola import WHOLE, Block
+from nsvd.walk.gradients import fisher
+from nsvd.walk.moments import Statistics, calibrate, mix
+from nsvd.walk.roles import roles
+from nsvd.walk.soundness import check_values
+from nsvd.walk.targets import targets
+
+GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gradients, where that leaves sixteen
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def prepare(
+    model: nn.Module, stats: Statistics | None, method: str, *, progress: bool = False, **options: float | str
+) -> Prepared:
+    """The method's outer decomposition of every target layer, for all ranks at once.
+
+    Give it to ``compress_(…, prepared=…)`` again and again: a sweep over ratios, over k1, or over methods with one outer
+    step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. For ``sola``, of the blocks that it factors. Computed
+    in float64 on the layer's device (on the CPU where that has none), kept in the host's memory. What it is of is kept with it:
+    for another outer step, other options, weights or statistics it is refused.
+    """
+    chosen, layers = by_name(method), targets(model)
+    check_values(model)
+    found = decompositions(model, layers, stats, chosen, options, progress)
+    return Prepared(found, *describing(layers, stats, chosen, options))
+
+
+def decompositions(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    stats: Statistics | None,
+    chosen: Method,
+    options: dict,
+    progress: bool,
+) -> dict[str, Decomposition]:
+    """The same as a plain dictionary, for use at once."""
+    check_statistics(layers, stats, chosen)
+    parts = dict.fromkeys(layers, WHOLE)
+    if isinstance(chosen, SplitMethod):
+        parts = blocks(layers, roles(model), stats, chosen.resolve(options))
+        chosen, options = chosen.inner(options)
+    bars = tqdm(parts.items(), "decompose", disable=not progress, leave=False)
+    return {name: prepare_layer(layers[name], name, stats, chosen, options, part).to("cpu") for name, part in bars}
+
+
+def prepare_layer(
+    layer: nn.Linear, name: str, stats: Statistics | None, method: Method, options: dict, part: Block = WHOLE
+) -> Decomposition:
+    """The same for one layer, or a block of it; what raises names the layer."""
+    W, moments = part.take(double(layer.weight)), None
+    if method.needs_moments:
+        moments = part.moments(stats[name].to(W.device))
+    with naming(name):
+        return method.prepare(W, moments, **options)
+
+
+def take_statistics(
+    model: nn.Module,
+    stats: Statistics | None,
+    domains: Sequence[Tensor],
+    method: Method,
+    allocation: str,
+    clock: Clock,
+    seed: int,
+    progress: bool = False,
+    layers: Sequence[str] | None = None,
+    weights: Sequence[float] | str = "uniform",
+    ratio: float | None = None,
+) -> Statistics | None:
+    """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet."""
+    if stats is None and domains and (method.needs_moments or allocation == "fisher" or weights != "uniform"):
+        stats = statistics_of(model, domains, weights, ratio=ratio, layers=layers, progress=progress)
+        clock.lap("calibrate")
+    if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
+        how = {"layers": layers, "seed": seed, "progress": progress}
+        stats = stats.with_gradients(mean_gradients(model, domains, stats.shares(len(domains)), **how))
+        clock.lap("gradients")
+    return stats
+
+
+def statistics_of(
+    model: nn.Module,
+    domains: Sequence[Tensor],
+    weights: Sequence[float] | str = "uniform",
+    *,
+    ratio: float | None = None,
+    layers: Sequence[str] | None = None,
+    progress: bool = False,
+) -> Statistics:
+    """Moments of the windows of every domain, mixed by ``mix`` where there are several."""
+    each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
+    return each[0] if len(each) == 1 else mix(each, weights, model=model, ratio=ratio)
+
+
+def mean_gradients(
+    model: nn.Module, domains: Sequence[Tensor], shares: Sequence[float], *, others: bool = False, **how
+) -> dict[str, Tensor]:
+    """H of every layer on some windows of every domain, averaged; with ``others`` on windows half-way between, if any."""
+    sums: dict[str, Tensor] = {}
+    for ids, share in zip(domains, shares, strict=True):
+        step = max(1, min(GRADIENTS_EVERY, len(ids) // GRADIENTS_LEAST))
+        found = fisher(model, ids[step // 2 if others else 0 :: step], **how)
+        for name in list(found):  # one after the other, so that a large model's are not held twice
+            H = found.pop(name).mul_(share)
+            sums[name] = sums[name].add_(H) if name in sums else H
+    return sums
+
+
+def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method) -> None:
+    """Raise ``ValueError`` unless the method has the statistics it needs, of these layers, and all they hold is finite."""
+    if stats is not None:
+        check_moments(layers, stats)
+    if not method.needs_moments:
+        return
+    if stats is None:
+        raise ValueError(f"{method.label} needs statistics: pass stats= from calibrate(), or windows= to calibrate on")
+    if method.needs_gradients:
+        check_gradients(layers, stats, method.label)
+    for name, layer in layers.items():
+        if name not in stats:
+            raise ValueError(f"the statistics hold no layer {name}; were they taken from another model?")
+        if len(stats[name].G) != layer.in_features:
+            raise ValueError(
+                f"layer {name} has {layer.in_features} inputs, the statistics {len(stats[name].G)}; another model's?"
+            )
+        if method.needs_gradients and len(stats[name].H) != layer.out_features:
+            raise ValueError(
+                f"layer {name} has {layer.out_features} outputs, the gradients {len(stats[name].H)}; another model's?"
+            )
+
+
+def check_moments(layers: Iterable[str], stats: Statistics) -> None:
+    """Raise ``ValueError`` naming the first of these layers of which a moment holds NaN or Inf."""
+    known = set()
+    for name in layers:
+        if name in stats:
+            one = stats[name]
+            for letter, values in (("G", one.G), ("mean_abs", one.mean_abs), ("H", one.H)):
+                if values is not None and id(values) not in known:
+                    check_finite(f"{letter} of layer {name} in the statistics", values)
+                    known.add(id(values))
+
+
+def check_gradients(layers: Iterable[str], stats: Statistics | None, who: str) -> None:
+    """Raise ``ValueError`` unless the statistics hold the gradients of these layers."""
+    for name in layers:
+        if stats is None or name not in stats.gradients:
+            raise ValueError(
+                f"{who} weighs the outputs of layer {name} by the loss: pass windows=, or stats with gradients"
+            )
+
+
+class naming:
+    """Add the layer's name to a ``ValueError``, ``LinAlgError`` or ``FloatingPointError`` raised inside."""
+
+    def __init__(self, layer: str):
+        self.layer = layer
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _trace):
+        if isinstance(error, ValueError | torch.linalg.LinAlgError | FloatingPointError):
+            raise kind(f"layer {self.layer}: {error}") from error

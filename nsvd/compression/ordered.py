@@ -1,0 +1,277 @@
+"""Layer after layer, each for the inputs it will really get: two streams of hidden states, one pass over the blocks.
+
+The dense stream is what the model was, the compressed stream what it has become so far. Every layer is replaced by the best
+factors for its inputs in the compressed stream, with the dense stream as the target (AA-SVD, arXiv 2604.02119). The target is
+what the dense stream holds at the *landmark* of the layer: the last place in the block that moves by exactly what the layer's
+output is moved by. For a projection that is added to the residual stream this is the stream after the addition, so that the
+error of everything before is made up for as far as the rank allows; for others it is the layer's own output. Landmarks are found by
+trying, not by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.compression.measure import naming
+from nsvd.linalg import Moments
+from nsvd.linalg.kfac import shifted
+from nsvd.linalg.moments import mixing
+from nsvd.linalg.precision import double
+from nsvd.walk.decoder import Call, Decoder, Entered, run_block
+from nsvd.walk.hooks import as_float32, evaluating, in_float32, watch_calls, watch_inputs
+from nsvd.walk.moments import readers
+from nsvd.walk.settled import completion, remembering, settled_parts
+
+Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
+
+
+@dataclass
+class Batch:
+    """Windows of one domain on their way through the blocks."""
+
+    domain: int
+    weight: float  # of the domain, 1 on average
+    dense: Tensor  # hidden states (count, length, d) before the block
+    ours: Tensor
+    calls: list[Call]  # of every block
+    wanted: dict[nn.Module | None, Tensor]  # what the dense stream holds at the landmarks of the block; None: behind it
+    outputs: dict[str, object] = field(default_factory=dict)  # of the block's parts that will not change any more
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer that was waited for."""
+
+
+@torch.no_grad()
+def replace_in_order_(
+    model: nn.Module,
+    domains: Sequence[Tensor],
+    names: Sequence[str],
+    replace: Replace,
+    *,
+    mu: float,
+    weights: Sequence[float] | None = None,
+    finish: Callable[[int, nn.Module, Sequence[Batch]], None] | None = None,
+    batch: int = 16,
+    progress: bool = False,
+) -> None:
+    """Exchange the named layers, block by block and in forward order, for what ``replace`` makes of target and moments.
+
+    All ``domains`` (token ids, count × length each) have equal ``weights`` unless some of sum 1 are given, and are mixed as by
+    ``moments.mix``; ``mu`` is the ridge that keeps a target near the layer's own weight where its inputs say nothing. ``finish``
+    is called with every block once its layers are exchanged and the dense stream behind it is known. What was exchanged
+    stays exchanged when something raises.
+
+    One block runs at a time. Held besides are, of all the calibration text, the hidden states of both streams before the block,
+    what the dense stream holds behind it and at the landmarks of its layers until these are done, the outputs of parts of the
+    block that are done (its attention), while a part's last layer is exchanged its inputs, and the blocks' other arguments
+    (masks, rotations).
+
+    Raises:
+        ValueError: if a layer is in none of the model's blocks; it is named.
+        FloatingPointError: if an input holds NaN or Inf; the layer is named.
+    """
+    weights = [1 / len(domains)] * len(domains) if weights is None else weights
+    leaders = readers(model, names, (domains[0][:1, :8], *(ids for windows in domains for ids in windows.split(batch))))
+    _check_every_token(model, leaders, domains[0][:1, :8])
+    with evaluating(model):
+        decoder = Decoder(model)
+        name, blocks = decoder.name, decoder.blocks
+        lost = [layer for layer in names if layer not in leaders or not layer.startswith(f"{name}.")]
+        if lost:
+            raise ValueError(
+                f"layer {lost[0]} is in none of the blocks {name}, so it cannot be compressed in their order"
+            )
+        batches: list[Batch] = []
+        entered: Entered | None = None
+        for d, ids in _batches(domains, batch):
+            entered = decoder.enter(ids, like=entered)
+            batches.append(Batch(d, len(domains) * weights[d], entered.hidden, entered.hidden, entered.calls, {}))
+        for index, block in enumerate(tqdm(blocks, "shifted", disable=not progress, leave=False)):
+            groups: dict[str, list[str]] = {}
+            for layer in leaders:  # in forward order
+                if layer.startswith(f"{name}.{index}."):
+                    groups.setdefault(leaders[layer], []).append(layer)
+            places: dict[str, nn.Module | None] = {}
+            for leader, group in groups.items():  # a layer stands for its own output, where several share the input
+                layer = model.get_submodule(leader)
+                places[leader] = _landmark(block, layer, batches[0], index) if len(group) == 1 else layer
+            for item in batches:
+                item.wanted = _arrivals(block, item.dense, item.calls[index], set(places.values()))
+            settled: list[str] = []
+            for leader, group in groups.items():
+                where = (model.get_submodule(leader), places[leader])
+                before, settled = settled, settled_parts(block, f"{name}.{index}.", groups, leader)
+                alone = len(group) == 1 and (
+                    finish is None or len(places) > 1
+                )  # a block to be finished changes once more
+                complete = next((part for part in settled if part not in before), None) if alone else None
+                _replace_group(model, index, block, *where, group, complete, batches, weights, replace, mu, before)
+                place = places.pop(leader)
+                if place is not None and place not in places.values():
+                    for item in batches:
+                        del item.wanted[place]
+            if finish is not None:
+                settled = []
+                for item in batches:
+                    item.outputs.clear()
+                finish(index, block, batches)
+            for item in batches:
+                with remembering(block, settled, item.outputs):
+                    item.dense, item.ours = item.wanted[None], run_block(block, item.ours, item.calls[index])
+                item.outputs.clear()
+
+
+def _check_every_token(model: nn.Module, leaders: Mapping[str, str], ids: Tensor) -> None:
+    """Raise ``ValueError`` naming a layer that does not see every token: two streams of its inputs could not be compared."""
+    seen = dict.fromkeys(leaders.values(), 0)
+    with evaluating(model), watch_inputs(model, seen, lambda name, x: seen.__setitem__(name, x.numel() // x.shape[-1])):
+        model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    for name, count in seen.items():
+        if count != ids.numel():
+            raise ValueError(
+                f"layer {name} sees {count} of {ids.numel()} tokens, as experts do, so its inputs cannot be followed: "
+                "shifted=False compresses it for the inputs of the dense model"
+            )
+
+
+def _replace_group(
+    model: nn.Module,
+    index: int,
+    block: nn.Module,
+    layer: nn.Module,
+    place: nn.Module | None,
+    group: Sequence[str],
+    complete: str | None,
+    batches: Sequence[Batch],
+    weights: Sequence[float],
+    replace: Replace,
+    mu: float,
+    settled: Sequence[str],
+) -> None:
+    """Measure what arrives at one input, and what is missing at the landmark; exchange the layers that read it.
+
+    Where the part to ``complete`` gives out the very output of the layer, its last, the part's new output is remembered.
+    """
+    sums, kept = [_Sums() for _ in weights], []
+    for item in batches:
+        seen: list[Tensor] = []
+        with (
+            remembering(block, settled, item.outputs),
+            watch_inputs(layer, [""], lambda _name, x, seen=seen: seen.append(x)),
+            completion(block, complete, layer) as found,
+        ):
+            have = _value_at(place, block, item.ours, item.calls[index])
+        sums[item.domain].add(seen[0], item.wanted[place] - have)
+        kept.append((seen[0], found[0]) if found else None)
+    G, missing, mean_abs = _mixed(sums, weights)
+    moments = Moments(G, mean_abs, sum(s.n for s in sums))
+    if not (G.isfinite().all() and missing.isfinite().all()):
+        raise FloatingPointError(f"the input of layer {group[0]} holds NaN or Inf on the calibration text")
+    for name in group:
+        W = double(model.get_submodule(name).weight)
+        with naming(name):
+            target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
+        model.set_submodule(name, replace(name, target, moments))
+    for item, known in zip(batches, kept, strict=True):
+        if known is not None:
+            x, output_of = known
+            item.outputs[complete] = output_of(model.get_submodule(group[0])(x))
+
+
+class _Sums:
+    """Σ x' x'ᵀ, Σ y x'ᵀ and Σ |x'| over tokens; products in the streams' precision (float32 at least), summed in float64."""
+
+    def __init__(self) -> None:
+        self.n, self.outer, self.cross, self.absolute = 0, 0.0, 0.0, 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = (t.flatten(0, -2).to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
+        self.outer, self.cross = self.outer + double(x.mT @ x), self.cross + double(y.mT @ x)
+        self.absolute = self.absolute + double(x.abs()).sum(0)
+        self.n += len(x)
+
+
+def _mixed(sums: Sequence[_Sums], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """G, E and E|x'| of all domains, mixed as ``moments.mix`` mixes G and mean absolute values."""
+    scales = mixing([s.outer / s.n for s in sums], weights)
+    outer, cross = (
+        sum(a * getattr(s, part) / s.n for a, s in zip(scales, sums, strict=True)) for part in ("outer", "cross")
+    )
+    roots = [(w * a) ** 0.5 for w, a in zip(weights, scales, strict=True)]
+    mean_abs = sum(root * s.absolute / s.n for root, s in zip(roots, sums, strict=True))
+    return outer, cross, mean_abs
+
+
+def _batches(domains: Sequence[Tensor], batch: int) -> Iterator[tuple[int, Tensor]]:
+    for domain, windows in enumerate(domains):
+        for ids in windows.split(batch):
+            yield domain, ids
+
+
+def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The input of a module of the block, which is run no further than that; None is the block's output."""
+    if place is None:
+        return run_block(block, hidden, call)
+
+    seen: list[Tensor] = []
+
+    def reached(_name: str, x: Tensor) -> None:
+        seen.append(x)
+        raise _Reached
+
+    with watch_inputs(place, [""], reached), suppress(_Reached):
+        run_block(block, hidden, call)
+    if seen:
+        return seen[0]
+    raise RuntimeError("a module that ran before did not run again")
+
+
+def _landmark(block: nn.Module, layer: nn.Module, item: Batch, index: int) -> nn.Module | None:
+    """The last module whose input, or None if the block's output, moves by exactly what the layer's output is moved by.
+
+    Where there is none it is the layer itself. Tried in float32, whatever the model's dtype: rounding would hide the equality.
+    """
+    hidden, moves = as_float32(item.dense), []
+    call = Call(as_float32(item.calls[index].args), as_float32(item.calls[index].kwargs))
+
+    def move(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:
+        moves.append(out.flip(-1))  # some direction of the output's own size
+        return out + moves[0]
+
+    with in_float32(block):
+        plain = _arrivals(block, hidden, call)
+        handle = layer.register_forward_hook(move)
+        try:
+            moved = _arrivals(block, hidden, call)
+        finally:
+            handle.remove()
+    close = 1e-3 * moves[0].norm()
+    for place in reversed(plain):
+        if place in moved and plain[place].shape[-1] == moves[0].shape[-1] and plain[place].numel() == moves[0].numel():
+            step = (moved[place] - plain[place]).reshape(moves[0].shape)  # some blocks lay all tokens in one row
+            if (step - moves[0]).norm() <= close:
+                return place
+    return layer
+
+
+def _arrivals(
+    block: nn.Module, hidden: Tensor, call: Call, places: set[nn.Module | None] | None = None
+) -> dict[nn.Module | None, Tensor]:
+    """The inputs of modules of the block, by default all, in the order they run; at last, under None, the block's output."""
+    inputs: dict[nn.Module | None, Tensor] = {}
+    inner = {name: m for name, m in block.named_modules() if m is not block and (places is None or m in places)}
+
+    def observe(name: str, args: tuple, _kwargs: dict) -> None:
+        if args and isinstance(args[0], Tensor):
+            inputs[inner[name]] = args[0]
+
+    with watch_calls(block, inner, observe):
+        out = run_block(block, hidden, call)
+    return inputs | {None: out}

@@ -1,0 +1,150 @@
+"""How a target for the whole model becomes a rank for each layer, by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from nsvd.compression.measure import naming
+from nsvd.compression.strs import Sensitivity, losses_with, sensitivity
+from nsvd.linalg import Decomposition, by_name, rank_for_ratio
+from nsvd.linalg.budget import cut, cut_where, spectrum_steps, strs_steps
+from nsvd.walk.moments import Statistics
+from nsvd.walk.targets import targets
+
+ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher")
+
+
+def check_allocation(
+    allocation: str,
+    ratio: float | None,
+    ranks: Mapping | None,
+    windows: Sequence[Tensor],
+    *,
+    among: tuple[str, ...] = ALLOCATIONS,
+) -> None:
+    """Raise ``ValueError`` unless these say in one way which rank each layer gets, with what that needs."""
+    if (ratio is None) == (ranks is None):
+        raise ValueError("give either ratio or ranks")
+    if allocation not in among:
+        raise ValueError(f"unknown allocation {allocation!r}; there are {', '.join(among)}")
+    if ranks is not None and allocation != "uniform":
+        raise ValueError(f"allocation {allocation!r} chooses the ranks; give ratio in place of ranks")
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
+    if allocation == "strs" and len({ids.shape[1:] for ids in windows}) != 1:
+        raise ValueError("allocation 'strs' measures the model on a text: pass windows=, of one length")
+
+
+def searched(
+    model: nn.Module,
+    stats: Statistics | None,
+    prepared: Mapping[str, Decomposition],
+    ratio: float,
+    allocation: str,
+    windows: Tensor | None,
+    *,
+    method: str,
+    factors: str = "plain",
+    progress: bool = False,
+    **options: float,
+) -> tuple[dict[str, int], int]:
+    """Ranks by ``strs``, ``spectrum`` or ``fisher``, and the tokens that went through the model to find them."""
+    if allocation == "spectrum":
+        return spectrum(model, prepared, ratio, method=method, factors=factors, **options), 0
+    if allocation == "fisher":
+        return by_loss(model, stats, prepared, ratio, method=method, factors=factors, **options), 0
+    how = {"method": method, "factors": factors, "prepared": prepared, "progress": progress}
+    measured = sensitivity(model, stats, windows, **how, **options)
+    return strs(model, measured, ratio, factors), measured.tokens
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of every target layer."""
+    return {name: tuple(layer.weight.shape) for name, layer in targets(model).items()}
+
+
+def uniform(model: nn.Module, ratio: float, factors: str = "plain") -> dict[str, int]:
+    """The same fraction of parameters removed from every layer; none at ratio 0."""
+    ranks = {}
+    for name, shape in shapes(model).items() if ratio else ():
+        with naming(name):
+            ranks[name] = rank_for_ratio(*shape, ratio, factors)
+    return ranks
+
+
+def strs(model: nn.Module, measured: Sensitivity, ratio: float, factors: str = "plain") -> dict[str, int]:
+    """The ASVD paper's rank search, from its table: see ``nsvd.linalg.budget``."""
+    sizes = shapes(model)
+    return cut(strs_steps(measured.scores, sizes, factors), sizes, ratio, factors)
+
+
+def spectrum(
+    model: nn.Module,
+    prepared: Mapping[str, Decomposition],
+    ratio: float,
+    *,
+    method: str,
+    factors: str = "plain",
+    **options: float,
+) -> dict[str, int]:
+    """Equal relative truncation error per parameter at the margin, from the decompositions alone."""
+    sizes, spectra = shapes(model), {name: one.s for name, one in prepared.items()}
+    return cut(
+        spectrum_steps(spectra, sizes, factors, least=by_name(method).least_rank(options)), sizes, ratio, factors
+    )
+
+
+def by_loss(
+    model: nn.Module,
+    stats: Statistics | None,
+    prepared: Mapping[str, Decomposition],
+    ratio: float,
+    *,
+    method: str,
+    factors: str = "plain",
+    **options: float,
+) -> dict[str, int]:
+    """Equal rise of the model's loss per parameter at the margin, as the output gradients predict it to second order.
+
+    The squared singular values of ``kfac`` are twice that rise, in nats a token; those of the other methods are errors of
+    the layer's output and are multiplied by mean(diag H), which ``stats`` then have to hold.
+    """
+    sizes, chosen = shapes(model), by_name(method)
+    spectra = {name: one.s for name, one in prepared.items()}
+    if not chosen.needs_gradients:
+        spectra = {name: s * _mean_square(stats[name].H).to(s) ** 0.5 for name, s in spectra.items()}
+    steps = spectrum_steps(spectra, sizes, factors, least=chosen.least_rank(options), relative=False)
+    return cut(steps, sizes, ratio, factors)
+
+
+def _mean_square(H: Tensor) -> Tensor:
+    return (H if H.ndim == 1 else H.diagonal()).mean()
+
+
+@torch.no_grad()
+def strs_within(
+    model: nn.Module,
+    measured: Sensitivity,
+    prepared: Mapping[str, Decomposition],
+    windows: Tensor,
+    perplexity: float,
+    *,
+    method: str,
+    **options: float,
+) -> dict[str, int]:
+    """STRS with the paper's other target: the most steps that keep the perplexity on ``windows`` at most this high.
+
+    The model is measured about log₂(steps) times and left as it was.
+    """
+    chosen = by_name(method)
+
+    def admissible(ranks: dict[str, int]) -> bool:
+        factors = {name: chosen.cut(prepared[name], k, **options) for name, k in ranks.items()}
+        return fmean(losses_with(model, factors, windows)) <= math.log(perplexity)
+
+    return cut_where(strs_steps(measured.scores, shapes(model)), admissible)

@@ -1,0 +1,49 @@
+"""A last step, off by default: fit the factors of one block to what the dense block gave out, by gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nsvd.compression.descent import descend_, shuffled
+from nsvd.compression.ordered import Batch
+from nsvd.walk.decoder import run_block
+
+RATE = 2e-2  # a block alone bears larger steps than the whole model
+
+
+@torch.no_grad()
+def refine_block_(
+    block: nn.Module, index: int, batches: Sequence[Batch], H: Tensor | None, *, steps: int, seed: int = 0
+) -> None:
+    """Lower Σ tr(E Eᵀ H), E (d, n) the block's output in the compressed stream minus that in the dense one, in place.
+
+    ``steps`` batches in seeded order; every domain counts by its weight, each in units of the loss it begins with. H (d, d), or
+    its diagonal, is what the model's loss makes of an error at the block's output, None the identity.
+    """
+    order, unit = shuffled(len(batches), steps, seed), _units(block, index, batches, H)
+
+    def loss(step: int) -> Iterator[Tensor]:
+        item = batches[order[step]]
+        yield item.weight * _error(block, index, item, H) / unit[item.domain]
+
+    descend_(block, loss, steps=steps, rate=RATE, name=f"refinement of block {index}")
+
+
+def _error(block: nn.Module, index: int, item: Batch, H: Tensor | None) -> Tensor:
+    missing = (run_block(block, item.ours, item.calls[index]) - item.wanted[None]).float()
+    if H is None:
+        return missing.square().sum(-1).mean()
+    weighted = missing * H if H.ndim == 1 else missing @ H
+    return (missing * weighted).sum(-1).mean()
+
+
+def _units(block: nn.Module, index: int, batches: Sequence[Batch], H: Tensor | None) -> dict[int, float]:
+    """Mean error of each domain before the first step."""
+    errors: dict[int, list[float]] = {}
+    for item in batches:
+        errors.setdefault(item.domain, []).append(_error(block, index, item, H).item())
+    tiny = torch.finfo(torch.float32).tiny
+    return {domain: max(sum(e) / len(e), tiny) for domain, e in errors.items()}

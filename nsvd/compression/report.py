@@ -1,0 +1,130 @@
+"""What reports are made of: time, memory, versions, errors."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+import transformers
+from torch import Tensor, nn
+
+from nsvd.linalg.errors import calibration_loss, weight_error
+from nsvd.linalg.precision import double
+from nsvd.stored.files import fingerprint
+from nsvd.version import __version__
+from nsvd.walk.moments import Statistics
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a number."""
+    return {
+        "nsvd": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def relative_errors(layer: nn.Linear, dense: Tensor, stats: Statistics | None, name: str) -> dict[str, float]:
+    """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖ of ``dense``, Ŵ."""
+    W = double(layer.weight)
+    dense, size = double(dense).to(W.device), W.square().sum().item()
+    row = {"weight_error": (weight_error(W, dense) / size) ** 0.5 if size else 0.0}  # a layer of zeros is met exactly
+    if stats is not None and name in stats:
+        G = stats[name].G.to(W.device)
+        whole = calibration_loss(W, torch.zeros_like(W), G)
+        row["calibration_error"] = (max(calibration_loss(W, dense, G), 0.0) / whole) ** 0.5 if whole else 0.0
+    return row
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``compress_`` did.
+
+    Parameters and bytes count the target layers' weights, biases left out; those of the ``model`` count everything.
+    """
+
+    method: str
+    options: dict
+    allocation: str  # of ALLOCATIONS, or "given"
+    factors: str  # of FACTORS
+    shifted: bool
+    refine: int  # steps a block
+    distill: int  # steps
+    losses: list[float]  # at every one of them, nats a token
+    seed: int
+    calibration: dict | None  # where the statistics come from, and the weights of several domains
+    texts: dict[
+        str, dict
+    ]  # the text of the gradients, of the targets of shifted inputs, of the search and the distillation
+    search_tokens: int  # that went through the model to find the ranks
+    ratio: float | None  # asked
+    ratio_reached: float
+    params_before: int
+    params_after: int
+    model_ratio_reached: float  # the share of the whole model
+    model_params_before: int
+    model_params_after: int
+    left_alone: dict[str, int]  # parameters outside the target layers, by name with * for numbers
+    bytes_before: int
+    bytes_after: int
+    seconds: dict[str, float]  # by stage
+    peak_memory: int | None  # bytes: of the GPU where there is one, else of the process so far; None: not known
+    versions: dict[str, str]
+    table: (
+        pd.DataFrame
+    )  # a row a layer; errors of the float64 factors, or of refined and distilled ones in the model's dtype
+    moves: list = field(default_factory=list)  # of SoLA's search, see ``nsvd.linalg.sola_ranks``
+
+    def as_dict(self) -> dict:
+        """Everything but the table and the moves, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("table", "moves")}
+
+
+def left_alone(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+    """Parameters outside the named layers by name, numbers in it replaced by *; the largest first."""
+    inside = {id(p) for name in layers for p in model.get_submodule(name).parameters()}
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in inside:
+            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+            sizes[pattern] = sizes.get(pattern, 0) + parameter.numel()
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def text_of(domains: Sequence[Tensor], sampled: bool) -> dict:
+    """What is told of a text: whether ``compress_`` sampled it, and of every domain the windows' shape and a fingerprint."""
+    return ({"source": "sampled from the model"} if sampled else {}) | {
+        "windows": [list(d.shape) for d in domains],
+        "fingerprints": [fingerprint([d]) for d in domains],
+    }
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self.seconds, self._last = {}, time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def peak_memory() -> int | None:
+    """Bytes at the highest: of the GPU where there is one, else of the process so far; None where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

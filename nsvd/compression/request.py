@@ -1,0 +1,129 @@
+"""The arguments of ``compress_``: what was left open filled in, what cannot be refused before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nsvd.compression.ranks import ALLOCATIONS, check_allocation
+from nsvd.compression.recipes import RECIPES, base_method, recipe
+from nsvd.compression.sola import SOLA_ALLOCATIONS
+from nsvd.linalg import Method
+from nsvd.linalg.factors import check_factors
+from nsvd.linalg.methods import SplitMethod
+from nsvd.walk.moments import check_mixture, check_windows
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of ``compress_``, what was left open filled in from the recipe."""
+
+    name: str
+    method: Method
+    options: dict  # as given
+    ratio: float | None
+    ranks: Mapping[str, int] | None
+    allocation: str
+    factors: str
+    shifted: bool
+    refine: int
+    distill: int
+    domains: list[Tensor]
+    search_count: int | None
+    seed: int
+    progress: bool
+    sampled_text: bool = False  # whether ``domains`` is what the model has written
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compress."""
+        return not (self.ranks if self.ratio is None else self.ratio)
+
+    @property
+    def splits(self) -> bool:
+        return isinstance(self.method, SplitMethod)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the ranks come from decompositions."""
+        return self.allocation != "uniform" and self.ratio > 0 and not self.splits
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether a layer's moments are needed once, when it is factored, and not again."""
+        follows = self.shifted or self.distill or self.splits or self.method.needs_gradients
+        return self.method.needs_moments and self.allocation == "uniform" and bool(self.domains) and not follows
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the text is to be the model's own."""
+        return self.name in RECIPES and not self.domains
+
+    @property
+    def judge(self) -> Method:
+        """The method that says which statistics are needed."""
+        inner = self.method.inner(self.options)[0] if self.splits else self.method
+        return inner if inner.needs_gradients else self.method
+
+
+def resolve(
+    name: str,
+    options: dict,
+    *,
+    ratio: float | None,
+    ranks: Mapping[str, int] | None,
+    allocation: str | None,
+    factors: str | None,
+    shifted: bool | None,
+    refine: int,
+    distill: int,
+    windows: Tensor | Sequence[Tensor] | None,
+    weights: Sequence[float] | str,
+    search_count: int | None,
+    seed: int,
+    progress: bool,
+) -> Arguments:
+    """All arguments resolved; raises ``ValueError`` for those that are wrong, or do not go together, for any model."""
+    chosen, method = recipe(name), base_method(name)
+    method.resolve(options)
+    splits = isinstance(method, SplitMethod)
+    usual = "uniform" if ranks is not None else chosen.weights.get("allocation", "sola" if splits else "uniform")
+    ask = Arguments(
+        name, method, options, ratio, ranks,
+        allocation=allocation or usual,
+        factors=factors or chosen.weights.get("factors", "plain"),
+        shifted=chosen.weights.get("shifted", False) if shifted is None else shifted,
+        refine=refine, distill=distill,
+        domains=[windows] if isinstance(windows, Tensor) else list(windows or ()),
+        search_count=search_count, seed=seed, progress=progress,
+    )  # fmt: skip
+    for ids in ask.domains:
+        check_windows(ids)
+    check_factors(ask.factors)
+    check_mixture(weights, max(1, len(ask.domains)))
+    if weights != "uniform" and not (ask.domains or ask.sampled):
+        raise ValueError("weights are those of domains of text: pass windows=")
+    if weights == "worst-case" and ratio is None:
+        raise ValueError("worst-case weights are found for a ratio; give it in place of ranks")
+    check_allocation(ask.allocation, ratio, ranks, ask.domains, among=SOLA_ALLOCATIONS if splits else ALLOCATIONS)
+    absent = {"pivoted factors": ask.factors != "plain", "shifted inputs": ask.shifted}
+    absent |= {"refinement": refine, "distillation": distill}
+    for what, wanted in absent.items():
+        if splits and wanted:
+            raise ValueError(f"{method.label} has no {what}")
+    for what, steps in (("refine", refine), ("distill", distill)):
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"{what} is {steps}, but a number of steps is whole and not negative")
+    if refine and not ask.shifted:
+        raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
+    if ask.shifted and not (ask.domains or ask.sampled):
+        raise ValueError("shifted inputs are followed on a text: pass windows=")
+    if distill and not (ask.domains or ask.sampled):
+        raise ValueError("distill goes over a text: pass windows=, such as own_text(model)")
+    if search_count is not None and ask.allocation != "strs":
+        raise ValueError(f"search_count needs allocation 'strs', not {ask.allocation!r}")
+    if search_count is not None and search_count < 1:
+        raise ValueError(f"search_count is {search_count}; 1 window is the least")
+    return ask

@@ -1,0 +1,209 @@
+"""What the truncation of one layer alone does to the model: the table that STRS searches.
+
+ASVD paper, arXiv 2312.05821, section 3.4, "sensitivity-based truncation rank searching". Losses are mean negative
+log-likelihoods, log-perplexities, on a calibration text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Protocol
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.compression.measure import check_statistics, naming, prepare_layer
+from nsvd.compression.prepared import Prepared, check_prepared
+from nsvd.linalg import Decomposition, LowRank, Method, by_name, rank_for_ratio
+from nsvd.linalg.precision import home
+from nsvd.stored.files import fingerprint
+from nsvd.stored.layers import LowRankLinear
+from nsvd.walk.decoder import Decoder
+from nsvd.walk.hooks import evaluating, exchanged
+from nsvd.walk.loss import check_text, window_losses
+from nsvd.walk.moments import Statistics, calibrate
+from nsvd.walk.passes import forward
+from nsvd.walk.soundness import check_values
+from nsvd.walk.targets import targets
+from nsvd.walk.text import windows_at_once
+
+COLUMNS = ["layer", "kept", "rank", "loss", "losses", "tokens", "seconds"]
+KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the ASVD paper's candidates
+
+
+class Store(Protocol):
+    """Where finished measurements are kept, by their parameters; ``nsvd.lab.records.Records`` is one."""
+
+    def find(self, **parameters) -> dict | None: ...
+    def add(self, parameters: dict, numbers: dict) -> dict: ...
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Calibration loss with one layer truncated, a row a layer and kept fraction of its parameters.
+
+    ``table`` has the columns ``layer, kept, rank, loss, losses, tokens, seconds``, with ``losses`` those of every window;
+    ``dense`` are the losses of the model itself, a number a window.
+    """
+
+    table: pd.DataFrame
+    dense: list[float]
+
+    def on(self, windows: Sequence[int]) -> Sensitivity:
+        """The same from some of the windows only, by number: how much does a search depend on its text?"""
+        losses = [[row[i] for i in windows] for row in self.table.losses]
+        loss, size = [fmean(row) for row in losses], len(windows) / len(self.dense)
+        shares = {name: self.table[name] * size for name in ("tokens", "seconds")}
+        return Sensitivity(self.table.assign(loss=loss, losses=losses, **shares), [self.dense[i] for i in windows])
+
+    @property
+    def scores(self) -> list[tuple[str, float, float]]:
+        """(layer, kept, loss), as ``strs_steps`` takes them."""
+        return list(self.table[["layer", "kept", "loss"]].itertuples(index=False, name=None))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the losses of this table were measured on, earlier runs included. They pass only the blocks from the
+        truncated layer on."""
+        return int(self.table.tokens.sum())
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that took, decompositions not counted."""
+        return float(self.table.seconds.sum())
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def sensitivity(
+    model: nn.Module,
+    stats: Statistics | None,
+    windows: Tensor,
+    *,
+    method: str = "nsvd-1",
+    kept: Sequence[float] = KEPT,
+    factors: str = "plain",
+    prepared: Mapping[str, Decomposition] | None = None,
+    records: Store | None = None,
+    progress: bool = False,
+    **options: float,
+) -> Sensitivity:
+    """Measure the loss on ``windows`` with each target layer truncated alone, at each kept fraction of its parameters.
+
+    The blocks before a layer do not run again. Each layer is decomposed once, when its turn comes, for all fractions.
+    Afterwards, also when something raises, the model is what it was. A rank below what the method can do (k1 leaving two
+    steps of it) is no candidate.
+
+    Args:
+        stats: moments from ``calibrate`` (not needed for ``svd``).
+        windows: token ids (count, length). Few suffice: the ASVD paper takes 32 of 2048.
+        factors: how they will be stored, which makes a kept fraction a rank (see ``nsvd.linalg.factors``).
+        prepared: what ``prepare`` returned for this model, statistics, outer step and options.
+        records: finished measurements are found there and not repeated, so an interrupted table goes on where it
+            stopped; weights, statistics and windows are told apart by fingerprints.
+
+    Raises:
+        ValueError: as ``compress_``; a kept fraction outside (0, 1) or leaving rank 0; a model that cannot be run block by block.
+        FloatingPointError: a loss or an activation is NaN or Inf; the layer is named.
+    """
+    chosen, settings, layers = by_name(method), by_name(method).resolve(options), targets(model)
+    check_values(model)
+    check_statistics(layers, stats, chosen)
+    if isinstance(prepared, Prepared):
+        check_prepared(prepared, layers, stats, chosen, options)
+    about = {} if records is None else _about(model, stats, windows, method, settings)
+    about |= {"factors": factors} if factors != "plain" else {}
+    check_text(model, windows)
+    text, rows = _Text(model, windows), []
+    dense = text.dense_losses()
+    for name, layer in tqdm(layers.items(), "sensitivity", disable=not progress, leave=False):
+        decomposition = None if prepared is None else prepared[name].to(home(layer.weight))
+        for fraction, k in _candidates(layer, name, chosen, settings, kept, factors):
+            found = None if records is None else records.find(**about, layer=name, kept=fraction)
+            if found is None:
+                if decomposition is None:
+                    decomposition = prepare_layer(layer, name, stats, chosen, options)
+                with naming(name):
+                    found = _measure(text, name, chosen.cut(decomposition, k, **settings))
+                if records is not None:
+                    records.add(about | {"layer": name, "kept": fraction}, found)
+            rows.append({"layer": name, "kept": fraction} | found)
+    return Sensitivity(pd.DataFrame(rows, columns=COLUMNS), dense)
+
+
+class _Text:
+    """Windows on their way through the dense model: what a block changes is measured from that block on.
+
+    Held are the hidden states of all windows before every block, in the host's memory.
+    """
+
+    def __init__(self, model: nn.Module, windows: Tensor):
+        self.model, self.count = model, windows.numel()
+        self.batches = windows.split(windows_at_once(model, windows.shape[1]))
+        with evaluating(model):
+            self.decoder = Decoder(model)
+            self.passing = forward(self.decoder, self.batches)
+
+    def losses(self, name: str | None = None) -> list[float]:
+        """The loss of each window, where nothing before the block of the named layer has changed."""
+        index, losses = 0 if name is None else self.decoder.index(name), []
+        for item in self.passing:
+            with self.decoder.resumed(index, item.borders[index].to(self.decoder.device)):
+                losses += window_losses(self.model, item.ids).tolist()
+        return losses
+
+    def dense_losses(self) -> list[float]:
+        """Those of the model as it is; raises ``FloatingPointError`` naming the layer where NaN or Inf begins."""
+        try:
+            return self.losses()
+        except FloatingPointError:
+            calibrate(self.model, torch.cat(self.batches))
+            raise
+
+
+def losses_with(model: nn.Module, factors: Mapping[str, LowRank], windows: Tensor) -> list[float]:
+    """Loss of each of the ``windows`` with the named layers replaced by factors for the moment."""
+    with exchanged(model, _stand_ins(model, factors)):
+        return window_losses(model, windows).tolist()
+
+
+def _stand_ins(model: nn.Module, factors: Mapping[str, LowRank]) -> dict[str, LowRankLinear]:
+    layers = {name: model.get_submodule(name) for name in factors}
+    return {n: LowRankLinear.from_factors(layer, factors[n].to(layer.weight.dtype)) for n, layer in layers.items()}
+
+
+def _measure(text: _Text, name: str, value: LowRank) -> dict:
+    clock = time.perf_counter()
+    with exchanged(text.model, _stand_ins(text.model, {name: value})):
+        losses = text.losses(name)
+    cost = {"tokens": text.count, "seconds": round(time.perf_counter() - clock, 4)}
+    return {"rank": value.rank, "loss": fmean(losses), "losses": losses} | cost
+
+
+def _candidates(
+    layer: nn.Linear, name: str, method: Method, settings: dict, kept: Sequence[float], factors: str
+) -> Iterator[tuple[float, int]]:
+    for fraction in kept:
+        with naming(name):
+            if not 0 < fraction < 1:
+                raise ValueError(f"kept fraction {fraction} is not in (0, 1)")
+            k = rank_for_ratio(*layer.weight.shape, 1 - fraction, factors)
+        if k >= method.least_rank(settings):
+            yield fraction, k
+
+
+def _about(model: nn.Module, stats: Statistics | None, windows: Tensor, method: str, settings: dict) -> dict:
+    """What a measurement is one of, for the records."""
+    return {
+        "measure": "sensitivity",
+        "weights": fingerprint(model.parameters()),
+        "statistics": stats and stats.fingerprint(),
+        "windows": fingerprint([windows]),
+        "method": method,
+        **settings,
+    }

@@ -1,0 +1,239 @@
+"""Low-rank checkpoints: safetensors and a config.json, read by transformers itself once ``nsvd`` is imported.
+
+transformers' quantizer extension point is used: ``quantization_config`` in config.json names the compressed layers and
+their ranks, ``from_pretrained`` builds them before any weight is read. No pickle and no remote code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from nsvd.stored import manifest
+from nsvd.stored.files import check_writable, reached, replacing
+from nsvd.stored.folder import CONFIG, METHOD, CheckpointError, Stored, headers, read_json
+from nsvd.stored.foreign import quiet
+from nsvd.stored.layers import LAYERS, CompressedLayer, LowRankLinear
+from nsvd.stored.section import LowRankConfig
+from nsvd.stored.skeleton import check_dtypes, check_finite, check_fits, matched
+
+MODEL_FILES = (  # what ``save`` may find in the place of a model: names that transformers and we give, no others
+    "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "nsvd_report.json", manifest.NAME,
+)  # fmt: skip
+
+
+# How attention layers, by name and with what config.json says of each, begin to cache latents ("attach") and end it ("detach"):
+# put here by ``nsvd.cache``, which knows layers and is not known by them.
+LATENT_CACHE: dict[str, Callable[[nn.Module, Mapping[str, dict]], None]] = {}
+
+
+class LowRankQuantizer(HfQuantizer):
+    """Builds the low-rank layers before the weights are read, and takes them out again on ``dequantize``."""
+
+    requires_calibration = True  # from_pretrained(dense, quantization_config=LowRankConfig()) is refused
+
+    loading = False
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
+        self.loading = True
+        self._follow_prefix(model)
+        modules = self.quantization_config.modules
+        layers = dict(model.named_modules())
+        for name, spec in modules.items():
+            if not isinstance(layers.get(name), nn.Linear):
+                raise CheckpointError(
+                    f"config.json names a compressed layer {name}, but the model has no such linear layer"
+                )
+            model.set_submodule(name, _empty(name, layers[name], spec))
+        _check_latent(model, self.latent_layers)
+        LATENT_CACHE["attach"](model, self.latent_layers)
+        if checkpoint_files:
+            folder = Path(checkpoint_files[0]).parent
+            manifest.check_files([folder / CONFIG, *checkpoint_files])
+            stored = headers(checkpoint_files)
+            _check_factors(model, modules, stored)
+            check_dtypes(read_json(folder / CONFIG), stored)
+            check_fits(model, stored)
+
+    def _process_model_after_weight_loading(self, model, **_):
+        model.is_quantized = False  # the factors are plain numbers of the model's dtype: .half() and .float() cast them
+        if self.loading:
+            check_finite(model)
+            for name, layer in model.named_modules():
+                if isinstance(layer, CompressedLayer):
+                    _check_values(name, layer)
+        return model
+
+    def _follow_prefix(self, model) -> None:
+        """Where a model is read without its head, the names of its layers lack the prefix."""
+        if model.base_model is model:
+            config, prefix = self.quantization_config, f"{model.base_model_prefix}."
+            config.modules = {name.removeprefix(prefix): spec for name, spec in config.modules.items()}
+            if config.latent_cache:
+                layers = {name.removeprefix(prefix): spec for name, spec in self.latent_layers.items()}
+                config.latent_cache = config.latent_cache | {"layers": layers}
+
+    @property
+    def latent_layers(self) -> dict:
+        """The attention layers that cache latents."""
+        return (self.quantization_config.latent_cache or {}).get("layers", {})
+
+    def _dequantize(self, model, dtype=None):  # the factors keep their dtype, as all other parameters do
+        LATENT_CACHE["detach"](model, self.latent_layers)
+        for name in self.quantization_config.modules:
+            model.set_submodule(name, model.get_submodule(name).to_linear())
+        return model
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return True
+
+    @property
+    def is_qat_trainable(self):
+        return True
+
+    @property
+    def is_compileable(self):  # the stand-in for the cache is Python that dynamo does not follow
+        return not self.latent_layers
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module would register twice
+    register_quantization_config(METHOD)(LowRankConfig)
+    register_quantizer(METHOD)(LowRankQuantizer)
+
+
+def _empty(name: str, layer: nn.Linear, spec: dict) -> CompressedLayer:
+    try:
+        sizes = dict(spec)
+        kind = LAYERS[sizes.pop("layer", LowRankLinear.kind)]
+        if not all(type(size) is int for size in sizes.values()):
+            raise TypeError("a size is a whole number")
+        return kind.like(layer, **sizes)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"config.json gives layer {name} {spec}: {error}") from error
+
+
+def describe(layer: CompressedLayer) -> dict:
+    """What config.json says of a layer."""
+    kind = {} if layer.kind == LowRankLinear.kind else {"layer": layer.kind}
+    return kind | layer.spec()
+
+
+def _check_factors(model: PreTrainedModel, modules: Iterable[str], stored: Mapping[str, Stored]) -> None:
+    """Without this an absent factor would be initialised at random, with a warning."""
+    found = matched(model, stored)
+    for name in modules:
+        layer = model.get_submodule(name)
+        for key, parameter in (*layer.named_parameters(prefix=name), *layer.named_buffers(prefix=name)):
+            entry = found[key][1] if key in found else None
+            if key in found and (entry is None or entry.shape != tuple(parameter.shape)):
+                what = f"has shape {entry.shape}" if entry else "is missing"
+                raise CheckpointError(f"checkpoint: factor {key} {what}, expected {tuple(parameter.shape)}")
+
+
+def _check_values(name: str, layer: CompressedLayer) -> None:
+    """Whole numbers are not checked by being finite: an order is a permutation."""
+    order: Tensor | None = getattr(layer, "order", None)
+    if order is not None and not order.is_meta and order.sort().values.tolist() != list(range(len(order))):
+        raise CheckpointError(f"checkpoint: {name}.order is no order of {len(order)} outputs")
+
+
+def _check_latent(model: nn.Module, layers: dict) -> None:
+    modules = dict(model.named_modules())
+    for name, spec in layers.items():
+        pair = [modules.get(f"{name}.{part}") for part in ("k_proj", "v_proj")]
+        if not all(isinstance(layer, LowRankLinear) for layer in pair):
+            raise CheckpointError(f"config.json gives {name} a latent cache, but not its k_proj and v_proj a rank")
+        kinds = {key: type(value) for key, value in spec.items()}
+        told = {"absorb": bool} | kinds == {"rotated": int, "joint": bool, "absorb": bool}
+        if not told or not 0 <= spec["rotated"] <= getattr(modules[name], "head_dim", -1):
+            raise CheckpointError(f"config.json gives {name} the latent cache {spec}")
+        if spec["joint"] and pair[0].rank != pair[1].rank:
+            raise CheckpointError(
+                f"config.json gives {name} one latent of two ranks, {pair[0].rank} and {pair[1].rank}"
+            )
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether the model holds layers of ours."""
+    return any(isinstance(module, CompressedLayer) for module in model.modules())
+
+
+def mark_compressed(model: nn.Module, names: Iterable[str], **details) -> None:
+    """Let transformers know, so that ``save_pretrained`` writes and ``dequantize`` finds the compressed layers.
+
+    ``names`` are those of the layers exchanged; added to what an earlier compression has told.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    known = model.hf_quantizer.quantization_config.to_dict() if getattr(model, "hf_quantizer", None) else {}
+    modules = {name: describe(model.get_submodule(name)) for name in names}
+    config = LowRankConfig(**known | details | {"modules": known.get("modules", {}) | modules})
+    quantizer = LowRankQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    model.quantization_method = METHOD
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a module that only holds a model of transformers, and is none."""
+    if not isinstance(model, PreTrainedModel):
+        held = ((name, type(m).__name__) for name, m in model.named_modules() if isinstance(m, PreTrainedModel))
+        for name, inner in held:
+            kind = type(model).__name__
+            raise ValueError(f"{kind} is a wrapper of a model: give the model itself, its {name} ({inner})")
+
+
+def check_target(folder: str | Path) -> None:
+    """Raise ``OSError`` unless ``save`` can put a checkpoint there, over nothing, an empty folder, or an older model.
+
+    A folder is an older model's if it has a config.json and nothing but files of ``MODEL_FILES``: what is replaced is then
+    no more than ``save`` writes. Symbolic links are followed.
+    """
+    place = reached(folder)
+    if place.resolve() == Path.cwd().resolve():
+        raise FileExistsError(f"cannot write {folder}: it is the folder this runs in")
+    if place.is_file():
+        raise FileExistsError(f"cannot write {folder}: it is a file, a checkpoint is a folder")
+    held = sorted(place.iterdir()) if place.is_dir() else []
+    if held and not (place / "config.json").is_file():
+        raise FileExistsError(f"cannot write {folder}: it holds something that is not a model")
+    for entry in held:
+        if not entry.is_file() or not any(fnmatchcase(entry.name, name) for name in MODEL_FILES):
+            raise FileExistsError(f"cannot write {folder}: beside a model it holds {entry.name}, which would be lost")
+    check_writable(folder, folder=True)
+
+
+def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict | None = None) -> None:
+    """Write model and tokenizer as a folder that ``load`` and, after ``import nsvd``, ``from_pretrained`` read.
+
+    The folder appears when everything is written; an older model there is replaced whole, anything else is refused.
+    ``report`` is put beside the weights as ``nsvd_report.json``, the sums of all files as ``nsvd_manifest.json``.
+
+    Raises:
+        OSError: if the folder cannot be written, or something else than a model would be lost.
+        ValueError: if the model is wrapped, or a parameter holds NaN or Inf: what ``load`` would refuse.
+    """
+    check_target(folder)
+    check_unwrapped(model)
+    check_finite(model)
+    with replacing(folder) as part, quiet():
+        model.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        if report is not None:
+            (part / "nsvd_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        manifest.write(part)

@@ -1,0 +1,50 @@
+"""What a model says to a text: the negative log-likelihood of its tokens."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from nsvd.linalg.precision import double
+from nsvd.walk.text import check_readable, check_token_ids, predictions, windows_at_once
+
+
+@torch.no_grad()
+def window_losses(
+    model: nn.Module, windows: Int[Tensor, "count length"], *, batch: int | None = None, progress: bool = False
+) -> Float[Tensor, " count"]:
+    """Mean nats per token of each window, every token but the first predicted from those before it; float64, on the CPU.
+
+    ``batch`` windows are read at a time, by default as many as ``nsvd.walk.text`` allows logits for.
+
+    Raises:
+        ValueError: if there is no window, windows of fewer than two tokens, or such as the model cannot read.
+        FloatingPointError: if a loss is NaN or Inf.
+    """
+    check_text(model, windows)
+    device = next(model.parameters()).device
+    losses = []
+    batches = windows.split(batch or windows_at_once(model, windows.shape[1]))
+    for ids in tqdm(batches, "evaluate", disable=not progress, leave=False):
+        ids, parts, done = ids.to(device), [], 1
+        for logits in predictions(model, ids):
+            wanted = ids[:, done : done + logits.shape[1]]
+            token_losses = cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="none")
+            parts.append(double(token_losses.view(len(ids), -1)))
+            done += logits.shape[1]
+        losses.append(torch.cat(parts, 1).mean(1).cpu())
+    losses = torch.cat(losses)
+    if not losses.isfinite().all():
+        raise FloatingPointError(f"the loss of window {int((~losses.isfinite()).nonzero()[0])} is NaN or Inf")
+    return losses
+
+
+def check_text(model: nn.Module, windows: Tensor) -> None:
+    """Raise ``ValueError`` unless there is a token to predict in every window, and the model can read them."""
+    check_token_ids(windows)
+    if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
+        raise ValueError(f"windows must be a (count, length ≥ 2) tensor of token ids, not {tuple(windows.shape)}")
+    check_readable(model, windows)

@@ -1,0 +1,94 @@
+"""Whether a model can be worked on, and still runs once its layers are exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nsvd.linalg.methods import check_finite
+from nsvd.walk.hooks import evaluating, exchanged, watch_outputs
+
+TOKENS = 8
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise ``ValueError`` naming the first parameter that holds NaN or Inf, or buffer that holds NaN (a mask may hold Inf)."""
+    for name, value in model.named_parameters():
+        if value.is_meta:
+            raise ValueError(f"the parameter {name} is on the device meta, so it has no values")
+        layer, _, part = name.rpartition(".")
+        linear = part == "weight" and isinstance(model.get_submodule(layer), nn.Linear)
+        check_finite(f"the weight of layer {layer}" if linear else f"the parameter {name}", value)
+    for name, value in model.named_buffers():
+        if value.is_floating_point() and value.isnan().any():
+            raise ValueError(f"the buffer {name} holds NaN")
+
+
+@torch.no_grad()
+def predicted(model: nn.Module) -> Tensor:
+    """What the model says to eight tokens, logits where it has a head.
+
+    Raises:
+        FloatingPointError: if that holds NaN or Inf; the first module that gives it out is named.
+    """
+    out = _run(model)
+    if not out.isfinite().all():
+        raise FloatingPointError(f"the model predicts NaN or Inf for {TOKENS} tokens{first_broken(model)}")
+    return out
+
+
+@torch.no_grad()
+def first_broken(model: nn.Module, ids: Tensor | None = None) -> str:
+    """Where NaN or Inf begins, as the end of a sentence: the first module, none inside it, that gives it out."""
+    leaves, broken = [name for name, module in model.named_modules() if not any(module.children())], []
+
+    def observe(name: str, out: object) -> None:
+        if isinstance(out, Tensor) and out.is_floating_point() and not out.isfinite().all():
+            broken.append(name)
+
+    with watch_outputs(model, leaves, observe):
+        _run(model, ids)
+    return f"; it begins in the output of {broken[0]}" if broken else ""
+
+
+def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Tensor) -> None:
+    """Run eight tokens through a model whose ``dense`` layers have been exchanged.
+
+    ``before`` is what it ``predicted`` with them.
+
+    Raises:
+        ValueError: if it does not run, or gives out another shape; the layer that does this alone is named.
+        FloatingPointError: likewise, if it predicts NaN or Inf.
+    """
+    if _fault(model, before) is None:
+        return
+    for name in dense:
+        with exchanged(model, {other: layer for other, layer in dense.items() if other != name}):
+            if fault := _fault(model, before):
+                raise type(fault)(f"layer {name}: once it is exchanged, {fault}") from fault
+    fault = _fault(model, before)
+    raise type(fault)(
+        f"layer {next(iter(dense))} and {len(dense) - 1} others: once they are exchanged, {fault}"
+    ) from fault
+
+
+def _fault(model: nn.Module, before: Tensor) -> Exception | None:
+    try:
+        out = _run(model)
+    except Exception as error:  # of whatever kind, it is the exchange that brought it about
+        return ValueError(f"the model does not run any more ({type(error).__name__}: {error})")
+    if out.shape != before.shape:
+        return ValueError(f"the model gives out {tuple(out.shape)} in place of {tuple(before.shape)}")
+    if not out.isfinite().all():
+        return FloatingPointError("the model predicts NaN or Inf")
+    return None
+
+
+@torch.no_grad()
+def _run(model: nn.Module, ids: Tensor | None = None) -> Tensor:
+    ids = torch.arange(TOKENS)[None] if ids is None else ids
+    with evaluating(model):
+        out = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    return out if isinstance(out, Tensor) else out[0]

@@ -1,0 +1,102 @@
+"""Which layers of a model are compressed: those in the blocks of its text decoder that compute W x + b and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from nsvd.stored.checkpoint import check_unwrapped
+from nsvd.stored.layers import CompressedLayer
+from nsvd.walk.decoder import longest_list, text_decoder
+
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight of another dtype is quantized
+
+
+def targets(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that are compressed, by dotted name, in the order of the model.
+
+    A layer is taken if it is an ``nn.Linear`` of more than one output in the text decoder's blocks. A subclass with a
+    ``forward`` of its own is taken if it gives W x + b for a random x. The output embedding, and vision towers, are left out.
+    A model without a list of blocks counts as one block.
+
+    Raises:
+        ValueError: if there is no such layer (the message names what the model has instead), or the model is wrapped, is no
+            decoder, is quantized, or holds an adapter that is not merged; the layer is named.
+    """
+    _check_model(model)
+    name, whole = longest_list(model) or text_decoder(model)
+    inside = {id(part) for m in whole.modules() if isinstance(m, CompressedLayer) for part in m.modules()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {}
+    for inner, module in whole.named_modules(prefix=name):
+        if id(module) in inside:
+            continue
+        _check_adapter(inner, module)
+        if isinstance(module, nn.Linear) and module is not head and module.out_features > 1:
+            _check_stored(inner, module)
+            if is_plain(module):
+                found[inner] = module
+    if not found:
+        raise ValueError(_instead(model))
+    return found
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer computes W x + b, to rounding, and holds nothing else: known of ``nn.Linear`` itself, else tried."""
+    if {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())} - {"weight", "bias"}:
+        return False
+    if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
+        return True
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
+    try:
+        out = layer(x)
+    except Exception:  # whatever it needs, it is no plain layer
+        return False
+    wanted = linear(x, layer.weight, layer.bias)
+    if not isinstance(out, Tensor) or out.shape != wanted.shape or out.is_meta:
+        return False
+    return bool((out - wanted).norm() <= 8 * torch.finfo(x.dtype).eps * wanted.norm())
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model that is wrapped, no decoder, or quantized."""
+    check_unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        return
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{kind} is an encoder with a decoder; only models that are a decoder alone are compressed")
+    about = getattr(model.config, "quantization_config", None)
+    method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
+    if method is not None and method != "nsvd":
+        raise ValueError(f"{kind} is quantized by {getattr(method, 'value', method)}: dequantize it first")
+
+
+def _check_adapter(name: str, module: nn.Module) -> None:
+    """Raise ``ValueError`` for a layer that holds another and adapters beside it, or beside its own weight."""
+    adapters = [part for part, _ in module.named_parameters() if part.split(".")[0].startswith("lora_")]
+    if isinstance(getattr(module, "base_layer", None), nn.Module) or (adapters and isinstance(module, nn.Linear)):
+        raise ValueError(f"layer {name} ({type(module).__name__}) holds an adapter beside its weight: merge it first")
+
+
+def _check_stored(name: str, layer: nn.Linear) -> None:
+    """Raise ``ValueError`` for a weight that is not kept as numbers of its own."""
+    if layer.weight.dtype not in NUMBERS or layer.weight.shape != (layer.out_features, layer.in_features):
+        kept = f"{str(layer.weight.dtype).removeprefix('torch.')} {tuple(layer.weight.shape)}"
+        raise ValueError(
+            f"layer {name} ({type(layer).__name__}) keeps its weight as {kept}: dequantize the model first"
+        )
+
+
+def _instead(model: nn.Module) -> str:
+    kinds = {type(m).__name__ for m in model.modules() if isinstance(vars(m)["_parameters"].get("weight"), Tensor)}
+    if "Conv1D" in kinds:
+        return (
+            f"{type(model).__name__} keeps its weights in Conv1D layers (as GPT-2 does), which are not supported; "
+            "only nn.Linear layers are compressed"
+        )
+    return f"{type(model).__name__} has no nn.Linear layer left to compress (it has {', '.join(sorted(kinds))})"
