@@ -1,6 +1,6 @@
 """Mathematics on tensors. Nothing here knows a model, a file or a device string."""
 
-from nsvd.linalg.decomposition import Decomposition, from_metric, from_whitener
+from nsvd.linalg.decomposition import Decomposition, Oblique, Orthogonal, from_metric, from_whitener
 from nsvd.linalg.factors import LowRank, Pivoted, least_rank, pivoted, rank_for_ratio, saves_parameters, split_rank
 from nsvd.linalg.methods import METHODS, Method, by_name, decompose
 from nsvd.linalg.moments import Moments
@@ -13,6 +13,8 @@ __all__ = [
     "Method",
     "Moments",
     "NumericalWarning",
+    "Oblique",
+    "Orthogonal",
     "Pivoted",
     "by_name",
     "cholesky",

@@ -1,6 +1,6 @@
 r"""The ASVD family: Ŵ = [W S]_k S⁻¹, of which only M = S Sᵀ differs (NSVD paper, arXiv 2503.17101, section 3).
 
-Each function returns the ``Decomposition`` of all ranks; ``.truncate(k)`` is the paper's Ŵ.
+Each function returns the ``Orthogonal`` decomposition of all ranks; ``.truncate(k)`` is the paper's Ŵ.
 
 | name | M | minimises over rank k |
 |---|---|---|
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsvd.linalg.decomposition import Decomposition, from_metric, from_whitener
+from nsvd.linalg.decomposition import Orthogonal, from_metric, from_whitener
 from nsvd.linalg.moments import Moments
 from nsvd.linalg.whiteners import cholesky as cholesky_factor
 from nsvd.linalg.whiteners import scaled_rotation, spectral
@@ -28,17 +28,17 @@ from nsvd.linalg.whiteners import scaled_rotation, spectral
 Weight = Float[Tensor, "d_out d_in"]
 
 
-def svd(W: Weight, moments: Moments | None = None) -> Decomposition:
+def svd(W: Weight, moments: Moments | None = None) -> Orthogonal:
     """Plain truncated SVD: ‖W − Ŵ‖_F = √(Σ_{i>k} σ_i(W)²) (Theorem 1, Eckart–Young–Mirsky). Ignores the moments."""
     return from_metric(W)
 
 
-def asvd_0(W: Weight, moments: Moments) -> Decomposition:
+def asvd_0(W: Weight, moments: Moments) -> Orthogonal:
     """S = diag(mean absolute value of each input channel); a channel that was always zero has no weight."""
     return from_metric(W, moments.scale() ** 2)
 
 
-def asvd_1(W: Weight, moments: Moments) -> Decomposition:
+def asvd_1(W: Weight, moments: Moments) -> Orthogonal:
     """The minimiser of ‖(W − Ŵ) X‖_F: error √(Σ_{i>k} σ_i(W S)²), S Sᵀ = G up to the factor √n (Theorem 2).
 
     The paper takes S from Cholesky's factorisation; the projection form used here gives the same matrix without it,
@@ -47,12 +47,12 @@ def asvd_1(W: Weight, moments: Moments) -> Decomposition:
     return from_metric(W, moments.G)
 
 
-def asvd_1_cholesky(W: Weight, moments: Moments, *, jitter: float = 0.0) -> Decomposition:
+def asvd_1_cholesky(W: Weight, moments: Moments, *, jitter: float = 0.0) -> Orthogonal:
     """ASVD-I as printed, S = cholesky(G + jitter · mean(diag G) · I); raises ``LinAlgError`` for a singular G."""
     return from_whitener(W, cholesky_factor(moments.G, jitter=jitter))
 
 
-def asvd_2(W: Weight, moments: Moments) -> Decomposition:
+def asvd_2(W: Weight, moments: Moments) -> Orthogonal:
     """S = P Λ^{1/2}, G = P Λ Pᵀ, undone by the pseudo-inverse (Theorem 3).
 
     Loss and, for nonsingular G, matrix are those of ``asvd_1``. Directions that G has not seen are set to zero here
@@ -61,12 +61,12 @@ def asvd_2(W: Weight, moments: Moments) -> Decomposition:
     return from_whitener(W, spectral(moments.G))
 
 
-def asvd_3(W: Weight, moments: Moments) -> Decomposition:
+def asvd_3(W: Weight, moments: Moments) -> Orthogonal:
     """S = γ P, γ = max Λ^{1/2} (Theorem 4). S is a multiple of a rotation, so Ŵ is the plain truncated SVD of W."""
     return from_whitener(W, scaled_rotation(moments.G))
 
 
-def asvd(W: Weight, moments: Moments, *, alpha: float = 0.5, eps: float = 1e-6) -> Decomposition:
+def asvd(W: Weight, moments: Moments, *, alpha: float = 0.5, eps: float = 1e-6) -> Orthogonal:
     """S = diag((mean abs)^α + ε) of the ASVD paper (arXiv 2312.05821, equation 8).
 
     α = 0 is the plain SVD, α = 1 is ASVD-0 but for ε. The published code splits √s between the factors; the product is
@@ -75,7 +75,7 @@ def asvd(W: Weight, moments: Moments, *, alpha: float = 0.5, eps: float = 1e-6) 
     return from_metric(W, (moments.scale() ** alpha + eps) ** 2)
 
 
-def ridge(W: Weight, moments: Moments, *, mu: float = 0.1) -> Decomposition:
+def ridge(W: Weight, moments: Moments, *, mu: float = 0.1) -> Orthogonal:
     """The minimiser of ‖(W − Ŵ) X‖² / n + μ mean(diag G) ‖W − Ŵ‖² over rank k.
 
     As the exact minimiser of a weighted sum it is Pareto-optimal in calibration loss and weight error, the two errors

@@ -8,7 +8,7 @@ inverse of M. ``from_metric`` is that route. ``from_whitener`` is the papers' li
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -20,12 +20,13 @@ from nsvd.linalg.whiteners import Whitener, check_semidefinite
 
 @dataclass(frozen=True)
 class Decomposition:
-    """An ordered factorisation of W: its first k terms are the rank-k answer.
+    """W = U · coords, its terms in order: the first k of them are the rank-k answer.
 
-    ``U`` (d_out, m), m = min(d_out, d_in), has orthonormal columns that span the columns of W;
-    ``s`` (m,) are the singular values of W S in descending order, so that the smallest ‖(W − Ŵ) S‖_F at rank k is
-    √(Σ_{i>k} s_i²); ``coords`` = Uᵀ W; ``right`` (m, d_in) are the right factors, ``coords`` itself unless the
-    pseudo-inverse of a singular S has removed directions from them.
+    ``U`` (d_out, m), m = min(d_out, d_in), has columns of unit length; ``s`` (m,) falls, and Σ_{i>k} s_i² is the error of
+    rank k in the method's own norm; ``coords`` (m, d_in) are the coordinates of W in the columns of U; ``right`` (m, d_in) are the
+    right factors, ``coords`` itself unless the pseudo-inverse of a singular S has removed directions from them.
+
+    What U is depends on the metric: see ``Orthogonal`` and ``Oblique``.
     """
 
     U: Float[Tensor, "d_out m"]
@@ -39,7 +40,7 @@ class Decomposition:
         return LowRank(self.U[:, :k], self.right[:k])
 
     def residual(self, k: int) -> LowRank:
-        """W − truncate(k), exactly, as orthonormal columns times rows (no new large matrix)."""
+        """W − truncate(k), exactly, as columns of U times rows (no new large matrix)."""
         if self.right is self.coords:
             return LowRank(self.U[:, k:], self.coords[k:])
         return LowRank(self.U, torch.cat([self.coords[:k] - self.right[:k], self.coords[k:]]))
@@ -53,10 +54,27 @@ class Decomposition:
     def to(self, *args, **kwargs) -> Decomposition:
         """All tensors moved or cast as ``Tensor.to`` does."""
         U, s, coords = (t.to(*args, **kwargs) for t in (self.U, self.s, self.coords))
-        return Decomposition(U, s, coords, coords if self.right is self.coords else self.right.to(*args, **kwargs))
+        right = coords if self.right is self.coords else self.right.to(*args, **kwargs)
+        return replace(self, U=U, s=s, coords=coords, right=right)
 
 
-def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None) -> Decomposition:
+@dataclass(frozen=True)
+class Orthogonal(Decomposition):
+    """Under a metric of the inputs alone: Uᵀ U = I and ``coords`` = Uᵀ W, so ‖W − Ŵ‖ is the norm of the coordinates left out.
+
+    ``s`` are the singular values of W S.
+    """
+
+
+@dataclass(frozen=True)
+class Oblique(Decomposition):
+    """Under metrics M of the inputs and N of the outputs: Uᵀ N U is diagonal, ``coords`` = (Uᵀ N U)⁻¹ Uᵀ N W.
+
+    The columns of U are not orthogonal. ``s`` are the singular values of N^{1/2} W M^{1/2}.
+    """
+
+
+def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None) -> Orthogonal:
     r"""Minimise ‖(W − Ŵ) M^{1/2}‖_F at every rank: Ŵ = U_k U_kᵀ W, U the eigenvectors of W M Wᵀ.
 
     M is positive semidefinite: a matrix (d_in, d_in), the vector of a diagonal one, or None for the identity. For a
@@ -75,14 +93,14 @@ def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None) -> Deco
         blind = V[:, seen:]
         V = torch.cat([V[:, :seen], leading(LowRank(blind, blind.mT @ core), len(eigenvalues) - seen).left], dim=1)
     coords = V.mT @ core
-    return Decomposition(_times(Q, V), eigenvalues.clamp(min=0).sqrt(), coords, coords)
+    return Orthogonal(_times(Q, V), eigenvalues.clamp(min=0).sqrt(), coords, coords)
 
 
-def from_whitener(W: Float[Tensor, "d_out d_in"], S: Whitener) -> Decomposition:
+def from_whitener(W: Float[Tensor, "d_out d_in"], S: Whitener) -> Orthogonal:
     r"""Ŵ = [W S]_k S⁻¹ as the papers write it: SVD of W S, then undo S on the right."""
     Q, core = _smaller_side(W)
     U, s, Vh = torch.linalg.svd(S.apply(core), full_matrices=False)
-    return Decomposition(_times(Q, U), s, U.mT @ core, S.undo(s[:, None] * Vh))
+    return Orthogonal(_times(Q, U), s, U.mT @ core, S.undo(s[:, None] * Vh))
 
 
 def leading(residual: LowRank, k: int) -> LowRank:

@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsvd.linalg.asvd import ridged
-from nsvd.linalg.decomposition import Decomposition, from_metric
+from nsvd.linalg.decomposition import Oblique, from_metric
 from nsvd.linalg.moments import Moments
 
 
-def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.01, eta: float = 0.03) -> Decomposition:
+def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.01, eta: float = 0.03) -> Oblique:
     """Minimise tr(H_η (W − Ŵ) G_μ (W − Ŵ)ᵀ) at every rank, with ridges G_μ = G + μ mean(diag G) I and H_η likewise.
 
     The minimum is Σ_{i>k} s_i², half of it the predicted rise of the loss. H may be a matrix (d_out, d_out) or the
@@ -39,11 +39,12 @@ def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.01, 
 
 def from_metrics(
     W: Float[Tensor, "d_out d_in"], M: Float[Tensor, "d_in d_in"], N: Float[Tensor, "d_out ..."]
-) -> Decomposition:
+) -> Oblique:
     r"""Minimise ‖N^{1/2} (W − Ŵ) M^{1/2}‖_F at every rank: Ŵ = N^{-1/2} [N^{1/2} W M^{1/2}]_k M^{-1/2}.
 
-    As with one metric no root or inverse of M is needed, Ŵ = N^{-1/2} U_k U_kᵀ N^{1/2} W: a projection of the outputs,
-    oblique now. The columns of ``U`` in the result are those of N^{-1/2} U at unit length, not orthogonal.
+    As with one metric no root or inverse of M is needed: Ŵ = N^{-1/2} V_k V_kᵀ N^{1/2} W, with V the left singular vectors of
+    N^{1/2} W M^{1/2}. This is a projection of the outputs, but an oblique one. The columns of ``U`` are those of N^{-1/2} V at
+    unit length.
     """
     if N.ndim == 1:
         if not (N > 0).all():
@@ -59,7 +60,7 @@ def from_metrics(
         U = torch.linalg.solve_triangular(L.mT, weighted.U, upper=True)
     length = U.norm(dim=0)
     coords = length[:, None] * weighted.coords
-    return Decomposition(U / length, weighted.s, coords, coords)
+    return Oblique(U / length, weighted.s, coords, coords)
 
 
 def shifted(

@@ -3,8 +3,22 @@
 import pytest
 import torch
 from hypothesis import assume, given
+from jaxtyping import TypeCheckError
 
-from nsvd.linalg import METHODS, NumericalWarning, cholesky, from_metric, from_whitener, scaled_rotation, spectral
+from nsvd.linalg import (
+    METHODS,
+    Decomposition,
+    NumericalWarning,
+    Oblique,
+    Orthogonal,
+    cholesky,
+    from_metric,
+    from_whitener,
+    scaled_rotation,
+    spectral,
+)
+from nsvd.linalg.asvd import ridged
+from nsvd.linalg.nsvd import nid, nsvd
 from nsvd.linalg.whiteners import Diagonal
 from tests.linalg.reference import MATRIX, is_close, law, layer, layers, naive, spectrum
 
@@ -126,6 +140,50 @@ def test_the_residual_is_what_truncation_left(method, few_tokens, data):
         assert (residual.dense() - (x.W - d.truncate(k).dense())).norm() <= 1e-10 * x.W.norm()
         orthonormal = torch.allclose(residual.left.mT @ residual.left, torch.eye(residual.rank), atol=1e-12)
         assert orthonormal or METHODS[method].needs_gradients
+
+
+def keeps_its_promise(d: Decomposition, x) -> bool:
+    """Whether d is what its class says of it; the output metric is that of ``kfac`` with its own ridge."""
+    N = ridged(x.H, METHODS["kfac"].options["eta"]) if isinstance(d, Oblique) else torch.eye(len(x.W))
+    metric = d.U.mT @ N @ d.U
+    size = metric.diagonal()
+    return (
+        is_close(d.U @ d.coords, x.W, 1e-10)
+        and is_close(d.U.norm(dim=0), torch.ones(x.m), 1e-12)
+        and is_close(metric, torch.diag(size), 1e-9)
+        and is_close(d.coords, d.U.mT @ N @ x.W / size[:, None], 1e-9)
+    )
+
+
+@pytest.mark.parametrize("method", OUTER)
+@pytest.mark.parametrize("few_tokens", [False, True])
+@law
+@given(data=layers().flatmap(lambda x: layers(few_tokens=True).map(lambda y: (x, y))))
+def test_a_decomposition_is_what_its_class_promises(method, few_tokens, data):
+    """W = U · coords with unit columns: orthonormal and coords = Uᵀ W, or the same in the metric of the outputs."""
+    x = data[few_tokens]
+    d = METHODS[method].prepare(x.W, x.moments)
+    assert type(d) is (Oblique if METHODS[method].needs_gradients else Orthogonal)
+    assert keeps_its_promise(d, x)
+    assert type(d.to(torch.float32)) is type(d)
+
+
+def test_a_decomposition_of_the_other_class_breaks_the_promise():
+    """Fields of K-FAC are not orthogonal, and those of ASVD-I are not oblique; nor is a matrix decomposed that W is not."""
+    x = layer(6, 8, 3)
+    kfac, asvd = (METHODS[method].prepare(x.W, x.moments) for method in ("kfac", "asvd-1"))
+    assert not keeps_its_promise(Orthogonal(**vars(kfac)), x)
+    assert not keeps_its_promise(Oblique(**vars(asvd)), x)
+    assert not keeps_its_promise(METHODS["asvd-1"].prepare(1.01 * x.W, x.moments), x)
+
+
+@pytest.mark.parametrize("nested", [nsvd, nid])
+def test_an_inner_step_takes_orthonormal_columns_only(nested):
+    """On the oblique columns of K-FAC the leading terms of the residual would not be its best approximation."""
+    x = layer(6, 8, 3)
+    assert nested(METHODS["asvd-1"].prepare(x.W, x.moments), 3, k1=0.5).rank == 3
+    with pytest.raises(TypeCheckError):
+        nested(METHODS["kfac"].prepare(x.W, x.moments), 3, k1=0.5)
 
 
 @pytest.mark.parametrize("k", [-1, 7])
