@@ -13,6 +13,8 @@ whatever layer they come from, so one threshold on them shares out a budget over
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,19 +23,25 @@ from nsvd.linalg.asvd import ridged
 from nsvd.linalg.decomposition import Oblique, from_metric
 from nsvd.linalg.moments import Moments
 
+ROUNDING = 1e-12  # a pivot of Cholesky's below this share of its diagonal entry may be rounding, and so may what is divided by it
+
 
 def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.01, eta: float = 0.03) -> Oblique:
     """Minimise tr(H_η (W − Ŵ) G_μ (W − Ŵ)ᵀ) at every rank, with ridges G_μ = G + μ mean(diag G) I and H_η likewise.
 
     The minimum is Σ_{i>k} s_i², half of it the predicted rise of the loss. H may be a matrix (d_out, d_out) or the
-    vector of a diagonal one; a multiple of the identity gives ``ridge``.
+    vector of a diagonal one; a multiple of the identity gives ``ridge``. So does H = 0, of a layer that the loss does not see,
+    as the limit of a small multiple; then s = 0.
 
     Raises:
         ValueError: if the moments carry no H, or a ridge is negative.
-        torch.linalg.LinAlgError: if H_η is not positive definite.
+        torch.linalg.LinAlgError: if H_η is not positive definite, or so nearly singular that rounding decides.
     """
     if moments.H is None:
         raise ValueError("this method weighs outputs by the loss: it needs H, from fisher()")
+    if not moments.H.any():
+        unseen = from_metrics(W, ridged(moments.G, mu, "mu"), torch.ones_like(W[:, 0]))
+        return replace(unseen, s=torch.zeros_like(unseen.s))
     return from_metrics(W, ridged(moments.G, mu, "mu"), ridged(moments.H, eta, "eta"))
 
 
@@ -53,9 +61,7 @@ def from_metrics(
         weighted = from_metric(root[:, None] * W, M)
         U = weighted.U / root[:, None]
     else:
-        L, failed = torch.linalg.cholesky_ex(N)
-        if failed:
-            raise torch.linalg.LinAlgError(f"the output metric is not positive definite (from row {int(failed)} on)")
+        L = _cholesky(N, "the output metric")
         weighted = from_metric(L.mT @ W, M)
         U = torch.linalg.solve_triangular(L.mT, weighted.U, upper=True)
     length = U.norm(dim=0)
@@ -71,6 +77,25 @@ def shifted(
     X' (d_in, n) are the inputs that the layer gets once what lies before it is compressed, D (d_out, n) is what is missing at
     its output, G = X' X'ᵀ / n and E = D X'ᵀ / n. With D = W (X − X') the target is the dense layer's output W X (AA-SVD,
     arXiv 2604.02119); with nothing missing B* = W. For any B the objective is tr((B − B*) (G + λI) (B − B*)ᵀ) plus a
-    constant, so the best B of rank k is the truncation of B* in the metric G + λI.
+    constant, so the best B of rank k is the truncation of B* in the metric G + λI. Where all inputs are zero, B* = W.
+
+    Raises:
+        ValueError: if the ridge is negative.
+        torch.linalg.LinAlgError: if G + λI is singular, or so nearly that rounding decides. A ridge μ > 0 mends this.
     """
-    return W + torch.linalg.solve(ridged(G, mu), E, left=False)
+    metric = ridged(G, mu)
+    if not G.any():
+        return W
+    return W + torch.cholesky_solve(E.mT, _cholesky(metric, "the second moment of the inputs")).mT
+
+
+def _cholesky(A: Float[Tensor, "d d"], what: str) -> Float[Tensor, "d d"]:
+    """L with L Lᵀ = A; raises ``LinAlgError`` unless A is positive definite, and clearly so."""
+    L, failed = torch.linalg.cholesky_ex(A)
+    if failed:
+        raise torch.linalg.LinAlgError(f"{what} is singular, not positive definite (from row {int(failed)} on)")
+    small = L.diagonal().square() <= ROUNDING * A.diagonal()
+    if small.any():
+        row = int(small.nonzero()[0]) + 1
+        raise torch.linalg.LinAlgError(f"{what} is singular but for rounding (from row {row} on): a ridge mends this")
+    return L

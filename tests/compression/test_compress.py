@@ -472,6 +472,20 @@ def test_a_layer_of_zeros_is_met_exactly(factors, stats):
         assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "part", ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+)
+def test_a_layer_of_zeros_does_not_stop_the_best_recipe(part):
+    """Its neighbours see no input, or the loss does not see their outputs: they and the layer take the smallest rank."""
+    model = tiny_model(attention_bias=False, mlp_bias=False)
+    zero = f"model.layers.0.{part}"
+    model.get_submodule(zero).weight.data.zero_()
+    report = nsvd.compress_(model, method="best", ratio=0.3, windows=IDS)
+    row = report.table.set_index("layer").loc[zero]
+    assert (row["rank"], row.weight_error) == (1, 0)
+    assert report.ratio_reached >= 0.3
+
+
 def test_a_failure_in_the_last_layer_leaves_the_first_one_alone(stats, monkeypatch):
     """All layers are decomposed before one is exchanged: whatever is raised, even an interrupt."""
     model, cut, cuts = tiny_model(), Method.cut, []

@@ -105,6 +105,50 @@ def test_an_output_that_the_loss_never_sees_needs_a_ridge(form):
     assert kfac(GENERIC.W, moments, eta=1e-6).truncate(4).dense().isfinite().all()
 
 
+@pytest.mark.parametrize("form", [lambda H: H, lambda H: H.diagonal()])
+def test_a_layer_that_the_loss_does_not_see_is_answered_by_the_ridge(form):
+    """H = 0 is the limit of c I for small c: the ridge's matrix, and no rise at any rank."""
+    d = kfac(GENERIC.W, Moments(GENERIC.G, H=form(torch.zeros(9, 9))), mu=0.1)
+    assert is_close(d.truncate(4).dense(), GENERIC.decompose("ridge", 4, mu=0.1))
+    assert not d.s.any()
+    assert kfac(GENERIC.W, Moments(GENERIC.G, H=form(1e-9 * torch.eye(9))), mu=0.1).s.all()
+
+
+def nearly_singular(size: int = 12, n: int = 11) -> torch.Tensor:
+    """A second moment of one token less than channels: what is not zero in the last direction is rounding."""
+    X = torch.randn(size, n)
+    return X @ X.mT / n
+
+
+def test_a_second_moment_that_is_singular_but_for_rounding_needs_a_ridge():
+    """Without one its target is refused and not of any size; nor is such a metric of the outputs divided by."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        G, D = nearly_singular(), torch.randn(9, 12)
+        with pytest.raises(
+            torch.linalg.LinAlgError, match=r"second moment of the inputs is singular.* \(from row 12 on\)"
+        ):
+            shifted(GENERIC.W, G, D @ G, mu=0.0)
+        assert shifted(GENERIC.W, G, D @ G, mu=1e-6).norm() < 2 * (GENERIC.W.norm() + D.norm())
+        with pytest.raises(torch.linalg.LinAlgError, match="the output metric is singular"):
+            from_metrics(GENERIC.W, GENERIC.G, nearly_singular(9, 8))
+
+
+def test_a_poor_condition_alone_is_no_singularity():
+    """G of condition 1e10, and G in channels of very different sizes, have a target without a ridge."""
+    x, D = layer(9, 12, 4, condition=1e10), torch.randn(9, 12)
+    sizes = 10 ** -torch.linspace(0, 9, 12)
+    for G in (x.G, sizes[:, None] * GENERIC.G * sizes):
+        assert is_close(shifted(x.W, G, D @ G, mu=0.0), x.W + D, 1e-4)
+
+
+def test_inputs_that_are_all_zero_leave_the_weight():
+    """Nothing can be missing there, and any ridge gives W."""
+    zeros = torch.zeros(12, 12)
+    for mu in (0.0, 0.1):
+        assert torch.equal(shifted(GENERIC.W, zeros, torch.zeros(9, 12), mu=mu), GENERIC.W)
+
+
 def test_a_metric_without_the_loss_is_refused():
     """No H, no answer: not the ridge's in its place."""
     with pytest.raises(ValueError, match="needs H"):
