@@ -29,8 +29,9 @@ from nsvd.cache.attention import by_kind, examine, key_value_layers
 from nsvd.cache.latent import DIGITS, attach, bytes_per_token, latent_layers
 from nsvd.cache.pairs import Factoring, Pair
 from nsvd.compression.measure import check_gradients, check_statistics, naming, take_statistics
-from nsvd.compression.recipes import RECIPES, base_method, recipe
+from nsvd.compression.recipes import RECIPES, recipe
 from nsvd.compression.report import Clock, peak_memory, relative_errors, versions
+from nsvd.linalg import matrix_method
 from nsvd.linalg.methods import check_finite
 from nsvd.linalg.precision import double, home
 from nsvd.stored.checkpoint import mark_compressed
@@ -110,7 +111,7 @@ def compress_kv_(
             a weight; statistics that do not fit; done before.
         FloatingPointError: NaN or Inf in an activation; the layer is named.
     """
-    chosen, usual, clock = base_method(method), recipe(method).cache, Clock()
+    chosen, usual, clock = matrix_method(recipe(method).method), recipe(method).cache, Clock()
     allocation = allocation or usual.get("allocation", "uniform")
     joint = usual.get("joint", False) if joint is None else joint
     settings, domains = chosen.resolve(options), [windows] if isinstance(windows, Tensor) else list(windows or ())

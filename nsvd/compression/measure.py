@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from nsvd.compression.prepared import Prepared, describing
 from nsvd.compression.report import Clock
 from nsvd.compression.sola_blocks import blocks
-from nsvd.linalg import Decomposition, Method, by_name
-from nsvd.linalg.methods import SplitMethod, check_finite
+from nsvd.linalg import Decomposition, Method, SplitMethod, by_name
+from nsvd.linalg.methods import check_finite
 from nsvd.linalg.precision import double
 from nsvd.linalg.sola import WHOLE, Block
 from nsvd.walk.gradients import fisher
@@ -46,7 +46,7 @@ def decompositions(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     stats: Statistics | None,
-    chosen: Method,
+    chosen: Method | SplitMethod,
     options: dict,
     progress: bool,
 ) -> dict[str, Decomposition]:
@@ -75,7 +75,7 @@ def take_statistics(
     model: nn.Module,
     stats: Statistics | None,
     domains: Sequence[Tensor],
-    method: Method,
+    method: Method | SplitMethod,
     allocation: str,
     clock: Clock,
     seed: int,
@@ -123,7 +123,7 @@ def mean_gradients(
     return sums
 
 
-def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method) -> None:
+def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method | SplitMethod) -> None:
     """Raise ``ValueError`` unless the method has the statistics it needs, of these layers, and all they hold is finite."""
     if stats is not None:
         check_moments(layers, stats)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from nsvd.linalg import Decomposition, Method
+from nsvd.linalg import Decomposition, Method, SplitMethod
 from nsvd.stored.files import fingerprint
 from nsvd.walk.statistics import Statistics
 
@@ -32,14 +32,18 @@ class Prepared(Mapping[str, Decomposition]):
 
 
 def describing(
-    layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method, options: Mapping
+    layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method | SplitMethod, options: Mapping
 ) -> tuple[dict, str, str | None]:
     """The outer step, and fingerprints of the weights and of the moments that it looks at."""
     return method.outer_step(options), _weights(layers), _moments(layers, stats, method)
 
 
 def check_prepared(
-    prepared: object, layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method, options: Mapping
+    prepared: object,
+    layers: Mapping[str, nn.Linear],
+    stats: Statistics | None,
+    method: Method | SplitMethod,
+    options: Mapping,
 ) -> None:
     """Raise ``ValueError`` unless this is what ``prepare`` returns for these layers, statistics, method and options."""
     if not isinstance(prepared, Prepared):
@@ -61,7 +65,7 @@ def _weights(layers: Mapping[str, nn.Linear]) -> str:
     return fingerprint(layer.weight for layer in layers.values())
 
 
-def _moments(layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method) -> str | None:
+def _moments(layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method | SplitMethod) -> str | None:
     if not method.needs_moments or stats is None:
         return None
     looked_at = {}  # each once, though several layers share it

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nsvd.compression.measure import naming
 from nsvd.compression.strs import Sensitivity, losses_with, sensitivity
-from nsvd.linalg import Decomposition, by_name, rank_for_ratio
+from nsvd.linalg import Decomposition, matrix_method, rank_for_ratio
 from nsvd.linalg.budget import cut, cut_where, spectrum_steps, strs_steps
 from nsvd.walk.moments import Statistics
 from nsvd.walk.targets import targets
@@ -95,7 +95,7 @@ def spectrum(
     """Equal relative truncation error per parameter at the margin, from the decompositions alone."""
     sizes, spectra = shapes(model), {name: one.s for name, one in prepared.items()}
     return cut(
-        spectrum_steps(spectra, sizes, factors, least=by_name(method).least_rank(options)), sizes, ratio, factors
+        spectrum_steps(spectra, sizes, factors, least=matrix_method(method).least_rank(options)), sizes, ratio, factors
     )
 
 
@@ -114,7 +114,7 @@ def by_loss(
     The squared singular values of ``kfac`` are twice that rise, in nats a token; those of the other methods are errors of
     the layer's output and are multiplied by mean(diag H), which ``stats`` then have to hold.
     """
-    sizes, chosen = shapes(model), by_name(method)
+    sizes, chosen = shapes(model), matrix_method(method)
     spectra = {name: one.s for name, one in prepared.items()}
     if not chosen.needs_gradients:
         spectra = {name: s * _mean_square(stats[name].H).to(s) ** 0.5 for name, s in spectra.items()}
@@ -141,7 +141,7 @@ def strs_within(
 
     The model is measured about log₂(steps) times and left as it was.
     """
-    chosen = by_name(method)
+    chosen = matrix_method(method)
 
     def admissible(ranks: dict[str, int]) -> bool:
         factors = {name: chosen.cut(prepared[name], k, **options) for name, k in ranks.items()}

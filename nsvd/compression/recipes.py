@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nsvd.linalg import METHODS, Method, by_name
+from nsvd.linalg import METHODS, Method, SplitMethod, by_name
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,6 @@ def recipe(name: str) -> Recipe:
     return RECIPES.get(name) or Recipe(name)
 
 
-def base_method(name: str) -> Method:
+def base_method(name: str) -> Method | SplitMethod:
     """The method of that name, or the one that a recipe is built on."""
     return by_name(recipe(name).method)

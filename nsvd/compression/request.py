@@ -10,9 +10,8 @@ from torch import Tensor
 from nsvd.compression.ranks import ALLOCATIONS, check_allocation
 from nsvd.compression.recipes import RECIPES, base_method, recipe
 from nsvd.compression.sola import SOLA_ALLOCATIONS
-from nsvd.linalg import Method
+from nsvd.linalg import Method, SplitMethod
 from nsvd.linalg.factors import check_factors
-from nsvd.linalg.methods import SplitMethod
 from nsvd.walk.moments import check_mixture, check_windows
 
 
@@ -21,7 +20,7 @@ class Arguments:
     """The arguments of ``compress_``, what was left open filled in from the recipe."""
 
     name: str
-    method: Method
+    method: Method | SplitMethod
     options: dict  # as given
     ratio: float | None
     ranks: Mapping[str, int] | None
@@ -62,7 +61,7 @@ class Arguments:
         return self.name in RECIPES and not self.domains
 
     @property
-    def judge(self) -> Method:
+    def judge(self) -> Method | SplitMethod:
         """The method that says which statistics are needed."""
         inner = self.method.inner(self.options)[0] if self.splits else self.method
         return inner if inner.needs_gradients else self.method

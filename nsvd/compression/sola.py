@@ -19,9 +19,8 @@ from tqdm.auto import tqdm
 from nsvd.compression.measure import check_statistics, naming, prepare_layer
 from nsvd.compression.report import Clock, relative_errors
 from nsvd.compression.sola_blocks import blocks, kind
-from nsvd.linalg import Decomposition, LowRank, saves_parameters
+from nsvd.linalg import Decomposition, LowRank, SplitMethod, saves_parameters
 from nsvd.linalg.budget import cut, spectrum_steps
-from nsvd.linalg.methods import SplitMethod
 from nsvd.linalg.precision import double, home
 from nsvd.linalg.sola import COLUMNS, Block, Split
 from nsvd.linalg.sola_ranks import Move, common, even, on_grid, search

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from nsvd.compression.measure import check_statistics, naming, prepare_layer
 from nsvd.compression.prepared import Prepared, check_prepared
-from nsvd.linalg import Decomposition, LowRank, Method, by_name, rank_for_ratio
+from nsvd.linalg import Decomposition, LowRank, Method, matrix_method, rank_for_ratio
 from nsvd.linalg.precision import home
 from nsvd.stored.files import fingerprint
 from nsvd.stored.layers import LowRankLinear
@@ -111,7 +111,8 @@ def sensitivity(
         ValueError: as ``compress_``; a kept fraction outside (0, 1) or leaving rank 0; a model that cannot be run block by block.
         FloatingPointError: a loss or an activation is NaN or Inf; the layer is named.
     """
-    chosen, settings, layers = by_name(method), by_name(method).resolve(options), targets(model)
+    chosen, layers = matrix_method(method), targets(model)
+    settings = chosen.resolve(options)
     check_values(model)
     check_statistics(layers, stats, chosen)
     if isinstance(prepared, Prepared):

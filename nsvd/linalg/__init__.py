@@ -2,7 +2,7 @@
 
 from nsvd.linalg.decomposition import Decomposition, Oblique, Orthogonal, from_metric, from_whitener
 from nsvd.linalg.factors import LowRank, Pivoted, least_rank, pivoted, rank_for_ratio, saves_parameters, split_rank
-from nsvd.linalg.methods import METHODS, Method, by_name, decompose
+from nsvd.linalg.methods import METHODS, Method, SplitMethod, by_name, decompose, matrix_method
 from nsvd.linalg.moments import Moments
 from nsvd.linalg.whiteners import NumericalWarning, cholesky, scaled_rotation, spectral
 
@@ -16,12 +16,14 @@ __all__ = [
     "Oblique",
     "Orthogonal",
     "Pivoted",
+    "SplitMethod",
     "by_name",
     "cholesky",
     "decompose",
     "from_metric",
     "from_whitener",
     "least_rank",
+    "matrix_method",
     "pivoted",
     "rank_for_ratio",
     "saves_parameters",

@@ -45,11 +45,7 @@ class Method:
 
     def resolve(self, options: dict) -> dict:
         """All options, the given ones in place of the defaults; raises ``ValueError`` for one it has not, or out of range."""
-        unknown = set(options) - set(self.options)
-        if unknown:
-            known = ", ".join(self.options) or "none"
-            raise ValueError(f"{self.label} has no option {', '.join(sorted(unknown))} (its options: {known})")
-        return self.options | {name: checked(name, value) for name, value in options.items()}
+        return _resolved(self.label, self.options, options)
 
     def outer_step(self, options: dict) -> dict:
         """The outer step and its options: methods that agree in them share one preparation."""
@@ -77,36 +73,45 @@ class Method:
 
 
 @dataclass(frozen=True)
-class SplitMethod(Method):
-    """A method of whole models: it splits their feed-forwards, and leaves the blocks it factors to an ``inner`` method.
+class SplitMethod:
+    """A way to divide a model: it splits the feed-forwards, and leaves the blocks it factors to an ``inner`` method.
 
-    Its options are its own and those of the inner method. It has no answer for a single matrix.
+    It is no ``Method``: there is nothing it could do with a single matrix. Its options are its own and those of the inner
+    method. ``nsvd.compression.sola`` carries it out.
     """
 
+    label: str  # the paper's spelling
+    options: dict[str, float | str]
+    needs_moments = True  # the mean absolute values of the neurons
+    needs_gradients = False  # but the inner method may
+
     def inner(self, options: dict) -> tuple[Method, dict]:
-        """The method of the blocks, and its part of the options; raises ``ValueError`` if it is a splitting one itself."""
-        checked("inner", options.get("inner", self.options["inner"]))
-        chosen = by_name(options.get("inner", self.options["inner"]))
-        if isinstance(chosen, SplitMethod):
-            raise ValueError(f"inner is {options['inner']!r}, but it has to be a method of single matrices")
+        """The method of the blocks, and its part of the options; raises ``ValueError`` if it is no method of matrices."""
+        name = checked("inner", options.get("inner", self.options["inner"]))
+        chosen = by_name(name)
+        if not isinstance(chosen, Method):
+            raise ValueError(f"inner is {name!r}, but it has to be a method of single matrices")
         return chosen, {name: value for name, value in options.items() if name not in self.options}
 
     def resolve(self, options: dict) -> dict:
-        return Method(self.label, self.outer, options=self.options | self.inner(options)[0].options).resolve(options)
+        """All options, also those of the inner method; raises ``ValueError`` as ``Method.resolve``."""
+        return _resolved(self.label, self.options | self.inner(options)[0].options, options)
 
     def outer_step(self, options: dict) -> dict:
         """That of the inner method, and what decides on the blocks."""
         (inner, rest), chosen = self.inner(options), self.resolve(options)
         return inner.outer_step(rest) | {name: chosen[name] for name in ("prime", "keep_outer", "compress_v")}
 
-    def prepare(self, W: Float[Tensor, "d_out d_in"], moments: Moments | None, **options) -> Decomposition:
-        raise ValueError(
-            f"{self.label} splits the feed-forwards of a model and has no answer for a single matrix: "
-            f"give the model to compress_, or take a method of matrices such as {self.options['inner']}"
-        )
+
+def _resolved(label: str, known: dict, options: dict) -> dict:
+    unknown = set(options) - set(known)
+    if unknown:
+        names = ", ".join(known) or "none"
+        raise ValueError(f"{label} has no option {', '.join(sorted(unknown))} (its options: {names})")
+    return known | {name: checked(name, value) for name, value in options.items()}
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method | SplitMethod] = {
     "svd": Method("SVD", family.svd),
     "asvd-0": Method("ASVD-0", family.asvd_0),
     "asvd-1": Method("ASVD-I", family.asvd_1),
@@ -119,15 +124,26 @@ METHODS: dict[str, Method] = {
     "asvd": Method("ASVD", family.asvd, None, {"alpha": 0.5}),
     "ridge": Method("Ridge", family.ridge, None, {"mu": 0.1}),
     "kfac": Method("K-FAC", kfac, None, {"mu": 0.01, "eta": 0.03}),
-    "sola": SplitMethod("SoLA", family.asvd_1, options=PUBLISHED),
+    "sola": SplitMethod("SoLA", PUBLISHED),
 }
 
 
-def by_name(name: str) -> Method:
+def by_name(name: str) -> Method | SplitMethod:
     """The method of that name; raises ``ValueError`` with the known names."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def matrix_method(name: str) -> Method:
+    """The method of matrices of that name; raises ``ValueError`` for an unknown one, or one that divides a model."""
+    chosen = by_name(name)
+    if not isinstance(chosen, Method):
+        raise ValueError(
+            f"{chosen.label} splits the feed-forwards of a model and has no answer for a single matrix: "
+            f"give the model to compress_, or take a method of matrices such as {chosen.options['inner']}"
+        )
+    return chosen
 
 
 def decompose(
@@ -155,7 +171,7 @@ def decompose(
         ValueError: unknown method or option, wrong shape, rank out of range, NaN or Inf in W, G, mean_abs or H.
         torch.linalg.LinAlgError: G is clearly not positive semidefinite.
     """
-    chosen = by_name(method)
+    chosen = matrix_method(method)
     check_finite("W", W)
     if G is None and chosen.needs_moments:
         raise ValueError(f"{chosen.label} needs the second moment G of the inputs")

@@ -302,6 +302,19 @@ def test_statistics_are_needed(stats):
         nsvd.compress_kv_(tiny_model(), stats, method="sola")
 
 
+def test_where_matrices_are_asked_for_it_is_refused(stats):
+    """The table of STRS and the cache take one matrix after the other; the model is as it was."""
+    model = tiny_model()
+    before = state(model)
+    for ask in (
+        lambda: nsvd.sensitivity(model, stats, IDS, method="sola"),
+        lambda: nsvd.compress_kv_(model, stats, method="sola"),
+    ):
+        with pytest.raises(ValueError, match="SoLA splits the feed-forwards of a model and has no answer"):
+            ask()
+    assert_same(before, model)
+
+
 def test_the_outer_blocks_are_counted_from_both_ends():
     layers = {f"model.layers.{i}.mlp.{part}": None for i in (0, 1, 2, 10) for part in ("a", "b")} | {"project": None}
     assert outer(layers, 0) == set()

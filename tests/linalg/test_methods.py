@@ -13,7 +13,7 @@ from nsvd.linalg import METHODS, by_name, decompose
 from nsvd.linalg.asvd import oas
 from tests.linalg.reference import MATRIX, is_close, is_determined, law, layer, layers, naive, unchecked
 
-NESTED = [name for name, method in METHODS.items() if method.nest is not None]
+NESTED = [name for name in MATRIX if METHODS[name].nest is not None]
 OPTIONS = {name: {"k1": 0.5} if name in NESTED else {} for name in MATRIX}
 
 

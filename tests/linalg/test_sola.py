@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import relu, silu
 
-from nsvd.linalg import METHODS, LowRank, Moments, decompose, errors
+from nsvd.linalg import METHODS, LowRank, Method, Moments, by_name, decompose, errors, matrix_method
 from nsvd.linalg.sola import COLUMNS, ROWS, WHOLE, Block, accumulated, by_size, n_prime, overlap
 from nsvd.linalg.sola_ranks import common, even, retained, search, stored
 from tests.linalg.reference import law, layer, random_factors
@@ -241,6 +241,17 @@ def test_a_block_that_sees_nothing_loses_nothing():
 def test_a_single_matrix_is_refused():
     with pytest.raises(ValueError, match=r"SoLA splits the feed-forwards of a model .*compress_"):
         decompose(torch.randn(4, 4), torch.eye(4), method="sola", k=2)
+
+
+def test_sola_is_no_method_of_matrices():
+    """It divides a model: it can neither prepare nor cut, and only its inner method can."""
+    sola = by_name("sola")
+    assert not isinstance(sola, Method)
+    assert not any(hasattr(sola, name) for name in ("prepare", "cut", "__call__", "outer"))
+    assert [name for name, method in METHODS.items() if not isinstance(method, Method)] == ["sola"]
+    assert matrix_method("asvd-1") is by_name("asvd-1") is sola.inner({})[0]
+    with pytest.raises(ValueError, match="no answer for a single matrix"):
+        matrix_method("sola")
 
 
 def test_options_are_those_of_sola_and_of_the_inner_method():
