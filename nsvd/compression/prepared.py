@@ -46,6 +46,15 @@ def check_prepared(
     options: Mapping,
 ) -> None:
     """Raise ``ValueError`` unless this is what ``prepare`` returns for these layers, statistics, method and options."""
+    check_step(prepared, layers, method, options)
+    if prepared.moments != _moments(layers, stats, method):
+        raise ValueError("prepared was made for other statistics than those given")
+
+
+def check_step(
+    prepared: object, layers: Mapping[str, nn.Linear], method: Method | SplitMethod, options: Mapping
+) -> None:
+    """The same where the statistics are not known: another kind of thing, outer step or weights is refused."""
     if not isinstance(prepared, Prepared):
         raise ValueError(f"prepared is a {type(prepared).__name__}, but what prepare() returns is wanted")
     outer = method.outer_step(options)
@@ -53,8 +62,6 @@ def check_prepared(
         raise ValueError(f"prepared is for {_said(prepared.outer)}, but {method.label} asks for {_said(outer)}")
     if prepared.weights != _weights(layers):
         raise ValueError("prepared was made for other weights than this model's")
-    if prepared.moments != _moments(layers, stats, method):
-        raise ValueError("prepared was made for other statistics than those given")
 
 
 def _said(outer: Mapping) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nsvd.compression.measure import naming
-from nsvd.compression.strs import Sensitivity, losses_with, sensitivity
+from nsvd.compression.prepared import Prepared, check_step
+from nsvd.compression.strs import Sensitivity, losses_with, measured
 from nsvd.linalg import Decomposition, matrix_method, rank_for_ratio
 from nsvd.linalg.budget import cut, cut_where, spectrum_steps, strs_steps
 from nsvd.walk.moments import Statistics
@@ -58,9 +59,9 @@ def searched(
         return spectrum(model, prepared, ratio, method=method, factors=factors, **options), 0
     if allocation == "fisher":
         return by_loss(model, stats, prepared, ratio, method=method, factors=factors, **options), 0
-    how = {"method": method, "factors": factors, "prepared": prepared, "progress": progress}
-    measured = sensitivity(model, stats, windows, **how, **options)
-    return strs(model, measured, ratio, factors), measured.tokens
+    how = {"method": method, "factors": factors, "progress": progress}
+    table = measured(model, stats, windows, prepared, **how, **options)
+    return strs(model, table, ratio, factors), table.tokens
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -77,10 +78,10 @@ def uniform(model: nn.Module, ratio: float, factors: str = "plain") -> dict[str,
     return ranks
 
 
-def strs(model: nn.Module, measured: Sensitivity, ratio: float, factors: str = "plain") -> dict[str, int]:
+def strs(model: nn.Module, table: Sensitivity, ratio: float, factors: str = "plain") -> dict[str, int]:
     """The ASVD paper's rank search, from its table: see ``nsvd.linalg.budget``."""
     sizes = shapes(model)
-    return cut(strs_steps(measured.scores, sizes, factors), sizes, ratio, factors)
+    return cut(strs_steps(table.scores, sizes, factors), sizes, ratio, factors)
 
 
 def spectrum(
@@ -93,10 +94,9 @@ def spectrum(
     **options: float,
 ) -> dict[str, int]:
     """Equal relative truncation error per parameter at the margin, from the decompositions alone."""
-    sizes, spectra = shapes(model), {name: one.s for name, one in prepared.items()}
-    return cut(
-        spectrum_steps(spectra, sizes, factors, least=matrix_method(method).least_rank(options)), sizes, ratio, factors
-    )
+    sizes, spectra = shapes(model), _spectra(model, prepared, method, options)
+    steps = spectrum_steps(spectra, sizes, factors, least=matrix_method(method).least_rank(options))
+    return cut(steps, sizes, ratio, factors)
 
 
 def by_loss(
@@ -115,11 +115,20 @@ def by_loss(
     the layer's output and are multiplied by mean(diag H), which ``stats`` then have to hold.
     """
     sizes, chosen = shapes(model), matrix_method(method)
-    spectra = {name: one.s for name, one in prepared.items()}
+    spectra = _spectra(model, prepared, method, options)
     if not chosen.needs_gradients:
         spectra = {name: s * _mean_square(stats[name].H).to(s) ** 0.5 for name, s in spectra.items()}
     steps = spectrum_steps(spectra, sizes, factors, least=chosen.least_rank(options), relative=False)
     return cut(steps, sizes, ratio, factors)
+
+
+def _spectra(
+    model: nn.Module, prepared: Mapping[str, Decomposition], method: str, options: Mapping
+) -> dict[str, Tensor]:
+    """The singular values of every layer; what was kept for another outer step or other weights is refused."""
+    if isinstance(prepared, Prepared):
+        check_step(prepared, targets(model), matrix_method(method), options)
+    return {name: one.s for name, one in prepared.items()}
 
 
 def _mean_square(H: Tensor) -> Tensor:
@@ -129,8 +138,8 @@ def _mean_square(H: Tensor) -> Tensor:
 @torch.no_grad()
 def strs_within(
     model: nn.Module,
-    measured: Sensitivity,
-    prepared: Mapping[str, Decomposition],
+    table: Sensitivity,
+    prepared: Prepared,
     windows: Tensor,
     perplexity: float,
     *,
@@ -140,11 +149,15 @@ def strs_within(
     """STRS with the paper's other target: the most steps that keep the perplexity on ``windows`` at most this high.
 
     The model is measured about log₂(steps) times and left as it was.
+
+    Raises:
+        ValueError: if the target is out of reach, or ``prepared`` is of another outer step, other options or weights.
     """
     chosen = matrix_method(method)
+    check_step(prepared, targets(model), chosen, options)
 
     def admissible(ranks: dict[str, int]) -> bool:
         factors = {name: chosen.cut(prepared[name], k, **options) for name, k in ranks.items()}
         return fmean(losses_with(model, factors, windows)) <= math.log(perplexity)
 
-    return cut_where(strs_steps(measured.scores, shapes(model)), admissible)
+    return cut_where(strs_steps(table.scores, shapes(model)), admissible)

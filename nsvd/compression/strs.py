@@ -88,7 +88,7 @@ def sensitivity(
     method: str = "nsvd-1",
     kept: Sequence[float] = KEPT,
     factors: str = "plain",
-    prepared: Mapping[str, Decomposition] | None = None,
+    prepared: Prepared | None = None,
     records: Store | None = None,
     progress: bool = False,
     **options: float,
@@ -103,7 +103,7 @@ def sensitivity(
         stats: moments from ``calibrate`` (not needed for ``svd``).
         windows: token ids (count, length). Few suffice: the ASVD paper takes 32 of 2048.
         factors: how they will be stored, which makes a kept fraction a rank (see ``nsvd.linalg.factors``).
-        prepared: what ``prepare`` returned for this model, statistics, outer step and options.
+        prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused.
         records: finished measurements are found there and not repeated, so an interrupted table goes on where it
             stopped; weights, statistics and windows are told apart by fingerprints.
 
@@ -111,12 +111,30 @@ def sensitivity(
         ValueError: as ``compress_``; a kept fraction outside (0, 1) or leaving rank 0; a model that cannot be run block by block.
         FloatingPointError: a loss or an activation is NaN or Inf; the layer is named.
     """
+    if prepared is not None:
+        check_prepared(prepared, targets(model), stats, matrix_method(method), options)
+    how = {"method": method, "kept": kept, "factors": factors, "records": records, "progress": progress}
+    return measured(model, stats, windows, prepared, **how, **options)
+
+
+def measured(
+    model: nn.Module,
+    stats: Statistics | None,
+    windows: Tensor,
+    prepared: Mapping[str, Decomposition] | None,
+    *,
+    method: str,
+    kept: Sequence[float] = KEPT,
+    factors: str = "plain",
+    records: Store | None = None,
+    progress: bool = False,
+    **options: float,
+) -> Sensitivity:
+    """``sensitivity`` with decompositions that were just made for it, and are trusted."""
     chosen, layers = matrix_method(method), targets(model)
     settings = chosen.resolve(options)
     check_values(model)
     check_statistics(layers, stats, chosen)
-    if isinstance(prepared, Prepared):
-        check_prepared(prepared, layers, stats, chosen, options)
     about = {} if records is None else _about(model, stats, windows, method, settings)
     about |= {"factors": factors} if factors != "plain" else {}
     check_text(model, windows)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from nsvd.compression.prepared import Prepared, check_step
 from nsvd.linalg import METHODS, Decomposition, from_metric, rank_for_ratio
 from nsvd.linalg.errors import calibration_loss, condition_number, effective_rank, principal_cosines
 from nsvd.linalg.sola import overlap
@@ -94,15 +95,17 @@ def transfer(
 
 
 @torch.no_grad()
-def nesting(
-    model: nn.Module, prepared: Mapping[str, Decomposition], text: Statistics, ratio: float, *, k1: float = 0.95
-) -> pd.DataFrame:
+def nesting(model: nn.Module, prepared: Prepared, text: Statistics, ratio: float, *, k1: float = 0.95) -> pd.DataFrame:
     """What the inner step of NSVD-I changes on a text, a row a layer; ``prepared`` is that of ``asvd-1``.
 
     ``change`` is ln ‖(W − Ŵ) X‖² of NSVD-I less that of ASVD-I at the same rank, X of the text: below 0 where nesting helps. On the
     calibration text itself it is never below 0, ASVD-I being the minimiser there.
+
+    Raises:
+        ValueError: if ``prepared`` is of another outer step or other weights.
     """
     rows, method = [], METHODS["nsvd-1"]
+    check_step(prepared, targets(model), method, {})
     for name, layer in targets(model).items():
         W = layer.weight.cpu().double()
         k, one = rank_for_ratio(*W.shape, ratio), prepared[name]

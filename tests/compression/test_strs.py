@@ -86,6 +86,28 @@ def test_each_layer_is_decomposed_once_and_the_model_is_left_alone(stats, decomp
     assert_same(before, model)
 
 
+def test_what_was_prepared_for_something_else_is_refused(stats):
+    """A plain mapping, another outer step, other weights or statistics: wherever ``prepared`` is taken."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    ours, theirs = nsvd.prepare(model, stats, "asvd-1"), nsvd.prepare(model, stats, "asvd-0")
+    table = nsvd.sensitivity(model, stats, TEXT, prepared=ours, **FAST)
+    another = nsvd.prepare(model, nsvd.calibrate(model, TEXT), "asvd-1")
+    how = {"method": "asvd-1"}
+    uses = [
+        (
+            lambda prepared, model: nsvd.sensitivity(model, stats, TEXT, prepared=prepared, **FAST),
+            [dict(ours), another],
+        ),
+        (lambda prepared, model: allocation.strs_within(model, table, prepared, TEXT, 9.0, **how), [dict(ours)]),
+        (lambda prepared, model: allocation.spectrum(model, prepared, 0.3, **how), []),
+        (lambda prepared, model: allocation.by_loss(model, stats, prepared, 0.3, **how), []),
+    ]
+    for use, more in uses:
+        for prepared, where in [(theirs, model), (ours, other), *((one, model) for one in more)]:
+            with pytest.raises(ValueError, match=r"prepared (is|was made) "):
+                use(prepared, where)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_the_layer_is_put_back_when_something_raises(stats, monkeypatch, error):
     """In the middle of a measurement, whatever it is."""

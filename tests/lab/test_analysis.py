@@ -44,6 +44,8 @@ def test_nesting_costs_on_the_calibration_text_and_helps_where_all_directions_co
     assert (nesting(model, prepared, white, 0.3, k1=0.5).change < 0).all()
     assert nesting(model, prepared, stats, 0.3, k1=1.0).change.tolist() == [0] * len(stats)
     assert nesting(model, prepared, stats, 0.3, k1=0.5).layer.tolist() == list(stats)
+    with pytest.raises(ValueError, match="prepared is for step asvd_0"):
+        nesting(model, nsvd.prepare(model, stats, "asvd-0"), stats, 0.3)
 
 
 def test_similarity_without_eigenvectors_is_the_same_but_for_the_subspaces():
