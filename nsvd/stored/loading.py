@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from nsvd.stored import manifest
 from nsvd.stored.checkpoint import is_compressed
-from nsvd.stored.folder import CONFIG, CheckpointError, check_counts, headers, read_config, weight_files
+from nsvd.stored.folder import CONFIG, CheckpointError, Stored, check_counts, headers, read_config, weight_files
 from nsvd.stored.foreign import quiet, reading
 from nsvd.stored.skeleton import check_blocks, check_finite, check_fits, limited
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")  # that every layer computes with
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # that every layer computes with
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -37,19 +37,29 @@ def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto", verif
     """
     folder = Path(folder)
     device, dtype = usable_device(device), usable_dtype(dtype)
+    config, stored = looked_at(folder, verify=verify)
+    with manifest.settled():
+        model = _read_model(folder, dtype, stored, config)
+    return model.to(device).eval(), read_tokenizer(folder)
+
+
+def looked_at(folder: Path, *, verify: bool) -> tuple[dict, dict[str, Stored]]:
+    """What config.json says, and what the weight files hold, by tensor. Raises ``CheckpointError`` as ``load_folder``."""
     if verify:
         manifest.check(folder)
     config = read_config(folder)
     stored = headers(weight_files(folder))
     check_counts(folder, config, stored)
-    with manifest.settled():
-        model = _read_model(folder, dtype, stored, config)
+    return config, stored
+
+
+def read_tokenizer(folder: Path):
+    """The tokenizer of a folder; raises ``CheckpointError`` if there is none that can be read."""
     try:
         with reading(folder, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} holds a model but no tokenizer that can be read: {error.__cause__}") from error
-    return model.to(device).eval(), tokenizer
 
 
 def download(name: str) -> Path:
@@ -65,14 +75,34 @@ def download(name: str) -> Path:
             raise OSError(str(error)) from error
 
 
-def _read_model(folder: Path, dtype, stored: dict, told: dict) -> PreTrainedModel:
+def skeleton(folder: Path, dtype, stored: dict[str, Stored], told: dict) -> PreTrainedModel:
+    """A dense model on ``meta``, in the dtype that it is loaded in.
+
+    Raises ``CheckpointError`` unless the files hold what it asks for.
+    """
+    config = _config(folder)
+    config.name_or_path = str(folder)
+    if dtype == "auto":
+        floats = (DTYPES[entry.dtype] for entry in stored.values() if entry.dtype in DTYPES)
+        dtype = config.dtype or next(floats, "float32")
+    dtype = str(dtype).removeprefix("torch.")
+    with reading(folder, f"model of {CONFIG}", told), limited(stored), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    with reading(folder):
+        check_fits(model, stored)
+    return model
+
+
+def _config(folder: Path) -> PretrainedConfig:
     with reading(folder, CONFIG):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if told.get("quantization_config") is None:  # else the same is checked when the factors are in place
-        with reading(folder, f"model of {CONFIG}", told), limited(stored), torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        with reading(folder):
-            check_fits(skeleton, stored)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _read_model(folder: Path, dtype, stored: dict[str, Stored], told: dict) -> PreTrainedModel:
+    if told.get("quantization_config") is None:
+        skeleton(folder, dtype, stored, told)
+    else:  # the same is checked when the factors are in place
+        _config(folder)
     with reading(folder, config=told), limited(stored):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True,
@@ -103,6 +133,6 @@ def usable_device(device: str) -> str:
 
 def usable_dtype(dtype) -> str | torch.dtype:
     """The dtype as given; raises ``ValueError`` for one that layers do not compute with."""
-    if dtype is None or str(dtype).removeprefix("torch.") not in ("auto", *DTYPES):
-        raise ValueError(f"unknown dtype {str(dtype)!r}; use auto, {', '.join(DTYPES)}")
+    if dtype is None or str(dtype).removeprefix("torch.") not in ("auto", *DTYPES.values()):
+        raise ValueError(f"unknown dtype {str(dtype)!r}; use auto, {', '.join(DTYPES.values())}")
     return dtype

@@ -146,10 +146,10 @@ def check_blocks(model: nn.Module, unexpected: Iterable[str]) -> None:
 
 
 @torch.no_grad()
-def check_finite(model: nn.Module) -> None:
-    """Raise ``CheckpointError`` naming the first parameter that holds NaN or Inf."""
+def check_finite(model: nn.Module, prefix: str = "") -> None:
+    """Raise ``CheckpointError`` naming the first parameter that holds NaN or Inf, with a prefix before its name."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.is_floating_point() or parameter.sum().isfinite():
             continue
         if not parameter.isfinite().all():  # else the sum alone overflows
-            raise CheckpointError(f"parameter {name} holds NaN or Inf")
+            raise CheckpointError(f"parameter {prefix}{name} holds NaN or Inf")

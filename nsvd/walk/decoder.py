@@ -8,12 +8,14 @@ hidden states, the same pass is the epilogue: last norm and head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+
+from nsvd.walk.lazy import held
 
 TOKENS = 8  # of the pass that shows whether a walk gives what the model gives
 CLOSE = 1e-3  # relative error of the last hidden states; the walk repeats the same operations, so it is 0 but for odd kernels
@@ -37,7 +39,7 @@ class Entered:
 
 
 class Decoder:
-    """The blocks of a model in memory, and what comes before and behind them.
+    """The blocks of a model, and what comes before and behind them.
 
     ``name`` is that of the list of blocks, ``blocks`` the list itself.
 
@@ -80,6 +82,10 @@ class Decoder:
         if like is not None and same([(c.args, c.kwargs) for c in calls], [(c.args, c.kwargs) for c in like.calls]):
             calls = like.calls
         return Entered(ids, stubs[0].came, calls)
+
+    def held(self, index: int) -> AbstractContextManager[None]:
+        """In the context a block's numbers stay in memory: for whoever runs it more than once. See ``nsvd.walk.lazy.held``."""
+        return held(self.blocks[index])
 
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """Hidden states (count, length, d) behind a block."""

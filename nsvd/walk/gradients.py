@@ -73,7 +73,8 @@ def fisher(
         passing = forward(decoder, windows.split(batch), progress=progress)
         _epilogue(decoder, passing, teacher, seed, progress)
         for index in tqdm(reversed(range(len(decoder))), "fisher", len(decoder), disable=not progress, leave=False):
-            with _watching({n: m for n, m in modules.items() if inside[n] == index}, add):
+            here = {name: module for name, module in modules.items() if inside[name] == index}
+            with decoder.held(index), _watching(here, add):
                 for item in passing:
                     hidden = item.borders.pop().to(decoder.device)
                     gradient = item.gradient.to(decoder.device)

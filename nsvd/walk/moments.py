@@ -15,6 +15,7 @@ from nsvd.linalg.precision import double
 from nsvd.linalg.worst_case import worst_case_weights
 from nsvd.stored.files import short_name
 from nsvd.walk.hooks import evaluating, watch_inputs
+from nsvd.walk.lazy import weight_of
 from nsvd.walk.soundness import first_broken
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import targets
@@ -114,9 +115,22 @@ def _worst_case(domains: Sequence[Statistics], model: nn.Module | None, ratio: f
     layers = []
     for name, layer in targets(model).items():
         if name in domains[0]:
-            W = layer.weight.detach()
-            layers.append((W, [d[name].G for d in domains], rank_for_ratio(*W.shape, ratio)))
-    return worst_case_weights(layers).weights
+            layers.append((name, [d[name].G for d in domains], rank_for_ratio(*layer.weight.shape, ratio)))
+    return worst_case_weights(_Weighed(model, layers)).weights
+
+
+class _Weighed(Sequence):
+    """(W, one G for each domain, rank) of layers known by name; a weight is read when its layer is asked for."""
+
+    def __init__(self, model: nn.Module, layers: list[tuple[str, list[Tensor], int]]):
+        self.model, self.layers = model, layers
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[Tensor], int]:
+        name, grams, rank = self.layers[index]
+        return weight_of(self.model, name), grams, rank
 
 
 @torch.inference_mode(False)
@@ -207,7 +221,7 @@ def check_sums(model: nn.Module, running: Mapping[str, RunningMoments]) -> None:
         if sums.outer is None:
             raise ValueError(f"layer {name} saw no input: take a text that reaches it")
         if not sums.outer.isfinite().all():
-            broken = [key for key, value in model.named_parameters() if not value.isfinite().all()]
+            broken = [key for key, value in model.named_parameters() if not (value.is_meta or value.isfinite().all())]
             cause = f"; so does the parameter {broken[0]}" if broken else ""
             raise FloatingPointError(f"the input of layer {name} holds NaN or Inf on the calibration text{cause}")
 

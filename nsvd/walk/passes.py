@@ -31,11 +31,12 @@ def forward(decoder: Decoder, batches: Iterable[Tensor], *, progress: bool = Fal
     """Run every batch through all blocks, and keep the borders."""
     passing: list[Passing] = []
     entered: Entered | None = None
-    for ids in tqdm(batches, "forward", disable=not progress, leave=False):
+    for ids in batches:
         entered = decoder.enter(ids, like=entered)
-        hidden, borders = entered.hidden, []
-        for index, call in enumerate(entered.calls):
-            borders.append(hidden.cpu())
-            hidden = decoder.run(index, hidden, call)
-        passing.append(Passing(entered.ids, entered.calls, [*borders, hidden.cpu()]))
+        passing.append(Passing(entered.ids, entered.calls, [entered.hidden.cpu()]))
+    for index in tqdm(range(len(decoder)), "forward", disable=not progress, leave=False):
+        with decoder.held(index):
+            for item in passing:
+                hidden = item.borders[-1].to(decoder.device)
+                item.borders.append(decoder.run(index, hidden, item.calls[index]).cpu())
     return passing

@@ -85,6 +85,7 @@ class Walked(Mapping[str, Moments]):
         for passing in self._passing:
             sums = {leader: RunningMoments() for leader in here}
             with (
+                self.decoder.held(self._at),
                 evaluating(self.decoder.model),
                 watch_inputs(self.decoder.model, here, lambda name, x, sums=sums: sums[name].add(x)),
             ):
