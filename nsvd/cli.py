@@ -101,8 +101,8 @@ def compress(chosen: argparse.Namespace) -> None:
     bar = sys.stderr.isatty()
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
     windows, stats, calibration = [], None, None
-    needed = method.needs_moments or chosen.weights != "uniform"
-    if needed or chosen.allocation in ("strs", "fisher") or chosen.shifted or chosen.distill:
+    needed, idle = method.needs_moments or chosen.weights != "uniform", not (chosen.ratio or chosen.cache_ratio)
+    if not idle and (needed or chosen.allocation in ("strs", "fisher") or chosen.shifted or chosen.distill):
         name = chosen.calibration or _usual_text(chosen.model, chosen.method)
         windows = domains(name, model, tokenizer, **_text(chosen))
         if chosen.allocation == "strs" and len({ids.shape[1] for ids in windows}) > 1:
@@ -131,7 +131,7 @@ def compress(chosen: argparse.Namespace) -> None:
         about |= _as_json(report) | ({"moves": report.moves} if report.moves else {})
         if calibration:
             calibration |= {"statistics": report.calibration}
-        if strs:
+        if strs and calibration:
             calibration["search_windows"] = [list(ids[:search].shape) for ids in windows]
         dense = int(report.table.dense.sum())
         said.append(

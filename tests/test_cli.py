@@ -158,6 +158,20 @@ def test_so_it_does_with_all_that_goes_into_best(here, models, capsys):
         assert (told["refine"], told["distill"], told["seed"]) == (report.refine, report.distill, 0)
 
 
+@pytest.mark.parametrize("how", [("best",), ("asvd-1", "--shifted"), ("asvd-1", "--allocation", "strs")])
+def test_nothing_to_remove_needs_no_text_there_either(how, here, models, capsys, monkeypatch):
+    """No text is sampled or read, and what is written is the dense model."""
+
+    def costly(*_args, **_how):
+        raise AssertionError("a text was taken")
+
+    monkeypatch.setattr("nsvd.lab.calibration.domains", costly)
+    said(capsys, "compress", models / "dense", "low", "--method", *how, "--ratio", 0)
+    report = json.loads((here / "low" / "nsvd_report.json").read_text(encoding="utf-8"))
+    assert (report["ratio_reached"], report["calibration"], report["texts"]) == (0, None, {})
+    assert said(capsys, "info", "low").splitlines()[1:] == ["dense"]
+
+
 def test_the_parts_of_a_sum_can_be_weighed_for_the_worst(here, models, capsys):
     """The report says with which weights; by default they are equal."""
     how = ["--method", "asvd-1", "--ratio", 0.3, "--calibration", "self+random", "--count", 8, "--length", 32]

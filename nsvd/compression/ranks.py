@@ -37,7 +37,7 @@ def check_allocation(
         raise ValueError(f"allocation {allocation!r} chooses the ranks; give ratio in place of ranks")
     if ratio is not None and not 0 <= ratio < 1:
         raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
-    if allocation == "strs" and len({ids.shape[1:] for ids in windows}) != 1:
+    if allocation == "strs" and ratio and len({ids.shape[1:] for ids in windows}) != 1:
         raise ValueError("allocation 'strs' measures the model on a text: pass windows=, of one length")
 
 

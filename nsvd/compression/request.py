@@ -102,7 +102,8 @@ def resolve(
         check_windows(ids)
     check_factors(ask.factors)
     check_mixture(weights, max(1, len(ask.domains)))
-    if weights != "uniform" and not (ask.domains or ask.sampled):
+    textless = not (ask.domains or ask.sampled or ask.idle)
+    if weights != "uniform" and textless:
         raise ValueError("weights are those of domains of text: pass windows=")
     if weights == "worst-case" and ratio is None:
         raise ValueError("worst-case weights are found for a ratio; give it in place of ranks")
@@ -117,9 +118,9 @@ def resolve(
             raise ValueError(f"{what} is {steps}, but a number of steps is whole and not negative")
     if refine and not ask.shifted:
         raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
-    if ask.shifted and not (ask.domains or ask.sampled):
+    if ask.shifted and textless:
         raise ValueError("shifted inputs are followed on a text: pass windows=")
-    if distill and not (ask.domains or ask.sampled):
+    if distill and textless:
         raise ValueError("distill goes over a text: pass windows=, such as own_text(model)")
     if search_count is not None and ask.allocation != "strs":
         raise ValueError(f"search_count needs allocation 'strs', not {ask.allocation!r}")

@@ -303,9 +303,19 @@ def test_the_report_tells_which_text_served_what(stats):
     json.dumps(sampled.as_dict())
 
 
-@pytest.mark.parametrize("method", ["best", "asvd-1", "sola", "svd"])
-def test_nothing_to_remove_needs_no_text(method, monkeypatch):
-    """Neither sampled nor read: the model is what it was."""
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("best", {"distill": 1}),
+        ("asvd-1", {"shifted": True, "refine": 1}),
+        ("asvd-1", {"allocation": "strs"}),
+        ("asvd-1", {"weights": "worst-case"}),
+        ("sola", {}),
+        ("svd", {}),
+    ],
+)
+def test_nothing_to_remove_needs_no_text(method, more, monkeypatch):
+    """Neither sampled nor read, whatever else is asked for: the model is what it was."""
 
     def costly(*_args, **_how):
         raise AssertionError("something was computed")
@@ -314,7 +324,7 @@ def test_nothing_to_remove_needs_no_text(method, monkeypatch):
         monkeypatch.setattr(compress, name, costly)
     model = tiny_model()
     before = state(model)
-    report = nsvd.compress_(model, method=method, ratio=0)
+    report = nsvd.compress_(model, method=method, ratio=0, **more)
     assert_same(before, model)
     assert (report.ratio_reached, report.model_ratio_reached, report.table.dense.all()) == (0, 0, True)
 
