@@ -68,6 +68,7 @@ def compress(chosen: argparse.Namespace) -> None:
     from nsvd.compression.recipes import RECIPES, base_method
     from nsvd.lab.calibration import begins_with_bos, domains
     from nsvd.lab.models import check_apart
+    from nsvd.linalg.factors import check_ratio
     from nsvd.stored.checkpoint import check_target
     from nsvd.stored.files import short_name
 
@@ -79,8 +80,8 @@ def compress(chosen: argparse.Namespace) -> None:
         raise ValueError("give --ratio, --cache-ratio or both")
     if chosen.cache_ratio is not None and not 0 < chosen.cache_ratio <= 1:
         raise ValueError(f"cache ratio is {chosen.cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
-    if chosen.ratio is not None and not 0 <= chosen.ratio < 1:
-        raise ValueError(f"ratio is {chosen.ratio}, but the fraction of parameters removed lies in [0, 1)")
+    if chosen.ratio is not None:
+        check_ratio(chosen.ratio)
     strs = chosen.allocation == "strs"
     if chosen.search_count is not None and (chosen.search_count < 1 or not strs):
         raise ValueError(

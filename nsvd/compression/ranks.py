@@ -14,6 +14,7 @@ from nsvd.compression.prepared import Prepared, check_step
 from nsvd.compression.strs import Sensitivity, losses_with, measured
 from nsvd.linalg import Decomposition, matrix_method, rank_for_ratio
 from nsvd.linalg.budget import cut, cut_where, spectrum_steps, strs_steps
+from nsvd.linalg.factors import check_ratio
 from nsvd.walk.moments import Statistics
 from nsvd.walk.targets import targets
 
@@ -35,8 +36,8 @@ def check_allocation(
         raise ValueError(f"unknown allocation {allocation!r}; there are {', '.join(among)}")
     if ranks is not None and allocation != "uniform":
         raise ValueError(f"allocation {allocation!r} chooses the ranks; give ratio in place of ranks")
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
+    if ratio is not None:
+        check_ratio(ratio)
     if allocation == "strs" and ratio and len({ids.shape[1:] for ids in windows}) != 1:
         raise ValueError("allocation 'strs' measures the model on a text: pass windows=, of one length")
 

@@ -21,6 +21,7 @@ from nsvd.compression.report import Clock, relative_errors
 from nsvd.compression.sola_blocks import blocks, kind
 from nsvd.linalg import Decomposition, LowRank, SplitMethod, saves_parameters
 from nsvd.linalg.budget import cut, spectrum_steps
+from nsvd.linalg.factors import remaining
 from nsvd.linalg.precision import double, home
 from nsvd.linalg.sola import COLUMNS, Block, Split
 from nsvd.linalg.sola_ranks import Move, common, even, on_grid, search
@@ -136,7 +137,7 @@ def allocate(
     shapes = {name: block.shape(*layers[name].weight.shape) for name, block in parts.items()}
     total, sizes = sum(whole.values()), {name: math.prod(shape) for name, shape in shapes.items()}
     dense = total - sum(sizes.values())  # primes, and layers left out
-    budget = math.floor(round(total * (1 - ratio), 6)) - dense
+    budget = remaining(total, ratio) - dense
     grid = settings["grid"] if allocation == "sola" else 1
     smallest = on_grid(least, grid)
     reach = sum(max(sizes[name] - smallest * sum(shape), 0) for name, shape in shapes.items())

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsvd.linalg.factors import n_params, rank_for_ratio, saves_parameters
+from nsvd.linalg.factors import n_params, rank_for_ratio, remaining, saves_parameters
 from nsvd.linalg.precision import double
 
 Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) of every layer
@@ -108,10 +108,8 @@ def cut(steps: Sequence[Step], shapes: Shapes, ratio: float, factors: str = "pla
     Raises:
         ValueError: if ``ratio`` is outside [0, 1), or even all steps remove less.
     """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
     before = total({}, shapes)
-    budget = math.floor(round(before * (1 - ratio), 6))  # 1 − 0.3 is not exactly 0.7
+    budget = remaining(before, ratio)
 
     def met(c: int) -> bool:
         return total(after(steps[:c]), shapes, factors) <= budget

@@ -128,6 +128,21 @@ def check_factors(factors: str) -> None:
         raise ValueError(f"unknown factors {factors!r}; there are {', '.join(FACTORS)}")
 
 
+def check_ratio(ratio: float | int) -> None:
+    """Raise ``ValueError`` unless this can be the fraction of parameters removed."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
+
+
+def remaining(count: int, ratio: float | int) -> int:
+    """⌊(1 − ratio) count⌋: how many of so many parameters may be left; raises ``ValueError`` for a ratio outside [0, 1).
+
+    1 − 0.3 is not exactly 0.7 in floating point, so the product is rounded first: what is whole in exact arithmetic stays whole.
+    """
+    check_ratio(ratio)
+    return math.floor(round(count * (1 - ratio), 6))
+
+
 def rank_for_ratio(d_out: int, d_in: int, ratio: float, factors: str = "plain") -> int:
     """Largest k whose factors hold at most (1 − ratio) d_out d_in numbers.
 
@@ -137,11 +152,8 @@ def rank_for_ratio(d_out: int, d_in: int, ratio: float, factors: str = "plain") 
     Raises:
         ValueError: if ``ratio`` is outside [0, 1), or removes so much that not even rank 1 is left.
     """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio is {ratio}, but the fraction of parameters removed lies in [0, 1)")
+    budget = remaining(d_out * d_in, ratio)
     check_factors(factors)
-    # 1 − 0.3 is not exactly 0.7: the rounding keeps a rank that is whole in exact arithmetic
-    budget = math.floor(round(d_out * d_in * (1 - ratio), 6))
     k = bisect_right(range(1, min(d_out, d_in) + 1), budget, key=lambda k: n_params(d_out, d_in, k, factors))
     if k == 0:
         raise ValueError(f"ratio {ratio} leaves rank 0 for a {d_out} × {d_in} matrix")

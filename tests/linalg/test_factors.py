@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsvd.linalg import LowRank, Pivoted, pivoted, rank_for_ratio, saves_parameters, split_rank
-from nsvd.linalg.factors import FACTORS, n_params
+from nsvd.linalg.factors import FACTORS, n_params, remaining
 from tests.linalg.reference import is_close, law, random_factors, unchecked
 
 sizes = st.integers(1, 9)
@@ -106,6 +106,8 @@ def test_a_whole_rank_survives_floating_point():
     """20 · 20 · 0.2 / 40 is 2; the formula typed as it stands gives 1."""
     assert int(20 * 20 * (1 - 0.8) / (20 + 20)) == 1
     assert rank_for_ratio(20, 20, 0.8) == 2
+    assert int(100 * (1 - 0.9)) == 9
+    assert remaining(100, 0.9) == 10
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
@@ -113,6 +115,9 @@ def test_a_ratio_is_the_fraction_removed(ratio):
     """Outside [0, 1) nothing sensible remains."""
     with pytest.raises(ValueError, match=r"lies in \[0, 1\)"):
         rank_for_ratio(8, 8, ratio)
+    with pytest.raises(ValueError, match=rf"ratio is {ratio}, but"):
+        remaining(64, ratio)
+    assert remaining(64, 0) == 64
 
 
 @law
