@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from nsvd.compression.measure import check_statistics, naming, prepare_layer
 from nsvd.compression.report import Clock, relative_errors
-from nsvd.compression.sola_blocks import blocks, kind
+from nsvd.compression.sola_blocks import blocks
 from nsvd.linalg import Decomposition, LowRank, SplitMethod, saves_parameters
 from nsvd.linalg.budget import cut, spectrum_steps
 from nsvd.linalg.factors import remaining
@@ -70,7 +70,8 @@ def split(
     moves: list[Move] = []
     if ranks is None:
         spectra = {name: prepared[name].s for name in parts} if ratio else {}
-        ranks, moves = allocate(layers, parts, spectra, ratio, allocation, settings, inner.least_rank(rest))
+        kinds = {name: found.places[name][1] if name in found.places else name for name in parts}
+        ranks, moves = allocate(layers, parts, kinds, spectra, ratio, allocation, settings, inner.least_rank(rest))
         clock.lap("search")
     cut = {name: partial(inner.cut, prepared[name], k, **rest) for name, k in ranks.items()}
     table, values = _factor(layers, parts, ranks, cut, stats, clock)
@@ -120,6 +121,7 @@ def _exchanges(
 def allocate(
     layers: Mapping[str, nn.Linear],
     parts: Mapping[str, Block],
+    kinds: Mapping[str, str],
     spectra: Mapping[str, torch.Tensor],
     ratio: float,
     allocation: str,
@@ -127,6 +129,8 @@ def allocate(
     least: int,
 ) -> tuple[dict[str, int], list[Move]]:
     """Ranks of the blocks that remove ``ratio`` of the parameters of all ``layers``, and the moves of SoLA's search.
+
+    Layers of one of the ``kinds``, those of one name in their block, get one rank.
 
     Raises:
         ValueError: if that much cannot be removed; the message names the options that stand in the way.
@@ -153,7 +157,7 @@ def allocate(
         ranks, moves = search(spectra, shapes, budget, grid=grid, least=least, floor=float(settings["floor"]))
     except ValueError as error:
         raise ValueError(f"ratio {ratio} is out of reach: {error}; lower floor or {advice}") from error
-    return common(ranks, {name: kind(name) for name in ranks}, spectra, shapes, budget, grid=grid), moves
+    return common(ranks, kinds, spectra, shapes, budget, grid=grid), moves
 
 
 def _exclusions(settings: Mapping) -> str:

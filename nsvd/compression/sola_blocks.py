@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from torch import nn
@@ -27,22 +26,14 @@ def blocks(
         if prime:
             order = by_size(stats[last].mean_abs)
             chosen |= {name: Block(order, prime, ROWS) for name in first} | {last: Block(order, prime, COLUMNS)}
-    kept = outer(layers, settings["keep_outer"])
+    kept = outer(found.places, settings["keep_outer"])
     kept |= set() if settings["compress_v"] else found.values
     kept |= set(found.outputs) if ratio is not None and ratio < settings["o_from"] else set()
     return {name: block for name, block in chosen.items() if name not in kept}
 
 
-def outer(layers: Mapping[str, nn.Linear], keep: int) -> set[str]:
-    """Layers of the first and last ``keep`` blocks, by the first number in their names."""
-    if keep < 0:
-        raise ValueError(f"keep_outer is {keep}, but it counts blocks")
-    numbers = {name: int(number[0]) for name in layers if (number := re.search(r"(?<![^.])\d+(?![^.])", name))}
-    order = sorted(set(numbers.values()))
-    ends = set(order[:keep]) | set(order[max(len(order) - keep, 0) :])
-    return {name for name, number in numbers.items() if number in ends}
-
-
-def kind(name: str) -> str:
-    """A layer's name without its block's number: layers of one kind get one rank."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name, count=1)
+def outer(places: Mapping[str, tuple[int, str]], keep: int) -> set[str]:
+    """Layers of the first and last ``keep`` blocks that hold any of the layers."""
+    order = sorted({number for number, _ in places.values()})
+    ends = {*order[:keep], *order[max(len(order) - keep, 0) :]}
+    return {layer for layer, (number, _) in places.items() if number in ends}

@@ -64,12 +64,12 @@ class Decoder:
 
     def index(self, layer: str) -> int:
         """The number of the block that holds a layer; raises ``ValueError`` for a layer that is in none."""
-        number, _, _ = layer.removeprefix(f"{self.name}.").partition(".")
-        if not layer.startswith(f"{self.name}.") or not number.isdigit():
+        place = place_in(self.name, layer)
+        if place is None:
             raise ValueError(
                 f"layer {layer} is in none of the blocks {self.name}, so it cannot be reached in their order"
             )
-        return int(number)
+        return place[0]
 
     @torch.no_grad()
     def enter(self, ids: Tensor, like: Entered | None = None) -> Entered:
@@ -208,6 +208,12 @@ def longest_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The longest of the module lists in the text decoder, and its name; lists in a list (a block's experts) are not looked at."""
     found = max(_outermost_lists(*text_decoder(model)), key=lambda item: len(item[1]), default=None)
     return found if found and len(found[1]) else None
+
+
+def place_in(blocks: str, layer: str) -> tuple[int, str] | None:
+    """The number of the block that holds a layer, and the layer's name in there; ``blocks`` is the name of their list."""
+    number, _, inner = layer.removeprefix(f"{blocks}.").partition(".")
+    return (int(number), inner) if layer.startswith(f"{blocks}.") and number.isdigit() else None
 
 
 def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:

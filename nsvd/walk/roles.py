@@ -9,14 +9,14 @@ nothing behind it notices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from nsvd.linalg.precision import double
-from nsvd.walk.decoder import longest_list
+from nsvd.walk.decoder import longest_list, place_in
 from nsvd.walk.hooks import each_in_float32, evaluating, intervening
 from nsvd.walk.moments import shared_inputs
 from nsvd.walk.targets import targets
@@ -29,11 +29,13 @@ Siblings = dict[str, tuple[str, ...]]  # a layer, and the siblings that read one
 @dataclass(frozen=True)
 class Roles:
     """``neurons`` maps the last layer of each feed-forward to those that compute its neurons, ``outputs`` that of an
-    attention to its queries, keys and values; ``values`` are those that are nothing but values."""
+    attention to its queries, keys and values; ``values`` are those that are nothing but values. ``places`` tells of every layer
+    that is in a block the block's number, and the layer's name in there."""
 
     neurons: Siblings
     outputs: Siblings
     values: frozenset[str]
+    places: dict[str, tuple[int, str]]
 
 
 @torch.no_grad()
@@ -60,7 +62,13 @@ def roles(model: nn.Module) -> Roles:
         tried = {last: first[i] for last, first in outputs.items() if i < len(first) > 1}
         scaled = _inputs(model, tried, clean, {name: lambda y: SCALE * y for name in tried.values()})
         values |= {name for last, name in tried.items() if _close(scaled[last], SCALE * clean[last])}
-    return Roles(neurons, outputs, frozenset(values))
+    return Roles(neurons, outputs, frozenset(values), places(model, layers))
+
+
+def places(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """The number of the block that holds a layer, and the layer's name in there; layers in no block are left out."""
+    found = longest_list(model)
+    return {layer: place for layer in layers if found and (place := place_in(found[0], layer))}
 
 
 def _candidates(layers: Mapping[str, nn.Linear], readers: Mapping[str, str]) -> Siblings:
