@@ -225,10 +225,12 @@ def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict 
 
     Raises:
         OSError: if the folder cannot be written, or something else than a model would be lost.
-        ValueError: if the model is wrapped, or a parameter holds NaN or Inf: what ``load`` would refuse.
+        ValueError: if the model is wrapped, a parameter is on ``meta``, or holds NaN or Inf: what ``load`` would refuse.
     """
     check_target(folder)
     check_unwrapped(model)
+    if empty := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+        raise ValueError(f"cannot write {folder}: the parameter {empty} is on the device meta, so it has no values")
     check_finite(model)
     with replacing(folder) as part, quiet():
         model.save_pretrained(part)

@@ -231,7 +231,7 @@ def _fill(block: LazyBlock) -> None:
         here = Here(slot, filled(slot.tensor, values.pop(name)), slot.tensor)
         source.here.append(here)
         slot.put(here.tensor)
-    if not source.checked:
+    if empty and not source.checked:
         try:
             with reading(next(iter(source.first.values())).file.parent):
                 check_finite(block, f"{source.name}.")

@@ -15,6 +15,7 @@ from nsvd.walk.decoder import Decoder, block_list
 from nsvd.walk.folder import WholeOnly, open_folder
 from nsvd.walk.lazy import held, is_lazy, places, read_from, revert, settle, weight_of
 from nsvd.walk.moments import mix
+from nsvd.walk.roles import roles
 from nsvd.walk.soundness import check_values
 from tests.tiny import FAMILIES, GROUPED, compressed, logits, tiny_model, tiny_tokenizer, token_ids
 
@@ -151,6 +152,23 @@ def test_statistics_are_those_of_the_model_in_memory(tmp_path):
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert is_dropped(model)
+
+
+def test_what_is_decided_in_float32_is_decided_alike(tmp_path):
+    """A block that is read while all is cast up is read in float32, and afterwards in its own dtype."""
+    folder, whole = saved(tmp_path, dtype=torch.bfloat16)
+    model = lazy(folder)
+    assert roles(model) == roles(whole)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert is_dropped(model)
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_it_is_not_saved_as_a_model_in_memory(tmp_path):
+    folder, _ = saved(tmp_path)
+    with pytest.raises(ValueError, match=r"low: the parameter model\.layers\.0\.\S+ is on the device meta"):
+        nsvd.save(lazy(folder), tiny_tokenizer(), tmp_path / "low")
+    assert not (tmp_path / "low").exists()
 
 
 def test_it_writes_the_same_text(tmp_path):
