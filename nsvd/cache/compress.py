@@ -34,7 +34,7 @@ from nsvd.compression.report import Clock, peak_memory, relative_errors, version
 from nsvd.linalg import matrix_method
 from nsvd.linalg.methods import check_finite
 from nsvd.linalg.precision import double, home
-from nsvd.stored.checkpoint import mark_compressed
+from nsvd.stored.checkpoint import check_unwrapped, mark_compressed
 from nsvd.stored.layers import CompressedLayer, LowRankLinear
 from nsvd.walk.moments import Statistics
 from nsvd.walk.sampling import own_text
@@ -178,6 +178,7 @@ def compress_kv_(
 
 
 def _check(model: nn.Module, cache_ratio: float, allocation: str, absorb: bool | str) -> None:
+    check_unwrapped(model)
     if not 0 < cache_ratio <= 1:
         raise ValueError(f"cache_ratio is {cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
     if allocation not in CACHE_ALLOCATIONS:

@@ -73,7 +73,8 @@ def divergence(model: nn.Module, dense: nn.Module, windows: Tensor, *, batch: in
         ValueError: if there is no window, windows of fewer than two tokens, or such as the model cannot read.
         FloatingPointError: if it is NaN or Inf.
     """
-    check_text(model, windows)
+    for one in (model, dense):
+        check_text(one, windows)
     device, total = next(model.parameters()).device, 0.0
     for ids in windows.split(batch or windows_at_once(model, windows.shape[1])):
         both = (predictions(one, ids.to(next(one.parameters()).device)) for one in (model, dense))

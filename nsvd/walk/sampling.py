@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nsvd.linalg.precision import double
+from nsvd.stored.checkpoint import check_unwrapped
 from nsvd.walk.caches import caches_of
 from nsvd.walk.hooks import evaluating
 from nsvd.walk.text import check_length
@@ -40,10 +41,11 @@ def sample(
     their cache has room in ``CACHE_BYTES`` for, 128 at most; the windows are the same, but for rounding, whatever it is.
 
     Raises:
-        ValueError: a size or temperature that is not positive, more tokens than the model has positions for where these are
-            learned, or no token to start from, or one that the vocabulary has not.
+        ValueError: a wrapper of a model, a size or temperature that is not positive, more tokens than the model has positions
+            for where these are learned, or no token to start from, or one that the vocabulary has not.
         FloatingPointError: if a prediction holds NaN or Inf.
     """
+    check_unwrapped(model)
     opening = temperature if opening is None else opening
     if count < 1 or length < 2 or not temperature > 0 or not opening > 0:
         raise ValueError(
@@ -85,6 +87,7 @@ def own_text(
     temperature 1 after an ``OPENING`` at a higher one: left alone, our small models begin nearly all windows in English.
     They begin with the token that the model starts from, see ``sample``; with ``bos=False`` it is left out of them.
     """
+    check_unwrapped(model)
     if length is None:
         length = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048, 2048)
     length = max(2, length // 2)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nsvd.stored.checkpoint import check_unwrapped
 from nsvd.walk.hooks import evaluating
 
 LOGIT_BYTES = 2**28  # of logits in float32 that are made at a time; what is done with them takes a few times as much
@@ -28,10 +29,12 @@ def check_token_ids(windows: object) -> None:
 
 
 def check_readable(model: nn.Module, windows: Int[Tensor, "count length"]) -> None:
-    """Raise ``ValueError`` if a token id is not in the model's vocabulary, or windows are longer than its learned positions.
+    """Raise ``ValueError`` if a token id is not in the model's vocabulary, windows are longer than its learned positions, or
+    this is a wrapper of a model.
 
-    A module that is no ``PreTrainedModel`` does not tell of either.
+    A module that holds no ``PreTrainedModel`` does not tell of vocabulary and positions.
     """
+    check_unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         return
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -38,6 +38,21 @@ def test_a_token_that_the_model_does_not_know_is_named(reading, token):
     assert_same(before, model)
 
 
+WRITING = {
+    "sample": lambda model: nsvd.sample(model, 2, 8),
+    "own_text": nsvd.own_text,
+    "the dense model of divergence": lambda model: divergence(tiny_model(), model, IDS),
+}
+
+
+@pytest.mark.parametrize("reading", [*readings(None), *WRITING])
+def test_a_wrapper_is_refused_wherever_a_model_is_wanted(reading):
+    """By the sentence that names the model inside, before any attribute is missed."""
+    wrapped = torch.nn.DataParallel(tiny_model())
+    with pytest.raises(ValueError, match=r"DataParallel is a wrapper .* its module \(LlamaForCausalLM\)"):
+        WRITING[reading](wrapped) if reading in WRITING else readings(wrapped)[reading](IDS)
+
+
 @pytest.mark.parametrize("reading", [name for name in readings(None) if name != "compress_kv_"])
 def test_windows_longer_than_the_learned_positions_are_refused(reading):
     """OPT has learned 64; rotations go on for ever."""
