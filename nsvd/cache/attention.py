@@ -15,6 +15,7 @@ from nsvd.cache.absorption import absorbs
 from nsvd.stored.layers import CompressedLayer
 from nsvd.walk.caches import cache_in, caches_of, input_of, with_cache
 from nsvd.walk.hooks import as_float32, evaluating, in_float32, watch_calls
+from nsvd.walk.text import trial
 
 NORMS = ("k_norm", "k_layernorm")  # the names under which attention layers keep a norm of their keys
 CLOSE = 1e-2  # relative, in float32; what is compared went through the same operations, or another recipe was used
@@ -79,7 +80,7 @@ def key_value_layers(model: nn.Module) -> dict[str, nn.Module]:
 def examine(model: PreTrainedModel) -> dict[str, tuple[int, bool]]:
     """For every attention layer the channels of a head that are rotated, and whether it ``absorbs``; all ``finish_keys`` alike.
 
-    Shown on eight tokens, in float32: what each layer hands its cache is compared with what is rebuilt from its projections.
+    Shown on a few tokens, in float32: what each layer hands its cache is compared with what is rebuilt from its projections.
 
     Raises:
         ValueError: if a layer does anything else, or the model has no separate key and value projections; the layer is named.
@@ -122,7 +123,7 @@ class _Recorder(DynamicCache):
 
 
 def _run(model: PreTrainedModel, cache: DynamicCache) -> None:
-    ids = torch.arange(8, device=model.device)[None]
+    ids = trial(model)
     with evaluating(model):
         (name,) = caches_of(model.base_model(input_ids=ids, use_cache=True))
         model.base_model(input_ids=ids, use_cache=True, **{name: cache})

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from nsvd.walk.lazy import held
+from nsvd.walk.text import trial
 
-TOKENS = 8  # of the pass that shows whether a walk gives what the model gives
 CLOSE = 1e-3  # relative error of the last hidden states; the walk repeats the same operations, so it is 0 but for odd kernels
 
 
@@ -131,7 +131,7 @@ class Decoder:
     def _check(self) -> None:
         kind, given = type(self.model).__name__, []
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        ids = torch.arange(TOKENS, device=self.device)[None] % vocabulary
+        ids = trial(self.model)
         handle = self.blocks[0].register_forward_hook(lambda _m, _a, out: given.append(out))
         try:
             plain = self._last(ids)

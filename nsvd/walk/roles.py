@@ -20,8 +20,8 @@ from nsvd.walk.decoder import longest_list, place_in
 from nsvd.walk.hooks import each_in_float32, evaluating, intervening
 from nsvd.walk.moments import shared_inputs
 from nsvd.walk.targets import targets
+from nsvd.walk.text import TRIED, trial
 
-IDS = torch.arange(8)[None]
 SCALE = 256  # large: in a random model queries and keys of the usual size hardly matter
 Siblings = dict[str, tuple[str, ...]]  # a layer, and the siblings that read one input earlier in the same module
 
@@ -46,7 +46,7 @@ def roles(model: nn.Module) -> Roles:
         ValueError: if there is no feed-forward whose neurons can change places.
     """
     layers = targets(model)
-    candidates = _candidates(layers, shared_inputs(model, layers, IDS))
+    candidates = _candidates(layers, shared_inputs(model, layers, trial(model)))
     clean = _inputs(model, candidates)
     sized = {last: first for last, first in candidates.items() if _fits(layers, last, first)}
     shuffle = {last: _shuffling(layers[last].in_features) for last in sized}
@@ -111,14 +111,14 @@ def _inputs(
         each_in_float32(found[1] if found else ()),
         intervening(model, {name: hook_for(name) for name in names}, changes or {}),
     ):
-        model(input_ids=IDS.to(next(model.parameters()).device), use_cache=False)
+        model(input_ids=trial(model), use_cache=False)
     return seen
 
 
 def _shuffling(size: int) -> Callable[[Tensor], Tensor]:
     """Permute the last dimension, another way for every token."""
     generator = torch.Generator().manual_seed(0)
-    orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(IDS.numel())])
+    orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(TRIED)])
     return lambda y: y.reshape(-1, size).gather(1, orders.to(y.device)).reshape(y.shape)
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from nsvd.linalg.methods import check_finite
 from nsvd.walk.hooks import evaluating, exchanged, watch_outputs
 from nsvd.walk.lazy import LazyBlock, slots
-
-TOKENS = 8
+from nsvd.walk.text import TRIED, trial
 
 
 def check_values(model: nn.Module) -> None:
@@ -37,14 +36,14 @@ def check_values(model: nn.Module) -> None:
 
 @torch.no_grad()
 def predicted(model: nn.Module) -> Tensor:
-    """What the model says to eight tokens, logits where it has a head.
+    """What the model says to a few tokens, logits where it has a head.
 
     Raises:
         FloatingPointError: if that holds NaN or Inf; the first module that gives it out is named.
     """
     out = _run(model)
     if not out.isfinite().all():
-        raise FloatingPointError(f"the model predicts NaN or Inf for {TOKENS} tokens{first_broken(model)}")
+        raise FloatingPointError(f"the model predicts NaN or Inf for {TRIED} tokens{first_broken(model)}")
     return out
 
 
@@ -63,7 +62,7 @@ def first_broken(model: nn.Module, ids: Tensor | None = None) -> str:
 
 
 def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Tensor) -> None:
-    """Run eight tokens through a model whose ``dense`` layers have been exchanged.
+    """Run a few tokens through a model whose ``dense`` layers have been exchanged.
 
     ``before`` is what it ``predicted`` with them.
 
@@ -97,7 +96,7 @@ def _fault(model: nn.Module, before: Tensor) -> Exception | None:
 
 @torch.no_grad()
 def _run(model: nn.Module, ids: Tensor | None = None) -> Tensor:
-    ids = torch.arange(TOKENS)[None] if ids is None else ids
+    ids = trial(model) if ids is None else ids
     with evaluating(model):
         out = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     return out if isinstance(out, Tensor) else out[0]

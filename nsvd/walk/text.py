@@ -13,6 +13,7 @@ from nsvd.stored.checkpoint import check_unwrapped
 from nsvd.walk.hooks import evaluating
 
 LOGIT_BYTES = 2**28  # of logits in float32 that are made at a time; what is done with them takes a few times as much
+TRIED = 8  # tokens that something is tried on
 TOKENS = 4096  # read at a time at most, however small the vocabulary
 
 
@@ -51,6 +52,16 @@ def check_length(model: nn.Module, length: int) -> None:
     """Raise ``ValueError`` if the model has learned fewer positions."""
     if length > (most := _positions(model) or length):
         raise ValueError(f"cannot read windows of {length} tokens: the model has learned {most} positions")
+
+
+def trial(model: nn.Module) -> Int[Tensor, "1 tried"]:
+    """A few token ids that every model can read, on its device, to try something on.
+
+    They are different, but for a vocabulary that is smaller than their number.
+    """
+    ids = torch.arange(TRIED, device=next(model.parameters()).device)[None]
+    known = getattr(model, "get_input_embeddings", lambda: None)()
+    return ids if known is None else ids % known.weight.shape[0]
 
 
 def _positions(model: nn.Module) -> int | None:

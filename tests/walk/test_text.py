@@ -38,6 +38,20 @@ def test_a_token_that_the_model_does_not_know_is_named(reading, token):
     assert_same(before, model)
 
 
+@pytest.mark.parametrize("method", ["best", "sola"])
+@pytest.mark.parametrize("vocabulary", [1, 5, 8])
+def test_a_model_of_few_tokens_can_be_worked_on(method, vocabulary):
+    """Whatever is tried first is tried on tokens that it knows."""
+    how = {"grid": 1, "floor": 0.0, "keep_outer": 0} if method == "sola" else {}
+    model = tiny_model(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    assert text.trial(model).tolist() == [[i % vocabulary for i in range(8)]]
+    ids = token_ids() % vocabulary
+    report = nsvd.compress_(model, method=method, ratio=0.3, windows=ids, **how)
+    assert report.ratio_reached >= 0.3
+    nsvd.compress_kv_(model, method="svd", cache_ratio=0.5)
+    assert nsvd.perplexity(model, ids) <= vocabulary + 1
+
+
 WRITING = {
     "sample": lambda model: nsvd.sample(model, 2, 8),
     "own_text": nsvd.own_text,
