@@ -32,6 +32,12 @@ FAMILIES = {
     "gpt_neox": {"intermediate_size": 48},
     "phi": {"intermediate_size": 48},
 }
+LATE_WINDOW = {  # of qwen2: only the blocks behind the first look no further back than four tokens
+    "num_hidden_layers": 3,
+    "use_sliding_window": True,
+    "sliding_window": 4,
+    "max_window_layers": 1,
+}
 PIVOTED = {"method": "asvd-1", "factors": "pivoted"}
 K1 = 0.8  # of ranks as small as 7, the usual 0.95 leaves nothing for the inner step
 Q, K, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"

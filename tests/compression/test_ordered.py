@@ -14,7 +14,7 @@ from nsvd.linalg import Moments
 from nsvd.walk.decoder import Decoder, block_list, run_block, same
 from nsvd.walk.hooks import evaluating
 from nsvd.walk.moments import shared_inputs
-from tests.tiny import FAMILIES, Q, assert_same, logits, state, tiny_model, token_ids
+from tests.tiny import FAMILIES, LATE_WINDOW, Q, assert_same, logits, state, tiny_model, token_ids
 
 IDS = token_ids()
 POSITIONS = [
@@ -143,6 +143,20 @@ def test_masks_of_later_blocks_are_those_of_the_batch():
     assert not same(rest.calls[1].kwargs, whole.calls[1].kwargs)
     replace_in_order_(model, [ids], list(nsvd.targets(model)), exact(model, {}), mu=0.1, batch=4)
     assert (logits(model) - said).abs().max() <= 1e-6 * said.abs().max()
+
+
+def test_every_block_is_called_with_its_own_arguments():
+    """Inputs behind blocks that look less far back than the first are those of the model itself, where nothing has changed."""
+    model, seen = tiny_model("qwen2", **LATE_WINDOW), {}
+
+    def same_layer(name: str, _target: torch.Tensor, moments: Moments) -> nn.Module:
+        seen[name] = moments
+        return model.get_submodule(name)
+
+    replace_in_order_(model, [IDS], list(nsvd.targets(model)), same_layer, mu=0.1)
+    stats = nsvd.calibrate(model, IDS)
+    for name, moments in seen.items():
+        torch.testing.assert_close(moments.G, stats[name].G, rtol=1e-5, atol=1e-7)
 
 
 def test_what_depends_on_the_text_is_taken_from_it():

@@ -10,7 +10,7 @@ from nsvd.compression import compress
 from nsvd.compression.ordered import replace_in_order_
 from nsvd.compression.refine import _error, refine_block_
 from nsvd.linalg import METHODS
-from tests.tiny import assert_refused, float32, tiny_model, token_ids  # noqa: F401
+from tests.tiny import LATE_WINDOW, assert_refused, float32, tiny_model, token_ids  # noqa: F401
 
 IDS = token_ids(12, 16)
 
@@ -46,6 +46,19 @@ def test_every_block_comes_nearer_to_what_the_dense_one_gave_out(family, weigh):
     errors = blocks_before_and_after(model, weigh and weigh(model.config.hidden_size))
     assert len(errors) == 2
     assert all(after < 0.95 * before for before, after in errors)
+
+
+def test_every_block_is_called_with_its_own_arguments():
+    """Where nothing has changed nothing is missing, also in blocks that look less far back than the first."""
+    model, errors = tiny_model("qwen2", **LATE_WINDOW), []
+
+    def finish(index, block, batches):
+        errors.extend(_error(block, index, item, None).item() for item in batches)
+
+    same_layer = lambda name, _target, _moments: model.get_submodule(name)  # noqa: E731
+    replace_in_order_(model, [IDS], list(nsvd.targets(model)), same_layer, mu=0.03, finish=finish)
+    assert len(errors) == 3
+    assert max(errors) < 1e-10
 
 
 def test_a_matrix_and_its_diagonal_are_one_metric():

@@ -17,6 +17,7 @@ from tests.linalg.reference import MATRIX
 from tests.tiny import (
     DOWN,
     K1,
+    LATE_WINDOW,
     K,
     Q,
     assert_refused,
@@ -70,6 +71,15 @@ def test_a_row_is_the_loss_of_the_model_with_that_layer_alone_compressed(method,
     assert measured.dense == window_losses(tiny_model(), TEXT).tolist()
     assert measured.tokens == TEXT.numel() * len(measured.table)
     assert measured.seconds > 0
+
+
+def test_blocks_of_other_masks_are_measured_alike():
+    """A layer behind blocks that look less far back than the first: the loss is that of ``compress_``."""
+    build, name = lambda: tiny_model("qwen2", **LATE_WINDOW), "model.layers.2.mlp.down_proj"
+    measured = nsvd.sensitivity(build(), None, TEXT, method="svd", kept=(0.3,))
+    row, model = measured.table.set_index("layer").loc[name], build()
+    nsvd.compress_(model, method="svd", ranks={name: int(row["rank"])})
+    assert row.losses == window_losses(model, TEXT).tolist()
 
 
 def test_each_layer_is_decomposed_once_and_the_model_is_left_alone(stats, decompositions):

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import nsvd
 from nsvd.walk.sampling import draw
-from tests.tiny import DOWN, Q, assert_same, poison, state, tiny_model, token_ids
+from tests.tiny import DOWN, LATE_WINDOW, Q, assert_same, poison, state, tiny_model, token_ids
 
 IDS = token_ids(5, 8)
 
@@ -29,11 +29,11 @@ def naive(model, names, windows, labels) -> dict[str, torch.Tensor]:
     return {name: total / windows.numel() for name, total in sums.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gpt_neox", {}), ("qwen2", LATE_WINDOW)])
 @pytest.mark.parametrize("batch", [2, 8])
-def test_it_is_the_second_moment_of_the_gradients_token_by_token(family, batch):
-    """Equal to a plain loop with the same labels, whatever the batches; the diagonal is its diagonal."""
-    model = tiny_model(family, dtype=torch.float64)
+def test_it_is_the_second_moment_of_the_gradients_token_by_token(family, changes, batch):
+    """Equal to a plain loop with the same labels, whatever the batches and the blocks' masks; the diagonal is its diagonal."""
+    model = tiny_model(family, dtype=torch.float64, **changes)
     names = list(nsvd.targets(model))[:3] + list(nsvd.targets(model))[-1:]
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

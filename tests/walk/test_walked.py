@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import nsvd
+from nsvd.walk.hooks import watch_inputs
 from nsvd.walk.walked import Walked, walkable
-from tests.tiny import FAMILIES, Q, assert_same, poison, state, tiny_model, token_ids
+from tests.tiny import FAMILIES, LATE_WINDOW, Q, assert_same, poison, state, tiny_model, token_ids
 
 IDS, OTHER = token_ids(19, 12), token_ids(9, 7, seed=5)
 FIRST, LAST = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
@@ -23,6 +24,18 @@ def test_they_are_those_of_calibrate_to_the_bit(family):
         assert torch.equal(walked[name].G, whole[name].G)
         assert torch.equal(walked[name].mean_abs, whole[name].mean_abs)
         assert walked[name].n == whole[name].n
+
+
+def test_every_block_is_called_with_its_own_arguments():
+    """Moments behind a block that looks less far back than the first are those of the whole model, by whichever way."""
+    model, seen = tiny_model("qwen2", **LATE_WINDOW), {}
+    names = list(nsvd.targets(model))
+    with torch.no_grad(), watch_inputs(model, names, seen.__setitem__):
+        model(input_ids=IDS, use_cache=False)
+    for stats in (nsvd.calibrate(model, IDS), Walked(walkable(model), [IDS], names)):
+        for name in names:
+            x = seen[name].double().flatten(0, -2)
+            torch.testing.assert_close(stats[name].G, x.mT @ x / len(x), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("weights", ["uniform", [3.0, 1.0]])
