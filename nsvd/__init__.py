@@ -19,9 +19,11 @@ from nsvd.stored.files import replacing
 from nsvd.stored.layers import LowRankLinear, PivotedLinear
 from nsvd.stored.loading import default_device
 from nsvd.version import __version__
+from nsvd.walk.calibrate import calibrate
 from nsvd.walk.gradients import fisher
-from nsvd.walk.moments import Statistics, calibrate, mix
+from nsvd.walk.moments import mix
 from nsvd.walk.sampling import own_text, random_tokens, sample
+from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import targets
 
 __all__ = [

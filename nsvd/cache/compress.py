@@ -36,9 +36,9 @@ from nsvd.linalg.methods import check_finite
 from nsvd.linalg.precision import double, home
 from nsvd.stored.checkpoint import check_unwrapped, mark_compressed
 from nsvd.stored.layers import CompressedLayer, LowRankLinear
-from nsvd.walk.moments import Statistics
 from nsvd.walk.sampling import own_text
 from nsvd.walk.soundness import check_values
+from nsvd.walk.statistics import Statistics
 
 CACHE_ALLOCATIONS = ("uniform", "fisher")
 

@@ -13,18 +13,17 @@ from nsvd.compression.measure import check_statistics, take_statistics
 from nsvd.compression.prepared import Prepared, check_prepared
 from nsvd.compression.ranks import uniform
 from nsvd.compression.report import Clock, Report, left_alone, peak_memory, text_of, versions
-from nsvd.compression.request import Arguments, resolve
+from nsvd.compression.request import Request, resolve
 from nsvd.compression.sola import split
 from nsvd.compression.whole_layers import Result, factor
-from nsvd.linalg import Decomposition
 from nsvd.stored.checkpoint import is_compressed, mark_compressed
-from nsvd.stored.layers import CompressedLayer
-from nsvd.walk.moments import Statistics
+from nsvd.walk.calibrate import Walked, walkable
 from nsvd.walk.sampling import own_text
-from nsvd.walk.soundness import check_exchanged, check_values, predicted
+from nsvd.walk.shelf import Shelf
+from nsvd.walk.soundness import check_values, predicted
+from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import targets
 from nsvd.walk.text import check_readable
-from nsvd.walk.walked import Walked, walkable
 
 RANKS_EVERY = (
     2  # every second window is enough for moments that decide on ranks alone, as where the layers see shifted ones
@@ -100,7 +99,19 @@ def compress_(
         method, options, ratio=ratio, ranks=ranks, allocation=allocation, factors=factors, shifted=shifted, refine=refine,
         distill=distill, windows=windows, weights=weights, search_count=search_count, seed=seed, progress=progress,
     )  # fmt: skip
-    if weights != "uniform" and stats is not None:
+    return carry_out(model, ask, stats, prepared)
+
+
+def carry_out(
+    model: nn.Module,
+    ask: Request,
+    stats: Statistics | None = None,
+    prepared: Prepared | None = None,
+    shelf: Shelf | None = None,
+) -> Report:
+    """``compress_`` as the request says; what is measured on the way, and cannot stay in memory, lies on the ``shelf``."""
+    shelf = Shelf() if shelf is None else shelf
+    if ask.weights != "uniform" and stats is not None:
         raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
@@ -114,28 +125,41 @@ def compress_(
         nothing = Result(Exchange(model, layers, stats, ask, clock).table({}, {}), [])
         return _report(model, ask, layers, stats, nothing, clock, {})
     if ask.sampled:
-        ask = replace(ask, domains=[own_text(model, seed=seed)], sampled_text=True)
+        ask = replace(ask, domains=[_own_text(model, ask, shelf)], sampled_text=True)
         clock.lap("sample")
     texts, used = ask.domains, _texts(ask, stats)
     if stats is None and ask.shifted and wanted is None:
         texts = [ids[::RANKS_EVERY] for ids in texts]
-    once = stats is None and prepared is None and ask.one_by_one and weights != "worst-case"
-    if once and (decoder := walkable(model)) is not None:
-        stats = Walked(decoder, texts, list(wanted), weights, progress=progress)
+    once = stats is None and prepared is None and ask.one_by_one and ask.weights != "worst-case"
+    if once and (decoder := walkable(model, wanted)) is not None:
+        at = _blocks_done(shelf)
+        stats = Walked(decoder, texts, list(wanted), ask.weights, shelf=shelf, at=at, progress=ask.progress)
     else:
-        how = {"weights": weights, "ratio": ratio}
-        stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, seed, progress, **how)
-        check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
+        given = stats is not None
+        how = {"weights": ask.weights, "ratio": ask.ratio, "shelf": shelf}
+        stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, ask.seed, ask.progress, **how)
+        if given or stats is None:
+            check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
     if prepared is not None:
         check_prepared(prepared, layers, stats, ask.method, ask.options)
-    if ask.splits:
-        result = _split(model, layers, stats, ask, prepared, clock, before)
-    else:
-        result = factor(Exchange(model, layers, stats, ask, clock), wanted, prepared, before)
+    job = Exchange(model, layers, stats, ask, clock, shelf)
+    result = split(job, prepared, before) if ask.splits else factor(job, wanted, prepared, before)
     return _report(model, ask, layers, stats, result, clock, used)
 
 
-def _texts(ask: Arguments, stats: Statistics | None) -> dict[str, dict]:
+def _own_text(model: nn.Module, ask: Request, shelf: Shelf) -> Tensor:
+    """What the model has written, once for all runs that share a shelf."""
+    if "own-text" not in shelf:
+        shelf.put("own-text", {"ids": own_text(model, **ask.own_text, seed=ask.seed)})
+    return shelf.get("own-text")["ids"]
+
+
+def _blocks_done(shelf: Shelf, stage: str = "final") -> int:
+    """The border that an interrupted exchange has reached."""
+    return max((shelf.note(key)["at"] or 0 for key in shelf.keys(stage)), default=0) if shelf.lasting else 0
+
+
+def _texts(ask: Request, stats: Statistics | None) -> dict[str, dict]:
     """Which of the windows serve what, besides the calibration, of which the statistics tell themselves."""
     gradients = (ask.judge.needs_gradients or ask.allocation == "fisher") and not (stats and stats.gradients)
     purposes = {
@@ -151,7 +175,7 @@ def _texts(ask: Arguments, stats: Statistics | None) -> dict[str, dict]:
     }
 
 
-def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Arguments) -> dict[str, int] | None:
+def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Request) -> dict[str, int] | None:
     """The ranks that are known before anything is measured, None where they have to be found."""
     if ask.ranks is None:
         return None if ask.searches or ask.splits else uniform(model, ask.ratio, ask.factors)
@@ -163,36 +187,9 @@ def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Arguments) ->
     return {name: ask.ranks[name] for name in layers if name in ask.ranks}
 
 
-def _split(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    stats: Statistics,
-    ask: Arguments,
-    prepared: Mapping[str, Decomposition] | None,
-    clock: Clock,
-    before: Tensor,
-) -> Result:
-    """``compress_`` by SoLA, which has its own search for ranks."""
-    table, new, moves = split(
-        model, layers, stats, ask.method, ask.options, ratio=ask.ratio, ranks=ask.ranks, allocation=ask.allocation,
-        prepared=prepared, clock=clock, progress=ask.progress,
-    )  # fmt: skip
-    dense = {name: layers[name] for name in new}
-    try:
-        for name, layer in new.items():
-            model.set_submodule(name, layer)
-        check_exchanged(model, dense, before)
-    except BaseException:
-        for name, layer in dense.items():
-            model.set_submodule(name, layer)
-        raise
-    clock.lap("exchange")
-    return Result(table, [name for name, layer in new.items() if isinstance(layer, CompressedLayer)], moves=moves)
-
-
 def _report(
     model: nn.Module,
-    ask: Arguments,
+    ask: Request,
     layers: Mapping[str, nn.Linear],
     stats: Statistics | None,
     result: Result,

@@ -16,30 +16,42 @@ from nsvd.compression.measure import naming, prepare_layer
 from nsvd.compression.ordered import Batch, replace_in_order_
 from nsvd.compression.refine import refine_block_
 from nsvd.compression.report import Clock, relative_errors
-from nsvd.compression.request import Arguments
+from nsvd.compression.request import Request
 from nsvd.linalg import Decomposition, LowRank, Moments, saves_parameters
 from nsvd.linalg.factors import n_params
 from nsvd.linalg.precision import home
+from nsvd.stored.checkpoint import describe, empty_layer
 from nsvd.stored.layers import CompressedLayer, stand_in
-from nsvd.walk.moments import Statistics
-from nsvd.walk.walked import Walked
+from nsvd.walk.calibrate import Walked
+from nsvd.walk.decoder import longest_list
+from nsvd.walk.lazy import held, read_from, revert, settle
+from nsvd.walk.shelf import Shelf
+from nsvd.walk.statistics import Statistics
+from nsvd.walk.targets import by_block
 
 TARGET_RIDGE = 0.03  # of shifted targets, for methods without a ridge of their own: the inputs never fix a target alone
 
 
 @dataclass
 class Exchange:
-    """Factor layers of a model as the arguments of ``compress_`` ask, and put the factors in their place."""
+    """Factor layers of a model as the request asks, and put the factors in their place, block by block.
+
+    ``shelf`` is where finished blocks are noted: one that lasts lets an interrupted exchange go on behind them. ``stage`` is the
+    name that they have there.
+    """
 
     model: nn.Module
     layers: Mapping[str, nn.Linear]  # dense, all that could be exchanged
-    stats: Statistics | None
-    ask: Arguments
+    stats: Statistics | Walked | None
+    ask: Request
     clock: Clock
+    shelf: Shelf = field(default_factory=Shelf)
+    stage: str = "final"
     errors: dict[str, dict[str, float]] = field(default_factory=dict, init=False)  # relative ones, by layer
 
     def __post_init__(self) -> None:
         self.options = self.ask.method.resolve(self.ask.options)
+        self.list, self.blocks = longest_list(self.model) or ("", [self.model])
 
     def smaller(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """The ranks of those layers that are worth exchanging."""
@@ -47,24 +59,28 @@ class Exchange:
         return {name: k for name, k in ranks.items() if saves_parameters(*shapes[name], k, self.ask.factors)}
 
     def at_once(self, ranks: Mapping[str, int], prepared: Mapping[str, Decomposition] | None) -> None:
-        """Every layer for the inputs of the dense model; all factored before the first is exchanged."""
-        new = {}
-        for name, k in tqdm(ranks.items(), "compress", disable=not self.ask.progress, leave=False):
-            layer = self.layers[name]
-            if isinstance(self.stats, Walked):
-                self.stats[name]  # takes them, where the layer is the first of its block
-                self.clock.lap("calibrate")
-            have = None if prepared is None else prepared[name].to(home(layer.weight))
-            one = have or prepare_layer(layer, name, self.stats, self.ask.method, self.options)
-            self.clock.lap("decompose")
-            new[name] = self._cut(name, one, k)
-        for name, layer in new.items():
-            self.model.set_submodule(name, layer)
+        """Every layer for the inputs of the dense model."""
+        for index, names in tqdm(
+            by_block(self.model, ranks).items(), self.stage, disable=not self.ask.progress, leave=False
+        ):
+            if self.resumed(index):
+                continue
+            with held(self.blocks[index]):
+                if isinstance(self.stats, Walked):
+                    self.stats[names[0]]  # takes those of the whole block
+                    self.clock.lap("calibrate")
+                new = {}
+                for name in names:
+                    one = prepared[name].to(home(self.layers[name].weight)) if prepared is not None else None
+                    one = one or prepare_layer(self.layers[name], name, self.stats, self.ask.method, self.options)
+                    self.clock.lap("decompose")
+                    new[name] = self._cut(name, one, ranks[name])
+                self.put(index, new)
         self.clock.lap("exchange")
 
     def in_order(self, ranks: Mapping[str, int]) -> None:
         """Every layer for the inputs that the layers before it leave it, towards what the dense model has there."""
-        ask = self.ask
+        ask, inside = self.ask, by_block(self.model, ranks)
 
         def replace(name: str, target: Tensor, moments: Moments) -> CompressedLayer:
             self.clock.lap("follow")
@@ -77,19 +93,51 @@ class Exchange:
 
         def finish(index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
             self.clock.lap("follow")
-            prefix = next(name for name, module in self.model.named_modules() if module is block)
-            inside = [name for name in self.layers if name.startswith(f"{prefix}.")]
-            if not any(name in ranks for name in inside):
+            if index not in inside:
                 return
-            H = self._stream_metric(inside[-1], batches[0])
-            refine_block_(block, index, batches, H, steps=ask.refine, seed=ask.seed)
+            last = by_block(self.model, self.layers)[index][-1]
+            refine_block_(block, index, batches, self._stream_metric(last, batches[0]), steps=ask.refine, seed=ask.seed)
             self.clock.lap("refine")
-            self._measure(name for name in inside if name in ranks)
+            self._measure(inside[index])
 
+        def leave(index: int) -> None:
+            self.put(index, {name: self.model.get_submodule(name) for name in inside.get(index, ())})
+
+        begin = 0
+        while begin < len(self.blocks) and self.resumed(begin):
+            begin += 1
         how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(), "progress": ask.progress}
-        how |= {"finish": finish if ask.refine else None}
+        how |= {"finish": finish if ask.refine else None, "leave": leave, "begin": begin, "shelf": self.shelf}
         replace_in_order_(self.model, ask.domains, list(ranks), replace, **how)
         self.clock.lap("follow")
+
+    def put(self, index: int, new: Mapping[str, nn.Module]) -> None:
+        """Exchange layers of a block, held, and note that it is done."""
+        for name, layer in new.items():
+            self.model.set_submodule(name, layer)
+        if not self.shelf.lasting:
+            return
+        if isinstance(self.stats, Walked):
+            self.stats.save()
+        at = self.stats.at if isinstance(self.stats, Walked) else None
+        settle(self.blocks[index], self.shelf.file(f"{self.stage}-block/{index}"))
+        errors = {name: self.errors[name] for name in new if name in self.errors}
+        told = {name: describe(layer) for name, layer in new.items() if isinstance(layer, CompressedLayer)}
+        self.shelf.put(f"{self.stage}/{index}", {}, layers=told, errors=errors, at=at)
+        if isinstance(self.stats, Walked):
+            self.stats.forget()
+
+    def resumed(self, index: int) -> bool:
+        """Whether an earlier run has finished the block: then its layers are in their place."""
+        key = f"{self.stage}/{index}"
+        if not self.shelf.lasting or key not in self.shelf:
+            return False
+        note, block = self.shelf.note(key), self.blocks[index]
+        for name, spec in note["layers"].items():
+            self.model.set_submodule(name, empty_layer(name, self.layers[name], spec))
+        read_from(block, self.shelf.file(f"{self.stage}-block/{index}"))
+        self.errors |= note["errors"]
+        return True
 
     def distill(self, names: Sequence[str]) -> list[float]:
         """All exchanged layers together, towards what the dense model predicts; the loss at every step."""
@@ -102,8 +150,9 @@ class Exchange:
 
     def undo(self, names: Iterable[str]) -> None:
         """Put the layers themselves back."""
-        for name in names:
-            self.model.set_submodule(name, self.layers[name])
+        for index, inside in by_block(self.model, names).items():
+            prefix = f"{self.list}.{index}." if self.list else ""
+            revert(self.blocks[index], {name.removeprefix(prefix): self.layers[name] for name in inside})
 
     def table(self, wanted: Mapping[str, int], smaller: Mapping[str, int]) -> pd.DataFrame:
         """A row a layer for the report."""
@@ -144,4 +193,4 @@ class Exchange:
     def _stream_metric(self, last: str, item: Batch) -> Tensor | None:
         """H of the block's last layer, what the loss makes of errors there; None where it is not known, or no H of the stream."""
         H = self._gradients.get(last)
-        return None if H is None or len(H) != item.ours.shape[-1] else H.to(item.ours.device, torch.float32)
+        return None if H is None or len(H) != item.ours.shape[-1] else H.to(item.device, torch.float32)

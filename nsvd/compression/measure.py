@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,20 @@ from nsvd.compression.prepared import Prepared, describing
 from nsvd.compression.report import Clock
 from nsvd.compression.sola_blocks import blocks
 from nsvd.linalg import Decomposition, Method, SplitMethod, by_name
+from nsvd.linalg.decomposition import Spectrum
 from nsvd.linalg.methods import check_finite
 from nsvd.linalg.precision import double
 from nsvd.linalg.sola import WHOLE, Block
-from nsvd.walk.gradients import fisher
-from nsvd.walk.moments import Statistics, calibrate, mix
+from nsvd.walk.calibrate import Walked, calibrate, walkable
+from nsvd.walk.decoder import longest_list
+from nsvd.walk.gradients import fisher_into
+from nsvd.walk.lazy import held
+from nsvd.walk.moments import mix
 from nsvd.walk.roles import roles
+from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values
-from nsvd.walk.targets import targets
+from nsvd.walk.statistics import Statistics
+from nsvd.walk.targets import by_block, targets
 
 GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gradients, where that leaves sixteen
 
@@ -38,26 +45,40 @@ def prepare(
     """
     chosen, layers = by_name(method), targets(model)
     check_values(model)
-    found = decompositions(model, layers, stats, chosen, options, progress)
+    check_statistics(layers, stats, chosen)
+    found: dict[str, Decomposition] = {}
+    decompositions(found, model, layers, stats, chosen, options, progress=progress)
     return Prepared(found, *describing(layers, stats, chosen, options))
 
 
 def decompositions(
+    found: MutableMapping[str, Decomposition | Spectrum],
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     stats: Statistics | None,
     chosen: Method | SplitMethod,
     options: dict,
-    progress: bool,
-) -> dict[str, Decomposition]:
-    """The same as a plain dictionary, for use at once."""
-    check_statistics(layers, stats, chosen)
-    parts = dict.fromkeys(layers, WHOLE)
-    if isinstance(chosen, SplitMethod):
-        parts = blocks(layers, roles(model), stats, chosen.resolve(options))
-        chosen, options = chosen.inner(options)
-    bars = tqdm(parts.items(), "decompose", disable=not progress, leave=False)
-    return {name: prepare_layer(layers[name], name, stats, chosen, options, part).to("cpu") for name, part in bars}
+    *,
+    parts: Mapping[str, Block] | None = None,
+    only_ranks: bool = False,
+    progress: bool = False,
+) -> None:
+    """Put them into a mapping, but those that are there; with ``only_ranks`` no more of them than the singular values."""
+    if parts is None:
+        parts = dict.fromkeys(layers, WHOLE)
+        if isinstance(chosen, SplitMethod):
+            parts = blocks(layers, roles(model), stats, chosen.resolve(options))
+            chosen, options = chosen.inner(options)
+    _, listed = longest_list(model) or ("", [model])
+    with tqdm(total=len(parts), desc="decompose", disable=not progress, leave=False) as bar:
+        for index, names in by_block(model, parts).items():
+            missing = [name for name in names if name not in found]
+            bar.update(len(names) - len(missing))
+            with held(listed[index]) if missing else nullcontext():
+                for name in missing:
+                    one = prepare_layer(layers[name], name, stats, chosen, options, parts[name]).to("cpu")
+                    found[name] = Spectrum(one.s) if only_ranks else one
+                    bar.update()
 
 
 def prepare_layer(
@@ -83,14 +104,21 @@ def take_statistics(
     layers: Sequence[str] | None = None,
     weights: Sequence[float] | str = "uniform",
     ratio: float | None = None,
+    shelf: Shelf | None = None,
 ) -> Statistics | None:
-    """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet."""
+    """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet.
+
+    On a ``shelf`` they do not fill the memory.
+    """
     if stats is None and domains and (method.needs_moments or allocation == "fisher" or weights != "uniform"):
-        stats = statistics_of(model, domains, weights, ratio=ratio, layers=layers, progress=progress)
+        stats = statistics_of(model, domains, weights, ratio=ratio, layers=layers, shelf=shelf, progress=progress)
         clock.lap("calibrate")
     if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
-        how = {"layers": layers, "seed": seed, "progress": progress}
-        stats = stats.with_gradients(mean_gradients(model, domains, stats.shares(len(domains)), **how))
+        texts = gradient_texts(domains)
+        found = {} if shelf is None else shelf.kept("gradients")
+        how = {"layers": layers, "seed": seed, "shelf": shelf, "progress": progress}
+        fisher_into(found, model, texts, stats.shares(len(domains)), **how)
+        stats = stats.with_gradients(found)
         clock.lap("gradients")
     return stats
 
@@ -102,25 +130,25 @@ def statistics_of(
     *,
     ratio: float | None = None,
     layers: Sequence[str] | None = None,
+    shelf: Shelf | None = None,
     progress: bool = False,
 ) -> Statistics:
     """Moments of the windows of every domain, mixed by ``mix`` where there are several."""
+    names = list(targets(model) if layers is None else layers)
+    if weights != "worst-case" and (decoder := walkable(model, names)) is not None:
+        found = {} if shelf is None else shelf.kept("moments")
+        return Walked(decoder, domains, names, weights, shelf=shelf, progress=progress).all(found)
     each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
     return each[0] if len(each) == 1 else mix(each, weights, model=model, ratio=ratio)
 
 
-def mean_gradients(
-    model: nn.Module, domains: Sequence[Tensor], shares: Sequence[float], *, others: bool = False, **how
-) -> dict[str, Tensor]:
-    """H of every layer on some windows of every domain, averaged; with ``others`` on windows half-way between, if any."""
-    sums: dict[str, Tensor] = {}
-    for ids, share in zip(domains, shares, strict=True):
+def gradient_texts(domains: Sequence[Tensor], *, others: bool = False) -> list[Tensor]:
+    """The windows of every domain that gradients are taken from; with ``others`` those half-way between, if any."""
+    texts = []
+    for ids in domains:
         step = max(1, min(GRADIENTS_EVERY, len(ids) // GRADIENTS_LEAST))
-        found = fisher(model, ids[step // 2 if others else 0 :: step], **how)
-        for name in list(found):  # one after the other, so that a large model's are not held twice
-            H = found.pop(name).mul_(share)
-            sums[name] = sums[name].add_(H) if name in sums else H
-    return sums
+        texts.append(ids[step // 2 if others else 0 :: step])
+    return texts
 
 
 def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method | SplitMethod) -> None:

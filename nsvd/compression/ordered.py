@@ -27,6 +27,9 @@ from nsvd.walk.decoder import Call, Decoder, Entered, run_block
 from nsvd.walk.hooks import as_float32, evaluating, in_float32, watch_calls, watch_inputs
 from nsvd.walk.moments import readers
 from nsvd.walk.settled import completion, remembering, settled_parts
+from nsvd.walk.shelf import Shelf
+
+STREAMS = "ordered-streams"  # on the shelf
 
 Replace = Callable[[str, Tensor, Moments], nn.Module]  # (layer, target weight, moments of its inputs) → stand-in
 
@@ -42,6 +45,11 @@ class Batch:
     calls: list[Call]  # of every block
     wanted: dict[nn.Module | None, Tensor]  # what the dense stream holds at the landmarks of the block; None: behind it
     outputs: dict[str, object] = field(default_factory=dict)  # of the block's parts that will not change any more
+    device: torch.device | None = None
+
+    def at(self, hidden: Tensor) -> Tensor:
+        """Hidden states where the block computes: between its runs they wait in the host's memory."""
+        return hidden.to(self.device)
 
 
 class _Reached(Exception):
@@ -58,6 +66,9 @@ def replace_in_order_(
     mu: float,
     weights: Sequence[float] | None = None,
     finish: Callable[[int, nn.Module, Sequence[Batch]], None] | None = None,
+    leave: Callable[[int], None] = lambda _index: None,
+    begin: int = 0,
+    shelf: Shelf | None = None,
     batch: int = 16,
     progress: bool = False,
 ) -> None:
@@ -65,8 +76,9 @@ def replace_in_order_(
 
     All ``domains`` (token ids, count × length each) have equal ``weights`` unless some of sum 1 are given, and are mixed as by
     ``moments.mix``; ``mu`` is the ridge that keeps a target near the layer's own weight where its inputs say nothing. ``finish``
-    is called with every block once its layers are exchanged and the dense stream behind it is known. What was exchanged
-    stays exchanged when something raises.
+    is called with every block once its layers are exchanged and the dense stream behind it is known, ``leave`` with the number of
+    every block that is done. What was exchanged stays exchanged when something raises. On a ``shelf`` that lasts both streams
+    behind every block are kept before ``leave`` is called; ``begin`` is the number of blocks that an earlier walk has left.
 
     One block runs at a time. Held besides are, of all the calibration text, the hidden states of both streams before the block,
     what the dense stream holds behind it and at the landmarks of its layers until these are done, the outputs of parts of the
@@ -92,40 +104,74 @@ def replace_in_order_(
         entered: Entered | None = None
         for d, ids in _batches(domains, batch):
             entered = decoder.enter(ids, like=entered)
-            batches.append(Batch(d, len(domains) * weights[d], entered.hidden, entered.hidden, entered.calls, {}))
-        for index, block in enumerate(tqdm(blocks, "shifted", disable=not progress, leave=False)):
+            hidden = entered.hidden.cpu()
+            batches.append(
+                Batch(d, len(domains) * weights[d], hidden, hidden, entered.calls, {}, device=decoder.device)
+            )
+        if begin:
+            kept = shelf.get(f"{STREAMS}/{begin}")
+            for number, item in enumerate(batches):
+                item.dense, item.ours = kept[f"dense {number}"], kept[f"ours {number}"]
+        for index in tqdm(
+            range(begin, len(blocks)), "shifted", total=len(blocks), initial=begin, disable=not progress, leave=False
+        ):
             groups: dict[str, list[str]] = {}
             for layer in leaders:  # in forward order
                 if layer.startswith(f"{name}.{index}."):
                     groups.setdefault(leaders[layer], []).append(layer)
-            places: dict[str, nn.Module | None] = {}
-            for leader, group in groups.items():  # a layer stands for its own output, where several share the input
-                layer = model.get_submodule(leader)
-                places[leader] = _landmark(block, layer, batches[0], index) if len(group) == 1 else layer
+            with decoder.held(index):
+                _through_block(model, decoder, index, groups, batches, weights, replace, mu, finish)
+                if shelf is not None and shelf.lasting:
+                    both = {f"dense {n}": item.dense for n, item in enumerate(batches)}
+                    shelf.put(
+                        f"{STREAMS}/{index + 1}", both | {f"ours {n}": item.ours for n, item in enumerate(batches)}
+                    )
+                leave(index)
+            if shelf is not None:
+                shelf.drop(f"{STREAMS}/{index}")
+
+
+def _through_block(
+    model: nn.Module,
+    decoder: Decoder,
+    index: int,
+    groups: Mapping[str, Sequence[str]],
+    batches: Sequence[Batch],
+    weights: Sequence[float],
+    replace: Replace,
+    mu: float,
+    finish: Callable[[int, nn.Module, Sequence[Batch]], None] | None,
+) -> None:
+    """Exchange the layers of one block, by the first layer that reads each input, and take both streams behind it."""
+    block, prefix = decoder.blocks[index], f"{decoder.name}.{index}."
+    places: dict[str, nn.Module | None] = {}
+    for leader, group in groups.items():  # a layer stands for its own output, where several share the input
+        layer = model.get_submodule(leader)
+        places[leader] = _landmark(block, layer, batches[0], index) if len(group) == 1 else layer
+    for item in batches:
+        found = _arrivals(block, item.at(item.dense), item.calls[index], set(places.values()))
+        item.wanted = {place: value.cpu() for place, value in found.items()}
+        item.dense = item.wanted[None]  # behind the block now: nothing asks for what was before
+    settled: list[str] = []
+    for leader, group in groups.items():
+        where = (model.get_submodule(leader), places[leader])
+        before, settled = settled, settled_parts(block, prefix, groups, leader)
+        alone = len(group) == 1 and (finish is None or len(places) > 1)  # a block to be finished changes once more
+        complete = next((part for part in settled if part not in before), None) if alone else None
+        _replace_group(model, index, block, *where, group, complete, batches, weights, replace, mu, before)
+        place = places.pop(leader)
+        if place is not None and place not in places.values():
             for item in batches:
-                item.wanted = _arrivals(block, item.dense, item.calls[index], set(places.values()))
-            settled: list[str] = []
-            for leader, group in groups.items():
-                where = (model.get_submodule(leader), places[leader])
-                before, settled = settled, settled_parts(block, f"{name}.{index}.", groups, leader)
-                alone = len(group) == 1 and (
-                    finish is None or len(places) > 1
-                )  # a block to be finished changes once more
-                complete = next((part for part in settled if part not in before), None) if alone else None
-                _replace_group(model, index, block, *where, group, complete, batches, weights, replace, mu, before)
-                place = places.pop(leader)
-                if place is not None and place not in places.values():
-                    for item in batches:
-                        del item.wanted[place]
-            if finish is not None:
-                settled = []
-                for item in batches:
-                    item.outputs.clear()
-                finish(index, block, batches)
-            for item in batches:
-                with remembering(block, settled, item.outputs):
-                    item.dense, item.ours = item.wanted[None], run_block(block, item.ours, item.calls[index])
-                item.outputs.clear()
+                del item.wanted[place]
+    if finish is not None:
+        settled = []
+        for item in batches:
+            item.outputs.clear()
+        finish(index, block, batches)
+    for item in batches:
+        with remembering(block, settled, item.outputs):
+            item.ours = run_block(block, item.at(item.ours), item.calls[index]).cpu()
+        item.outputs.clear()
 
 
 def _check_every_token(model: nn.Module, leaders: Mapping[str, str], ids: Tensor) -> None:
@@ -167,8 +213,8 @@ def _replace_group(
             watch_inputs(layer, [""], lambda _name, x, seen=seen: seen.append(x)),
             completion(block, complete, layer) as found,
         ):
-            have = _value_at(place, block, item.ours, item.calls[index])
-        sums[item.domain].add(seen[0], item.wanted[place] - have)
+            have = _value_at(place, block, item.at(item.ours), item.calls[index])
+        sums[item.domain].add(seen[0], item.at(item.wanted[place]) - have)
         kept.append((seen[0], found[0]) if found else None)
     G, missing, mean_abs = _mixed(sums, weights)
     moments = Moments(G, mean_abs, sum(s.n for s in sums))
@@ -238,7 +284,7 @@ def _landmark(block: nn.Module, layer: nn.Module, item: Batch, index: int) -> nn
 
     Where there is none it is the layer itself. Tried in float32, whatever the model's dtype: rounding would hide the equality.
     """
-    hidden, moves = as_float32(item.dense), []
+    hidden, moves = as_float32(item.at(item.dense)), []
     call = Call(as_float32(item.calls[index].args), as_float32(item.calls[index].kwargs))
 
     def move(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:

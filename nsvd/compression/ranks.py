@@ -15,10 +15,11 @@ from nsvd.compression.strs import Sensitivity, losses_with, measured
 from nsvd.linalg import Decomposition, matrix_method, rank_for_ratio
 from nsvd.linalg.budget import cut, cut_where, spectrum_steps, strs_steps
 from nsvd.linalg.factors import check_ratio
-from nsvd.walk.moments import Statistics
+from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import targets
 
 ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher")
+SOLA_ALLOCATIONS = ("sola", "uniform", "spectrum")
 
 
 def check_allocation(

@@ -33,7 +33,7 @@ def refine_block_(
 
 
 def _error(block: nn.Module, index: int, item: Batch, H: Tensor | None) -> Tensor:
-    missing = (run_block(block, item.ours, item.calls[index]) - item.wanted[None]).float()
+    missing = (run_block(block, item.at(item.ours), item.calls[index]) - item.at(item.wanted[None])).float()
     if H is None:
         return missing.square().sum(-1).mean()
     weighted = missing * H if H.ndim == 1 else missing @ H

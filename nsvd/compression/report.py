@@ -18,7 +18,7 @@ from nsvd.linalg.errors import calibration_loss, weight_error
 from nsvd.linalg.precision import double
 from nsvd.stored.files import fingerprint
 from nsvd.version import __version__
-from nsvd.walk.moments import Statistics
+from nsvd.walk.statistics import Statistics
 
 
 def versions() -> dict[str, str]:

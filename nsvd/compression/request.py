@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nsvd.compression.ranks import ALLOCATIONS, check_allocation
+from nsvd.compression.ranks import ALLOCATIONS, SOLA_ALLOCATIONS, check_allocation
 from nsvd.compression.recipes import RECIPES, base_method, recipe
-from nsvd.compression.sola import SOLA_ALLOCATIONS
 from nsvd.linalg import Method, SplitMethod
 from nsvd.linalg.factors import check_factors
 from nsvd.walk.moments import check_mixture, check_windows
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Request:
     """The arguments of ``compress_``, what was left open filled in from the recipe."""
 
     name: str
@@ -30,9 +29,11 @@ class Arguments:
     refine: int
     distill: int
     domains: list[Tensor]
+    weights: Sequence[float] | str
     search_count: int | None
     seed: int
     progress: bool
+    own_text: Mapping[str, int] = field(default_factory=dict)  # how much of it, see ``own_text``
     sampled_text: bool = False  # whether ``domains`` is what the model has written
 
     @property
@@ -83,20 +84,20 @@ def resolve(
     search_count: int | None,
     seed: int,
     progress: bool,
-) -> Arguments:
+) -> Request:
     """All arguments resolved; raises ``ValueError`` for those that are wrong, or do not go together, for any model."""
     chosen, method = recipe(name), base_method(name)
     method.resolve(options)
     splits = isinstance(method, SplitMethod)
     usual = "uniform" if ranks is not None else chosen.weights.get("allocation", "sola" if splits else "uniform")
-    ask = Arguments(
+    ask = Request(
         name, method, options, ratio, ranks,
         allocation=allocation or usual,
         factors=factors or chosen.weights.get("factors", "plain"),
         shifted=chosen.weights.get("shifted", False) if shifted is None else shifted,
         refine=refine, distill=distill,
         domains=[windows] if isinstance(windows, Tensor) else list(windows or ()),
-        search_count=search_count, seed=seed, progress=progress,
+        weights=weights, search_count=search_count, seed=seed, progress=progress,
     )  # fmt: skip
     for ids in ask.domains:
         check_windows(ids)

@@ -8,114 +8,103 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from nsvd.compression.measure import check_statistics, naming, prepare_layer
-from nsvd.compression.report import Clock, relative_errors
+from nsvd.compression.exchange import Exchange
+from nsvd.compression.measure import check_statistics, decompositions, naming
+from nsvd.compression.report import relative_errors
 from nsvd.compression.sola_blocks import blocks
-from nsvd.linalg import Decomposition, LowRank, SplitMethod, saves_parameters
+from nsvd.compression.whole_layers import Result
+from nsvd.linalg import Decomposition, LowRank
 from nsvd.linalg.budget import cut, spectrum_steps
 from nsvd.linalg.factors import remaining
 from nsvd.linalg.precision import double, home
 from nsvd.linalg.sola import COLUMNS, Block, Split
 from nsvd.linalg.sola_ranks import Move, common, even, on_grid, search
 from nsvd.stored.layers import LowRankLinear, SplitColumns, SplitRows
-from nsvd.walk.moments import Statistics
 from nsvd.walk.roles import Roles, roles
 
-SOLA_ALLOCATIONS = ("sola", "uniform", "spectrum")
 
+def split(job: Exchange, prepared: Mapping[str, Decomposition] | None, before: Tensor) -> Result:
+    """Split the feed-forwards, factor all blocks of layers, exchange them; when something raises, none.
 
-class Outcome(NamedTuple):
-    """A row a layer for the report, the layers to exchange, and the moves of the search."""
-
-    table: pd.DataFrame
-    layers: dict[str, nn.Module]
-    moves: list[Move]
-
-
-def split(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    stats: Statistics,
-    method: SplitMethod,
-    options: dict,
-    *,
-    ratio: float | None,
-    ranks: Mapping[str, int] | None,
-    allocation: str,
-    prepared: Mapping[str, Decomposition] | None,
-    clock: Clock,
-    progress: bool,
-) -> Outcome:
-    """Split the feed-forwards, factor all blocks, and say what takes the place of which layer."""
-    settings, (inner, rest) = method.resolve(options), method.inner(options)
-    found = roles(model)
-    parts = blocks(layers, found, stats, settings, ratio)
-    check_statistics({name: layers[name] for name in parts}, stats, inner)
-    if unknown := [name for name in ranks or () if name not in parts]:
+    ``before`` is what the dense model said to the tokens that it is tried on afterwards.
+    """
+    ask, layers = job.ask, job.layers
+    settings, (inner, rest) = ask.method.resolve(ask.options), ask.method.inner(ask.options)
+    found = roles(job.model)
+    parts = blocks(layers, found, job.stats, settings, ask.ratio)
+    check_statistics({name: layers[name] for name in parts}, job.stats, inner)
+    if unknown := [name for name in ask.ranks or () if name not in parts]:
         raise ValueError(f"layer {unknown[0]} is not one that SoLA compresses with {_exclusions(settings)}")
-    clock.lap("roles")
+    job.clock.lap("roles")
     if prepared is None:
-        wanted = {name: parts[name] for name in (parts if ratio else ranks or ())}
-        bars = tqdm(wanted.items(), "decompose", disable=not progress, leave=False)
-        prepared = {n: prepare_layer(layers[n], n, stats, inner, rest, block).to("cpu") for n, block in bars}
-        clock.lap("decompose")
-    moves: list[Move] = []
+        prepared = job.shelf.kept("decompositions")
+        wanted = {name: parts[name] for name in (parts if ask.ratio else ask.ranks or ())}
+        how = {"parts": wanted, "progress": ask.progress}
+        decompositions(prepared, job.model, layers, job.stats, inner, rest, **how)
+        job.clock.lap("decompose")
+    ranks, moves = ask.ranks, []
     if ranks is None:
-        spectra = {name: prepared[name].s for name in parts} if ratio else {}
+        spectra = {name: prepared[name].s for name in parts} if ask.ratio else {}
         kinds = {name: found.places[name][1] if name in found.places else name for name in parts}
-        ranks, moves = allocate(layers, parts, kinds, spectra, ratio, allocation, settings, inner.least_rank(rest))
-        clock.lap("search")
-    cut = {name: partial(inner.cut, prepared[name], k, **rest) for name, k in ranks.items()}
-    table, values = _factor(layers, parts, ranks, cut, stats, clock)
-    return Outcome(table, _exchanges(layers, found, parts, values), moves)
+        how = (settings, inner.least_rank(rest))
+        ranks, moves = allocate(layers, parts, kinds, spectra, ask.ratio, ask.allocation, *how)
+        job.clock.lap("search")
+    smaller = {n: k for n, k in ranks.items() if saves_parameters(*parts[n].shape(*layers[n].weight.shape), k)}
+    moved = _permuted_beside(found, parts, smaller)
+    everything = {*smaller, *moved}
+    try:
+        for index, names in by_block(job.model, [name for name in layers if name in everything]).items():
+            if not job.resumed(index):
+                with held(job.blocks[index]):
+                    cut = {n: partial(inner.cut, prepared[n], smaller[n], **rest) for n in names if n in smaller}
+                    job.put(index, {name: _new(job, parts[name], name, cut.get(name)) for name in names})
+        check_exchanged(job.model, {name: layers[name] for name in (*smaller, *moved)}, before)
+    except BaseException:
+        job.undo([*smaller, *moved])
+        raise
+    job.clock.lap("exchange")
+    return Result(_table(job, parts, ranks, smaller), list(smaller), moves=moves)
 
 
-def _factor(
-    layers: Mapping[str, nn.Linear],
-    parts: Mapping[str, Block],
-    ranks: Mapping[str, int],
-    cut: Mapping[str, Callable[[], LowRank]],
-    stats: Statistics,
-    clock: Clock,
-) -> tuple[pd.DataFrame, dict[str, Split]]:
-    """A row a layer for the report, and in the model's dtype those layers split whose blocks become smaller."""
-    rows, values = [], {}
-    for name, layer in layers.items():
-        d_out, d_in, k = *layer.weight.shape, ranks.get(name)
-        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": k, "dense": True}
-        row |= {"prime": parts[name].prime if name in parts else 0, "params": d_out * d_in}
-        if k is not None and saves_parameters(*parts[name].shape(d_out, d_in), k):
-            with naming(name):
-                value = parts[name].join(double(layer.weight), cut[name]().to(home(layer.weight)))
-            values[name] = value.to(layer.weight.dtype)
-            clock.lap("cut")
-            row |= {"dense": False, "params": value.n_params} | relative_errors(layer, value.dense(), stats, name)
-            clock.lap("errors")
-        rows.append(row)
-    return pd.DataFrame(rows).astype({"rank": "Int64"}), values
+def _permuted_beside(found: Roles, parts: Mapping[str, Block], smaller: Mapping[str, int]) -> list[str]:
+    """Layers that stay dense beside a split one, and have to follow its neurons."""
+    groups = [[*first, last] for last, first in found.neurons.items()]
+    split_up = [group for group in groups if any(name in smaller and parts[name].prime for name in group)]
+    return [name for group in split_up for name in group if name not in smaller]
 
 
-def _exchanges(
-    layers: Mapping[str, nn.Linear], found: Roles, parts: Mapping[str, Block], values: Mapping[str, Split]
-) -> dict[str, nn.Module]:
-    """What takes the place of which layer; a dense one beside a split one has to follow its neurons."""
-    new: dict[str, nn.Module] = {}
-    for name, value in values.items():
-        with naming(name):
-            new[name] = _factored(layers[name], value)
-    for last, first in found.neurons.items():
-        group = [*first, last]
-        if any(name in values and parts[name].prime for name in group):
-            new |= {name: _permuted(layers[name], parts[name]) for name in group if name not in values}
-    return new
+def _new(job: Exchange, part: Block, name: str, cut: Callable[[], LowRank] | None) -> nn.Module:
+    """What takes the place of a layer; without a ``cut`` it is dense, and its neurons are in the others' order."""
+    layer = job.layers[name]
+    with naming(name):
+        if cut is None:
+            return _permuted(layer, part)
+        value = part.join(double(layer.weight), cut().to(home(layer.weight)))
+        job.clock.lap("cut")
+        job.errors[name] = relative_errors(layer, value.dense(), job.stats, name)
+        job.clock.lap("errors")
+        return _factored(layer, value.to(layer.weight.dtype))
+
+
+def _table(
+    job: Exchange, parts: Mapping[str, Block], ranks: Mapping[str, int], smaller: Mapping[str, int]
+) -> pd.DataFrame:
+    """A row a layer for the report."""
+    rows = []
+    for name, layer in job.layers.items():
+        (d_out, d_in), part = layer.weight.shape, parts.get(name)
+        row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": ranks.get(name), "dense": name not in smaller}
+        params = d_out * d_in
+        if name in smaller:
+            shape = part.shape(d_out, d_in)
+            params += smaller[name] * sum(shape) - math.prod(shape)
+        rows.append(row | {"prime": part.prime if part else 0, "params": params} | job.errors.get(name, {}))
+    return pd.DataFrame(rows).astype({"rank": "Int64"})
 
 
 def allocate(

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from nsvd.linalg.sola import COLUMNS, ROWS, WHOLE, Block, by_size, n_prime
-from nsvd.walk.moments import Statistics
 from nsvd.walk.roles import Roles
+from nsvd.walk.statistics import Statistics
 
 
 def blocks(

@@ -23,12 +23,14 @@ from nsvd.linalg import Decomposition, LowRank, Method, matrix_method, rank_for_
 from nsvd.linalg.precision import home
 from nsvd.stored.files import fingerprint
 from nsvd.stored.layers import LowRankLinear
+from nsvd.walk.calibrate import calibrate
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating, exchanged
 from nsvd.walk.loss import check_text, window_losses
-from nsvd.walk.moments import Statistics, calibrate
-from nsvd.walk.passes import forward
+from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values
+from nsvd.walk.statistics import Statistics
+from nsvd.walk.stream import Stream, in_order, numbered
 from nsvd.walk.targets import targets
 from nsvd.walk.text import windows_at_once
 
@@ -158,21 +160,26 @@ def measured(
 class _Text:
     """Windows on their way through the dense model: what a block changes is measured from that block on.
 
-    Held are the hidden states of all windows before every block, in the host's memory.
+    The hidden states of all windows before every block lie on a shelf.
     """
 
     def __init__(self, model: nn.Module, windows: Tensor):
-        self.model, self.count = model, windows.numel()
-        self.batches = windows.split(windows_at_once(model, windows.shape[1]))
+        self.model, self.windows, self.count = model, windows, windows.numel()
+        self.shelf, self.last = Shelf(), (None, [])
         with evaluating(model):
             self.decoder = Decoder(model)
-            self.passing = forward(self.decoder, self.batches)
+            self.stream = Stream(self.decoder, [windows], batch=windows_at_once(model, windows.shape[1]))
+            for index in range(len(self.decoder)):
+                self.shelf.put(str(index), numbered(self.stream.hidden))
+                self.stream.step()
 
     def losses(self, name: str | None = None) -> list[float]:
         """The loss of each window, where nothing before the block of the named layer has changed."""
         index, losses = 0 if name is None else self.decoder.index(name), []
-        for item in self.passing:
-            with self.decoder.resumed(index, item.borders[index].to(self.decoder.device)):
+        if self.last[0] != index:
+            self.last = index, in_order(self.shelf.get(str(index)))
+        for item, hidden in zip(self.stream.batches, self.last[1], strict=True):
+            with self.decoder.resumed(index, hidden.to(self.decoder.device)):
                 losses += window_losses(self.model, item.ids).tolist()
         return losses
 
@@ -181,7 +188,7 @@ class _Text:
         try:
             return self.losses()
         except FloatingPointError:
-            calibrate(self.model, torch.cat(self.batches))
+            calibrate(self.model, self.windows)
             raise
 
 

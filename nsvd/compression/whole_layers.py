@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from nsvd.compression.exchange import Exchange
-from nsvd.compression.measure import check_gradients, decompositions, mean_gradients
+from nsvd.compression.measure import check_gradients, decompositions, gradient_texts
 from nsvd.compression.ranks import searched
 from nsvd.compression.recipes import recipe
 from nsvd.linalg import Decomposition
-from nsvd.walk.hooks import exchanged
-from nsvd.walk.moments import Statistics
+from nsvd.walk.gradients import drawn_labels, fisher_into
 from nsvd.walk.soundness import check_exchanged
+from nsvd.walk.statistics import Statistics
 
 
 class Result(NamedTuple):
@@ -39,16 +39,15 @@ def factor(
     """
     ask, tokens, losses = job.ask, 0, []
     if ranks is None:
-        ranks, prepared, tokens = _search(job, prepared)
-        if ask.shifted and ask.method.needs_gradients:
+        twice = ask.shifted and ask.method.needs_gradients
+        ranks, prepared, tokens = _search(job, prepared, "dense", only_ranks=ask.shifted and not twice)
+        if twice:
             job = replace(job, stats=_both_ends(job, ranks, prepared))
-            prepared = None  # of a large model a great deal of memory
-            ranks, prepared, again = _search(job, None)
+            ranks, prepared, again = _search(job, None, "both", only_ranks=True)
             tokens += again
     smaller = job.smaller(ranks)
     try:
         if ask.shifted:
-            prepared = None
             job.in_order(smaller)
         else:
             job.at_once(smaller, prepared)
@@ -62,15 +61,20 @@ def factor(
 
 
 def _search(
-    job: Exchange, prepared: Mapping[str, Decomposition] | None
+    job: Exchange, prepared: Mapping[str, Decomposition] | None, end: str, *, only_ranks: bool
 ) -> tuple[dict[str, int], Mapping[str, Decomposition], int]:
-    """Ranks, the decompositions that they come from, and the tokens that went through the model for them."""
+    """Ranks, the decompositions that they come from, and the tokens that went through the model for them.
+
+    With ``only_ranks`` no more than the singular values is kept of the decompositions.
+    """
     ask = job.ask
     how = {"method": recipe(ask.name).method, "progress": ask.progress, **ask.options}
     if ask.allocation == "fisher":
         check_gradients(job.layers, job.stats, "allocation 'fisher'")
     if prepared is None:
-        prepared = decompositions(job.model, job.layers, job.stats, ask.method, ask.options, ask.progress)
+        prepared = job.shelf.kept(f"decompositions-{end}")
+        rest = {"only_ranks": only_ranks and ask.allocation != "strs", "progress": ask.progress}
+        decompositions(prepared, job.model, job.layers, job.stats, ask.method, ask.options, **rest)
         job.clock.lap("decompose")
     text = torch.cat([ids[: ask.search_count] for ids in ask.domains]) if ask.allocation == "strs" else None
     how |= {"factors": ask.factors}
@@ -86,19 +90,36 @@ def _both_ends(job: Exchange, ranks: Mapping[str, int], prepared: Mapping[str, D
     rule. The compressed model learns its labels from the dense one, so that directions in which it already errs weigh more:
     not the bending alone, but a little better on three of our models than its own labels (0.2 points of what ASVD-I loses).
     """
-    ask, stats, known, smaller = job.ask, job.stats, job.stats.gradients, job.smaller(ranks)
-    how = {"layers": known, "diagonal": next(iter(known.values())).ndim == 1}
-    dense = {name: job.layers[name] for name in smaller}
-
-    def teacher(ids: Tensor) -> Tensor:
-        with exchanged(job.model, dense):
-            return job.model(input_ids=ids, use_cache=False).logits
-
-    how |= {"seed": ask.seed, "progress": ask.progress, "teacher": teacher}
+    ask, stats, known, shelf = job.ask, job.stats, job.stats.gradients, job.shelf
+    mean = shelf.kept("gradients-both")
+    draft, smaller = replace(job, stage="draft"), job.smaller(ranks)
+    texts = gradient_texts(ask.domains, others=True)
+    if shelf.lasting and "gradients-done" in shelf:
+        return stats.with_gradients(mean)
+    labels = _labels(job, texts)
     try:
-        job.at_once(smaller, prepared)
-        there = mean_gradients(job.model, ask.domains, stats.shares(len(ask.domains)), others=True, **how)
+        draft.at_once(smaller, prepared)
+        there, diagonal = shelf.kept("gradients-draft"), known[next(iter(known))].ndim == 1
+        how = {"layers": list(known), "labels": labels, "diagonal": diagonal, "shelf": shelf, "progress": ask.progress}
+        fisher_into(there, job.model, texts, stats.shares(len(texts)), **how)
     finally:
-        job.undo(smaller)
+        draft.undo(smaller)
+    for name in known:
+        mean[name] = (there[name] + known[name].to(there[name])) / 2
+    for name in list(there):
+        del there[name]
+    shelf.put("gradients-done", {})
     job.clock.lap("gradients")
-    return stats.with_gradients({name: there[name].add_(H.to(there[name])).div_(2) for name, H in known.items()})
+    return stats.with_gradients(mean)
+
+
+def _labels(job: Exchange, texts: list[Tensor]) -> list[Tensor]:
+    """What the dense model predicts after every token of the texts, drawn once."""
+    labels, first = [], 0
+    for number, ids in enumerate(texts):
+        key = f"labels/{number}"
+        if key not in job.shelf:
+            job.shelf.put(key, {"ids": drawn_labels(job.model, ids, seed=job.ask.seed, first=first)})
+        labels.append(job.shelf.get(key)["ids"])
+        first += len(ids)
+    return labels

@@ -15,7 +15,7 @@ from nsvd.compression.prepared import Prepared, check_step
 from nsvd.linalg import METHODS, Decomposition, from_metric, rank_for_ratio
 from nsvd.linalg.errors import calibration_loss, condition_number, effective_rank, principal_cosines
 from nsvd.linalg.sola import overlap
-from nsvd.walk.moments import Statistics
+from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import targets
 
 

@@ -23,7 +23,7 @@ from nsvd.lab.sweep import DENSE, measure
 from nsvd.stored.files import fingerprint
 from nsvd.stored.layers import LowRankLinear
 from nsvd.walk.caches import caches_of
-from nsvd.walk.moments import Statistics
+from nsvd.walk.statistics import Statistics
 
 
 def cache_sweep(

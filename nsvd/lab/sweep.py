@@ -18,7 +18,7 @@ from nsvd.lab.records import Records
 from nsvd.lab.tokens import common_beginning
 from nsvd.linalg import by_name
 from nsvd.stored.files import fingerprint
-from nsvd.walk.moments import Statistics
+from nsvd.walk.statistics import Statistics
 
 DENSE = "dense"
 

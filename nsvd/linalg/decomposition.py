@@ -19,6 +19,13 @@ from nsvd.linalg.whiteners import Whitener, check_semidefinite
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """What a search for ranks looks at of a decomposition: its singular values ``s`` (m,), falling."""
+
+    s: Float[Tensor, " m"]
+
+
+@dataclass(frozen=True)
 class Decomposition:
     """W = U · coords, its terms in order: the first k of them are the rank-k answer.
 

@@ -54,7 +54,7 @@ class LowRankQuantizer(HfQuantizer):
                 raise CheckpointError(
                     f"config.json names a compressed layer {name}, but the model has no such linear layer"
                 )
-            model.set_submodule(name, _empty(name, layers[name], spec))
+            model.set_submodule(name, empty_layer(name, layers[name], spec))
         _check_latent(model, self.latent_layers)
         LATENT_CACHE["attach"](model, self.latent_layers)
         if checkpoint_files:
@@ -115,7 +115,7 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module would regist
     register_quantizer(METHOD)(LowRankQuantizer)
 
 
-def _empty(name: str, layer: nn.Linear, spec: dict) -> CompressedLayer:
+def empty_layer(name: str, layer: nn.Linear, spec: dict) -> CompressedLayer:
     try:
         sizes = dict(spec)
         kind = LAYERS[sizes.pop("layer", LowRankLinear.kind)]

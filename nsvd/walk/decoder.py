@@ -112,6 +112,11 @@ class Decoder:
             raise ValueError(f"{type(self.model).__name__} has no output head, which gradients and losses need")
         return out.logits
 
+    def ended(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """What the body of the model gives out for hidden states (count, length, d) behind the last block."""
+        with self.resumed(len(self), hidden):
+            return self._last(ids)
+
     def _last(self, ids: Tensor) -> Tensor:
         """What the body of the model gives out for token ids, the head left out."""
         return getattr(self.model, "base_model", self.model)(input_ids=ids, use_cache=False)[0]
@@ -146,8 +151,7 @@ class Decoder:
             hidden = entered.hidden
             for index, call in enumerate(entered.calls):
                 hidden = self.run(index, hidden, call)
-            with self.resumed(len(self), hidden):
-                walked = self._last(entered.ids)
+            walked = self.ended(entered.ids, hidden)
         except (AttributeError, RuntimeError, TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{kind} cannot be run block by block: {error}") from error
         if plain.isfinite().all() and not (walked - plain).norm() <= CLOSE * plain.norm():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -15,10 +15,13 @@ from nsvd.linalg.precision import double
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating
 from nsvd.walk.moments import check_names, check_windows
-from nsvd.walk.passes import Passing, forward
-from nsvd.walk.sampling import draw
+from nsvd.walk.sampling import index_at
+from nsvd.walk.shelf import Shelf
+from nsvd.walk.stream import Batch, Stream, in_order, numbered
 from nsvd.walk.targets import targets
 from nsvd.walk.text import tokens_at_once, windows_at_once
+
+BORDER, PULL = "gradient-border", "gradient-pull"  # on the shelf
 
 
 @torch.inference_mode(False)
@@ -28,7 +31,7 @@ def fisher(
     *,
     layers: Iterable[str] | None = None,
     diagonal: bool = False,
-    teacher: Callable[[Tensor], Tensor] | None = None,
+    labels: Tensor | None = None,
     seed: int = 0,
     batch: int | None = None,
     progress: bool = False,
@@ -38,71 +41,195 @@ def fisher(
     The loss is the summed negative log-likelihood, in nats, of labels drawn from the model's own predictions at every
     position, which makes H the Fisher information of the outputs and not an accident of the text. One walk forward, one
     backward over the blocks, each of which runs a second time; no gradient of a parameter. Held are the hidden states before
-    every block, in the host's memory, and the graph of one block and one batch. Products in float64 where the model is, sums
-    in float64 on the CPU (those of a model of 7B parameters take some 80 GB), averaged over tokens.
+    every block, in the host's memory or in a temporary file, and the graph of one block and one batch. Products in float64
+    where the model is, sums in float64 on the CPU, averaged over tokens.
     ``diagonal=True`` keeps E[g²] only, (d_out,).
-    With a ``teacher``, the logits of another model for token ids, labels are drawn from its predictions. E[g] is then the gradient
-    of KL(teacher ‖ model), and H no Fisher information any more: it weighs the direction of the model's error, too.
-    ``batch`` windows are read at a time, by default 8, or as many as ``nsvd.walk.text`` allows logits for.
+    With ``labels`` (count, length), such as ``drawn_labels`` of another model, these are taken. Where they are drawn from
+    another model's predictions E[g] is the gradient of KL(other ‖ model), and H no Fisher information any more: it weighs the
+    direction of the model's error, too.
+    ``batch`` windows are read at a time, by default 8, or as many as ``nsvd.walk.text`` allows logits for. The labels are the
+    same whatever it is.
 
     Raises:
         ValueError: if ``windows`` is empty or such as the model cannot read, a layer never runs or is in no block, or the model
             cannot be run block by block.
         FloatingPointError: if a gradient holds NaN or Inf; the layer is named.
     """
-    check_windows(windows, model)
-    batch = batch or min(8, windows_at_once(model, windows.shape[1]))
+    how = {"diagonal": diagonal, "labels": None if labels is None else [labels], "seed": seed}
+    names, found = list(targets(model) if layers is None else layers), {}
+    fisher_into(found, model, [windows], [1.0], layers=names, batch=batch, progress=progress, **how)
+    return {name: found[name] for name in names}
+
+
+def fisher_into(
+    found: MutableMapping[str, Tensor],
+    model: nn.Module,
+    domains: Sequence[Tensor],
+    shares: Sequence[float],
+    *,
+    layers: Iterable[str] | None = None,
+    diagonal: bool = False,
+    labels: Sequence[Tensor] | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    shelf: Shelf | None = None,
+    progress: bool = False,
+) -> None:
+    """Put Σ share · ``fisher`` of the domains (token ids, count × length each) into a mapping, a block's layers at a time, the last
+    block first. On a shelf that lasts the walk begins where an earlier one ended."""
+    for ids in domains:
+        check_windows(ids, model)
     names = list(targets(model) if layers is None else layers)
     check_names(model, names)
-    modules = {name: model.get_submodule(name) for name in names}
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, gradient: Tensor) -> None:
-        g = double(gradient.reshape(-1, gradient.shape[-1]))
-        new = (g.square().sum(0) if diagonal else g.mT @ g).cpu()
-        sums[name] = sums[name].add_(new) if name in sums else new
-
-    frozen = [p for p in model.parameters() if p.requires_grad]
+    shelf = Shelf() if shelf is None else shelf
+    if all(name in found for name in names):
+        shelf.drop(PULL)
+        return
+    batch = batch or min([8, *(windows_at_once(model, ids.shape[1]) for ids in domains)])
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.callback(lambda: [p.requires_grad_(True) for p in frozen])
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        stack.enter_context(_frozen(model))
         decoder = Decoder(model)
         inside = {name: decoder.index(name) for name in names}
-        passing = forward(decoder, windows.split(batch), progress=progress)
-        _epilogue(decoder, passing, teacher, seed, progress)
-        for index in tqdm(reversed(range(len(decoder))), "fisher", len(decoder), disable=not progress, leave=False):
-            here = {name: module for name, module in modules.items() if inside[name] == index}
-            with decoder.held(index), _watching(here, add):
-                for item in passing:
-                    hidden = item.borders.pop().to(decoder.device)
-                    gradient = item.gradient.to(decoder.device)
-                    item.gradient = decoder.pull(index, hidden, item.calls[index], gradient).cpu()
-    for name in names:
-        if name not in sums:
+        stream = Stream(decoder, domains, batch=batch)
+        tokens = [share / ids.numel() for ids, share in zip(domains, shares, strict=True)]
+        gradients, at = _begin(stream, shelf, labels, seed, progress)
+        for index in _counted(range(at)[::-1], len(decoder), progress):
+            here = {name: model.get_submodule(name) for name in names if inside[name] == index}
+            sums = {name: None for name in here}
+            borders = in_order(shelf.get(f"{BORDER}/{index}"))
+            with decoder.held(index):
+                for i, item in enumerate(stream.batches):
+                    with _watching(here, partial(_add, sums, tokens[item.domain], diagonal)):
+                        hidden, gradient = (t.to(decoder.device) for t in (borders[i], gradients[i]))
+                        gradients[i] = decoder.pull(index, hidden, item.calls[index], gradient).cpu()
+            _check(sums)
+            for name, H in sums.items():
+                found[name] = H
+            if shelf.lasting:
+                shelf.put(PULL, numbered(gradients), at=index)
+            shelf.drop(f"{BORDER}/{index}")
+        shelf.drop(PULL)
+
+
+def drawn_labels(
+    model: nn.Module, windows: Tensor, *, seed: int = 0, first: int = 0, batch: int | None = None
+) -> Tensor:
+    """A token (count, length) for every position of the windows, drawn from what the model predicts there.
+
+    The draws of a window depend on ``seed`` and its number, which begins at ``first``, and on nothing else. One walk forward.
+    """
+    found = []
+    with torch.no_grad(), evaluating(model):
+        decoder = Decoder(model)
+        stream = Stream(decoder, [windows], batch=batch or min(8, windows_at_once(model, windows.shape[1])))
+        while stream.at < len(decoder):
+            stream.step()
+        for item, hidden in zip(stream.batches, stream.hidden, strict=True):
+            uniform, parts = _uniform(item, seed, first), []
+            for part in _parts(decoder, item):
+                logits = decoder.logits(item.ids[:, part], hidden[:, part].to(decoder.device))
+                parts.append(_drawn(logits, uniform[:, part]).cpu())
+            found.append(torch.cat(parts, dim=1))
+    return torch.cat(found)
+
+
+def _counted(numbers: range, total: int, progress: bool) -> Iterator[int]:
+    return iter(tqdm(numbers, "fisher", total=total, initial=total - len(numbers), disable=not progress, leave=False))
+
+
+def _begin(
+    stream: Stream, shelf: Shelf, labels: Sequence[Tensor] | None, seed: int, progress: bool
+) -> tuple[list[Tensor], int]:
+    """Gradients of every batch's loss at a border, and the number of this border: the last one unless a walk was interrupted."""
+    decoder = stream.decoder
+    if PULL in shelf:
+        return in_order(shelf.get(PULL)), shelf.note(PULL)["at"]
+    if shelf.lasting:
+        done = 0
+        while f"{BORDER}/{done + 1}" in shelf:
+            done += 1
+        if f"{BORDER}/{done}" in shelf:
+            stream.at, stream.hidden = done, in_order(shelf.get(f"{BORDER}/{done}"))
+    with tqdm(total=len(decoder), desc="forward", disable=not progress, leave=False) as bar:
+        bar.update(stream.at)
+        while stream.at < len(decoder):
+            shelf.put(f"{BORDER}/{stream.at}", numbered(stream.hidden))
+            stream.step()
+            bar.update()
+    gradients = []
+    for item, hidden in zip(
+        tqdm(stream.batches, "labels", disable=not progress, leave=False), stream.hidden, strict=True
+    ):
+        gradients.append(_epilogue(decoder, item, hidden, labels, seed).cpu())
+    stream.hidden = []
+    if shelf.lasting:
+        shelf.put(PULL, numbered(gradients), at=len(decoder))
+    return gradients, len(decoder)
+
+
+def _epilogue(decoder: Decoder, item: Batch, hidden: Tensor, labels: Sequence[Tensor] | None, seed: int) -> Tensor:
+    """The gradient of a batch's loss with respect to the hidden states behind the last block, some positions at a time."""
+    hidden, gradients = hidden.to(decoder.device), []
+    uniform, given = _uniform(item, seed), None
+    if labels is not None:
+        rows = [row for windows in labels for row in windows]
+        given = torch.stack(rows[item.first : item.first + len(item.ids)]).to(decoder.device)
+    for part in _parts(decoder, item):
+        last = hidden[:, part].requires_grad_(True)
+        with torch.enable_grad():
+            logits = decoder.logits(item.ids[:, part], last.clone())
+            wanted = _drawn(logits.detach(), uniform[:, part]) if given is None else given[:, part]
+            loss = cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="sum")
+            gradients += torch.autograd.grad(loss, last)
+    return torch.cat(gradients, dim=1)
+
+
+@torch.no_grad()
+def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
+    """A token (n, length) at every position, drawn from what the logits predict."""
+    return index_at(logits.float().flatten(0, 1).softmax(-1), uniform.reshape(-1, 1)).view(logits.shape[:2])
+
+
+def _parts(decoder: Decoder, item: Batch) -> tuple[Tensor, ...]:
+    """Positions of a batch, as many at a time as there is room for their logits."""
+    return torch.arange(item.ids.shape[1]).split(max(1, tokens_at_once(decoder.model) // len(item.ids)))
+
+
+def _uniform(item: Batch, seed: int, first: int = 0) -> Tensor:
+    """A number in [0, 1) for every position of a batch's windows, (count, length), from the seed and the window's number."""
+    rows = []
+    for number in range(first + item.first, first + item.first + len(item.ids)):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+        rows.append(torch.rand(item.ids.shape[1], dtype=torch.float64, generator=generator))
+    return torch.stack(rows)
+
+
+def _add(sums: dict[str, Tensor | None], scale: float, diagonal: bool, name: str, gradient: Tensor) -> None:
+    g = double(gradient.reshape(-1, gradient.shape[-1]))
+    new = (g.square().sum(0) if diagonal else g.mT @ g).mul_(scale).cpu()
+    sums[name] = new if sums[name] is None else sums[name].add_(new)
+
+
+def _check(sums: Mapping[str, Tensor | None]) -> None:
+    for name, H in sums.items():
+        if H is None:
             raise ValueError(f"no gradient reached layer {name}")
-        if not sums[name].isfinite().all():
+        if not H.isfinite().all():
             raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
-    return {name: sums[name].div_(windows.numel()) for name in names}
 
 
-def _epilogue(
-    decoder: Decoder, passing: list[Passing], teacher: Callable[[Tensor], Tensor] | None, seed: int, progress: bool
-) -> None:
-    """The gradient of every batch's loss with respect to the hidden states behind the last block, some positions at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    for item in tqdm(passing, "labels", disable=not progress, leave=False):
-        labels = None if teacher is None else _drawn(teacher(item.ids), generator)
-        hidden, gradients = item.borders.pop().to(decoder.device), []
-        for part in torch.arange(item.ids.shape[1]).split(max(1, tokens_at_once(decoder.model) // len(item.ids))):
-            last = hidden[:, part].requires_grad_(True)
-            with torch.enable_grad():
-                logits = decoder.logits(item.ids[:, part], last.clone())
-                wanted = _drawn(logits.detach(), generator) if labels is None else labels[:, part]
-                loss = cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="sum")
-                gradients += torch.autograd.grad(loss, last)
-        item.gradient = torch.cat(gradients, dim=1).cpu()
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient in the context."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -120,9 +247,3 @@ def _watching(layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], 
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(partial(watch, name)).remove)
         yield
-
-
-@torch.no_grad()
-def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token (n, length) at every position, drawn from what the logits predict."""
-    return draw(logits.float().flatten(0, 1).softmax(-1), generator).view(logits.shape[:2])

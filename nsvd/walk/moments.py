@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments, rank_for_ratio
 from nsvd.linalg.moments import mixing
@@ -152,7 +151,7 @@ def shared_inputs(model: nn.Module, names: Iterable[str], ids: Tensor) -> dict[s
         first.setdefault(name, name)
 
     with watch_inputs(model, names, observe):
-        _forward(model, ids)
+        body_forward(model, ids)
     return first
 
 
@@ -165,34 +164,6 @@ def readers(model: nn.Module, names: Iterable[str], texts: Iterable[Tensor]) -> 
             break
         first |= shared_inputs(model, missing, ids)
     return first
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def calibrate(
-    model: nn.Module, windows: Tensor, *, layers: Iterable[str] | None = None, batch: int = 8, progress: bool = False
-) -> Statistics:
-    """Moments of the inputs of every target layer over the token ids ``windows`` (count, length).
-
-    One pass without the output head, float64 sums, one matrix for each distinct input.
-
-    Raises:
-        ValueError: if ``windows`` is empty or such as the model cannot read, or a layer never runs.
-        FloatingPointError: if an input holds NaN or Inf; the first such layer is named.
-    """
-    check_windows(windows, model)
-    names = list(targets(model) if layers is None else layers)
-    check_names(model, names)
-    inputs = inputs_of(model, names, windows, batch)
-    running, overflown = {name: RunningMoments() for name in dict.fromkeys(inputs.values())}, None
-    with watch_inputs(model, running, lambda name, x: running[name].add(x)):
-        for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
-            if overflown is None and not _forward(model, ids).isfinite().all():
-                overflown = ids
-    check_sums(model, running)
-    if overflown is not None:
-        raise overflow(model, overflown)
-    return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin_of(model, windows))
 
 
 def check_names(model: nn.Module, layers: Iterable[str]) -> None:
@@ -253,7 +224,7 @@ def check_windows(windows: Tensor, model: nn.Module | None = None) -> None:
         check_readable(model, windows)
 
 
-def _forward(model: nn.Module, ids: Tensor) -> Tensor:
+def body_forward(model: nn.Module, ids: Tensor) -> Tensor:
     """Hidden states that the model's body gives out; the output head does not run."""
     body = getattr(model, "base_model", model)
     with evaluating(model):

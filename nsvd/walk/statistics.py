@@ -25,10 +25,10 @@ class Statistics(Mapping[str, Moments]):
     holds, for the methods that ask for it, H of every layer, from ``fisher``.
     """
 
-    moments: dict[str, Moments]
+    moments: Mapping[str, Moments]
     inputs: dict[str, str]
     origin: dict = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, layer: str) -> Moments:
         if layer not in self.inputs:
@@ -46,7 +46,7 @@ class Statistics(Mapping[str, Moments]):
 
     def with_gradients(self, gradients: Mapping[str, Tensor]) -> Statistics:
         """The same with H of every layer, as ``fisher`` returns it."""
-        return replace(self, gradients=dict(gradients))
+        return replace(self, gradients=gradients)
 
     def shares(self, count: int) -> list[float]:
         """Weights, of sum 1, of ``count`` domains of text: those they were mixed with, equal ones where they were not mixed.

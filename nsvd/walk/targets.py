@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -41,6 +43,16 @@ def targets(model: nn.Module) -> dict[str, nn.Linear]:
     if not found:
         raise ValueError(_instead(model))
     return found
+
+
+def by_block(model: nn.Module, names: Iterable[str]) -> dict[int, list[str]]:
+    """The names by the number of the block they are in, in the order of the blocks; -1 for a model without a list of blocks."""
+    found, groups = longest_list(model), {}
+    for name in names:
+        inner = name.removeprefix(f"{found[0]}.") if found else ""
+        number = inner.partition(".")[0]
+        groups.setdefault(int(number) if found and inner != name and number.isdigit() else -1, []).append(name)
+    return dict(sorted(groups.items()))
 
 
 @torch.inference_mode(False)

@@ -8,7 +8,8 @@ import torch
 import nsvd
 from nsvd.compression import whole_layers
 from nsvd.compression.exchange import Exchange
-from nsvd.compression.measure import mean_gradients
+from nsvd.compression.measure import gradient_texts
+from nsvd.walk.gradients import drawn_labels
 from tests.tiny import assert_same, logits, state, tiny_model, token_ids
 
 IDS = token_ids(40, 9)
@@ -29,8 +30,8 @@ def test_the_gradients_are_those_of_both_ends_averaged():
     model, stats = model_and_statistics()
     there = copy.deepcopy(model)
     nsvd.compress_(there, stats, ratio=0.4, **AT_ONCE)
-    teacher = lambda ids: model(input_ids=ids).logits  # noqa: E731
-    H = mean_gradients(there, [IDS], [1.0], layers=stats.gradients, others=True, teacher=teacher)
+    (text,) = gradient_texts([IDS], others=True)
+    H = nsvd.fisher(there, text, layers=stats.gradients, labels=drawn_labels(model, text))
     both = stats.with_gradients({name: (stats[name].H + H[name]) / 2 for name in H})
     found = ranks(nsvd.compress_(copy.deepcopy(model), both, ratio=0.4, **AT_ONCE))
     expected, one_end = copy.deepcopy(model), copy.deepcopy(model)
@@ -45,19 +46,9 @@ def test_the_gradients_are_those_of_both_ends_averaged():
 
 def test_the_windows_of_the_two_ends_are_others():
     """Every second of forty for the one, as sixteen at least are wanted, those between for the other."""
-    seen = []
-    model = tiny_model(dtype=torch.float64)
-    hook = model.get_input_embeddings().register_forward_pre_hook(
-        lambda _m, args: seen.extend(map(tuple, args[0].tolist()))
-    )
-    mean_gradients(model, [IDS], [1.0])
-    first, seen = set(seen), seen.clear() or seen
-    mean_gradients(model, [IDS], [1.0], others=True)
-    hook.remove()
-    tried = {tuple(range(8)), tuple(range(299, 291, -1))}  # whether the model can be run block by block
-    first, others = first - tried, set(seen) - tried
+    (first,), (others,) = gradient_texts([IDS]), gradient_texts([IDS], others=True)
     assert len(first) == len(others) == 20
-    assert not first & others
+    assert not set(map(tuple, first.tolist())) & set(map(tuple, others.tolist()))
 
 
 def test_ranks_are_found_on_every_second_window_and_all_are_followed(monkeypatch):
@@ -86,7 +77,7 @@ def test_an_error_at_the_other_end_leaves_the_model_as_it_was(monkeypatch):
     def fails(*_args, **_how):
         raise FloatingPointError("no gradient")
 
-    monkeypatch.setattr(whole_layers, "mean_gradients", fails)
+    monkeypatch.setattr(whole_layers, "fisher_into", fails)
     with pytest.raises(FloatingPointError, match="no gradient"):
         nsvd.compress_(model, stats, method="best", ratio=0.4, windows=IDS)
     assert_same(before, model)

@@ -725,7 +725,7 @@ def test_a_recipe_that_fails_leaves_the_model_as_it_was():
     before = state(model)
     with pytest.raises(FloatingPointError, match="no text can be sampled"):
         nsvd.compress_(model, method="best", ratio=0.3)
-    with pytest.raises(FloatingPointError, match=f"gradient at layer {Q}"):
+    with pytest.raises(FloatingPointError, match=r"gradient at layer model\.layers\.1\.self_attn\.q_proj"):
         nsvd.compress_(model, method="best", ratio=0.3, windows=IDS)
     assert_same(before, model)
     model = tiny_model(bos_token_id=None)

@@ -11,6 +11,7 @@ from torch import nn
 import nsvd
 from nsvd import cli
 from nsvd.compression import sola
+from nsvd.compression.ranks import SOLA_ALLOCATIONS
 from nsvd.compression.sola_blocks import outer
 from nsvd.stored.layers import LAYERS, SplitColumns, SplitRows
 from nsvd.walk.roles import places, roles
@@ -107,7 +108,7 @@ def test_the_split_model_is_the_formula_in_the_old_order(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("allocation", sola.SOLA_ALLOCATIONS)
+@pytest.mark.parametrize("allocation", SOLA_ALLOCATIONS)
 def test_the_report_counts_what_is_stored(family, allocation, tmp_path):
     """Parameters are those of the tensors saved; at least ``ratio`` is removed; what is read again says the same."""
     model = tiny_model(family)

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nsvd.walk.decoder import Decoder, block_list
-from nsvd.walk.passes import forward
+from nsvd.walk.stream import Stream
 from tests.tiny import FAMILIES, state, tiny_model, token_ids
 
 SIZES = {
@@ -100,12 +100,15 @@ def test_a_pass_can_begin_at_any_block(kind):
     """With the hidden states that the model has there, its own pass gives the logits to the bit; the blocks before rest."""
     model, ids = a_model(kind), token_ids(2, 12)
     decoder = Decoder(model)
-    (passing,), ran = forward(decoder, [ids]), []
+    stream, borders, ran = Stream(decoder, [ids]), [], []
+    while stream.at < len(decoder):
+        borders.append(stream.hidden[0])
+        stream.step()
     for number, block in enumerate(decoder.blocks):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=False).logits
-        for index, hidden in enumerate(passing.borders):
+        for index, hidden in enumerate([*borders, stream.hidden[0]]):
             ran.clear()
             with decoder.resumed(index, hidden):
                 assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import nsvd
-from nsvd.walk.sampling import draw
+from nsvd.walk.gradients import drawn_labels
 from tests.tiny import DOWN, LATE_WINDOW, Q, assert_same, poison, state, tiny_model, token_ids
 
 IDS = token_ids(5, 8)
@@ -35,11 +35,7 @@ def test_it_is_the_second_moment_of_the_gradients_token_by_token(family, changes
     """Equal to a plain loop with the same labels, whatever the batches and the blocks' masks; the diagonal is its diagonal."""
     model = tiny_model(family, dtype=torch.float64, **changes)
     names = list(nsvd.targets(model))[:3] + list(nsvd.targets(model))[-1:]
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        said = [model(input_ids=ids).logits.float().flatten(0, 1).softmax(-1) for ids in IDS.split(batch)]
-    labels = torch.cat([draw(p, generator)[:, 0] for p in said]).view(IDS.shape)
-    expected = naive(model, names, IDS, labels)
+    expected = naive(model, names, IDS, drawn_labels(model, IDS, seed=7))
     full = nsvd.fisher(model, IDS, layers=names, seed=7, batch=batch)
     diagonal = nsvd.fisher(model, IDS, layers=names, seed=7, batch=batch, diagonal=True)
     other = nsvd.fisher(model, IDS, layers=names, seed=8, batch=batch)
@@ -59,19 +55,36 @@ def test_the_labels_are_the_model_s_own_not_the_text_s():
     assert (said - text).norm() > 0.1 * text.norm()
 
 
-def test_labels_may_be_those_of_a_teacher():
-    """The moments are those of the labels it would draw, also where it shares a layer; its own teacher learns nothing new."""
-    model, other = (tiny_model(dtype=torch.float64, seed=seed) for seed in (0, 1))
-    other.model.layers[1].mlp.down_proj = model.model.layers[1].mlp.down_proj
-    teacher = lambda ids: other(input_ids=ids).logits  # noqa: E731
+def test_labels_are_drawn_from_what_the_model_predicts():
+    """Over many windows of one text, every token comes as often as the model says; each window has draws of its own."""
+    model = tiny_model(dtype=torch.float64)
+    labels = drawn_labels(model, IDS[:1].expand(4000, -1))
     with torch.no_grad():
-        labels = draw(teacher(IDS).float().flatten(0, 1).softmax(-1), torch.Generator().manual_seed(7))
-    expected = naive(model, [DOWN], IDS, labels.view(IDS.shape))[DOWN]
-    taught = nsvd.fisher(model, IDS, layers=[DOWN], seed=7, teacher=teacher)[DOWN]
+        p = model(input_ids=IDS[:1]).logits[0, -1].softmax(-1)
+    share = labels[:, -1].bincount(minlength=len(p)) / 4000
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-12).all()
+
+
+def test_labels_depend_on_the_seed_and_the_window_alone():
+    """Not on the batches, nor on which windows are read beside it; another seed or number draws others."""
+    model = tiny_model()
+    labels = drawn_labels(model, IDS, seed=3)
+    assert torch.equal(labels, drawn_labels(model, IDS, seed=3, batch=1))
+    assert torch.equal(labels[2:], drawn_labels(model, IDS[2:], seed=3, first=2))
+    assert not torch.equal(labels, drawn_labels(model, IDS, seed=4))
+    assert not torch.equal(labels[2:], drawn_labels(model, IDS[2:], seed=3))
+
+
+def test_labels_may_be_those_of_another_model():
+    """The moments are those of the labels that are given; its own labels, given, change nothing."""
+    model, other = (tiny_model(dtype=torch.float64, seed=seed) for seed in (0, 1))
+    labels = drawn_labels(other, IDS, seed=7)
+    expected = naive(model, [DOWN], IDS, labels)[DOWN]
+    taught = nsvd.fisher(model, IDS, layers=[DOWN], labels=labels)[DOWN]
     assert (taught - expected).norm() <= 1e-5 * expected.norm()
     own = nsvd.fisher(model, IDS, layers=[DOWN], seed=7)[DOWN]
     assert (taught - own).norm() > 1e-2 * own.norm()
-    same = nsvd.fisher(model, IDS, layers=[DOWN], seed=7, teacher=lambda ids: model(input_ids=ids).logits)[DOWN]
+    same = nsvd.fisher(model, IDS, layers=[DOWN], labels=drawn_labels(model, IDS, seed=7))[DOWN]
     torch.testing.assert_close(same, own)
 
 
@@ -131,11 +144,11 @@ def test_hooks_and_flags_are_restored_after_an_error():
 
 
 def test_nan_names_the_layer():
-    """As in calibration: the first layer whose gradient is spoilt."""
+    """The first that is met on the way back."""
     model = tiny_model()
     poison(model, "model.norm.weight")
     before = state(model)
-    with pytest.raises(FloatingPointError, match=f"gradient at layer {Q} holds NaN or Inf"):
+    with pytest.raises(FloatingPointError, match=f"gradient at layer {Q.replace('.0.', '.1.')} holds NaN or Inf"):
         nsvd.fisher(model, IDS)
     assert_same(before, model)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import nsvd
+from nsvd.walk.calibrate import Walked, walkable
 from nsvd.walk.hooks import watch_inputs
-from nsvd.walk.walked import Walked, walkable
 from tests.tiny import FAMILIES, LATE_WINDOW, Q, assert_same, poison, state, tiny_model, token_ids
 
 IDS, OTHER = token_ids(19, 12), token_ids(9, 7, seed=5)

@@ -1,0 +1,209 @@
+"""Moments of every layer's inputs, one block at a time: what is held does not grow with the number of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nsvd.linalg import Moments
+from nsvd.walk.decoder import Decoder
+from nsvd.walk.hooks import evaluating, watch_inputs
+from nsvd.walk.moments import (
+    RunningMoments,
+    body_forward,
+    check_names,
+    check_sums,
+    check_windows,
+    inputs_of,
+    mixed,
+    origin_of,
+    overflow,
+    shares_of,
+)
+from nsvd.walk.shelf import Shelf
+from nsvd.walk.statistics import Statistics
+from nsvd.walk.stream import BATCH, Batch, Stream
+from nsvd.walk.targets import targets
+
+STREAM = "moments-stream"  # on the shelf
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    layers: Iterable[str] | None = None,
+    batch: int = BATCH,
+    progress: bool = False,
+) -> Statistics:
+    """Second moments of the inputs of the named layers, by default all target layers.
+
+    The text goes through the model one block at a time, ``batch`` windows at once; the output head does not run. A model that
+    cannot be taken apart is run whole. Sums are in float64, on the device where the inputs are, one for all layers that read
+    one and the same tensor.
+
+    Raises:
+        ValueError: if ``windows`` is empty or such as the model cannot read, or there is no such layer, or one that the text
+            does not reach; it is named.
+        FloatingPointError: if an input holds NaN or Inf; the first such layer is named. Likewise for what the model's
+            body gives out, with the module where that begins.
+    """
+    check_windows(windows, model)
+    names = list(targets(model) if layers is None else layers)
+    check_names(model, names)
+    decoder = walkable(model, names)
+    if decoder is None:
+        return _whole(model, windows, names, batch, progress)
+    return Walked(decoder, [windows], names, batch=batch, progress=progress).all({})
+
+
+class Walked(Mapping[str, Moments]):
+    """The same moments as ``calibrate`` and ``mix`` give, taken as they are asked for, in the order of the blocks.
+
+    At any time it holds the hidden states (count, length, d) of all windows before one block, in the host's memory, and the
+    moments of this block's layers. Those of earlier blocks are gone. The blocks themselves must stay as they are until
+    theirs are taken: a layer may be exchanged once its block is passed. On a ``shelf`` that lasts, ``save`` keeps the border that
+    was reached, and the same walk begins there the next time, or at the border ``at``.
+
+    Raises:
+        ValueError: as ``calibrate``; a layer in none of the blocks.
+        KeyError: for a layer that is not there, or whose block is passed.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        domains: Sequence[Tensor],
+        layers: Sequence[str],
+        weights: Sequence[float] | str = "uniform",
+        *,
+        shelf: Shelf | None = None,
+        at: int | None = None,
+        batch: int = BATCH,
+        progress: bool = False,
+    ):
+        self.decoder, self.gradients = decoder, {}
+        for ids in domains:
+            check_windows(ids, decoder.model)
+        self.inputs, *others = [inputs_of(decoder.model, layers, ids, batch) for ids in domains]
+        if any(other != self.inputs for other in others):
+            raise ValueError("the statistics to mix are not of the same layers")
+        self._block = {layer: decoder.index(layer) for layer in layers}
+        self._shares = shares_of(weights, len(domains))
+        origins = [origin_of(decoder.model, ids) for ids in domains]
+        self.origin = origins[0] if len(origins) == 1 else {"mixed": origins, "weights": self._shares}
+        self._moments: dict[str, Moments] = {}
+        self._shelf = shelf if shelf is not None and shelf.lasting else None
+        with torch.no_grad(), evaluating(decoder.model):
+            self._stream = Stream(decoder, domains, batch=batch)
+        if self._shelf is not None:
+            self._stream.restore(self._shelf, STREAM, at)
+        self._bar = tqdm(total=len(decoder), desc="moments", disable=not progress, leave=False)
+        self._bar.update(self._stream.at)
+
+    def __getitem__(self, layer: str) -> Moments:
+        if layer not in self._block:
+            raise KeyError(f"the statistics hold no layer {layer!r}")
+        if self._block[layer] < self._stream.at - 1:
+            raise KeyError(f"the moments of layer {layer} are gone: its block is passed")
+        while self._stream.at <= self._block[layer]:
+            self._advance()
+        return self._moments[self.inputs[layer]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def shares(self, _count: int) -> list[float]:
+        """The weights, of sum 1, of the domains."""
+        return self._shares
+
+    @property
+    def at(self) -> int:
+        """The border that was reached."""
+        return self._stream.at
+
+    def save(self) -> None:
+        """Keep the border: what was taken up to here need not be taken again."""
+        if self._shelf is not None:
+            self._stream.save(self._shelf, STREAM)
+
+    def forget(self) -> None:
+        """Let go of the borders that were kept before this one."""
+        if self._shelf is not None:
+            self._stream.forget(self._shelf, STREAM)
+
+    def all(self, into: MutableMapping[str, Moments]) -> Statistics:
+        """The moments of all layers, put ``into`` a mapping by the first layer that reads each input."""
+        while self._stream.at < len(self.decoder):
+            self._advance()
+            for leader, moments in self._moments.items():
+                into[leader] = moments
+            self.save()
+            self.forget()
+        self._moments = {}
+        return Statistics(into, self.inputs, self.origin)
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        """Take the next block's moments, and go on behind it."""
+        stream, model = self._stream, self.decoder.model
+        here = [leader for leader in dict.fromkeys(self.inputs.values()) if self._block[leader] == stream.at]
+        parts = [{leader: RunningMoments() for leader in here} for _ in self._shares]
+        with evaluating(model), self.decoder.held(stream.at):
+            for index, batch in enumerate(stream.batches):
+                sums = parts[batch.domain]
+                with watch_inputs(model, here, lambda name, x, sums=sums: sums[name].add(x)):
+                    stream.hidden[index] = stream.through(batch, stream.hidden[index]).cpu()
+        for sums in parts:
+            check_sums(model, sums)
+        stream.at += 1
+        for batch, hidden in zip(stream.batches, stream.hidden, strict=True):
+            if not self._sound(batch, hidden):
+                raise overflow(model, batch.ids)
+        self._moments = {}
+        for leader in here:
+            each = [sums[leader].result() for sums in parts]
+            self._moments[leader] = each[0] if len(each) == 1 else mixed(each, self._shares)
+        self._bar.update()
+        if stream.at == len(self.decoder):
+            self._bar.close()
+
+    def _sound(self, batch: Batch, hidden: Tensor) -> bool:
+        """Whether hidden states are finite, those behind the last block also as the body of the model gives them out."""
+        if self._stream.at < len(self.decoder):
+            return bool(hidden.isfinite().all())
+        return bool(self.decoder.ended(batch.ids, hidden.to(self.decoder.device)).isfinite().all())
+
+
+def walkable(model: nn.Module, layers: Iterable[str] = ()) -> Decoder | None:
+    """The model taken apart into blocks, or None where it cannot be run so, or one of the layers is in no block."""
+    try:
+        with evaluating(model):
+            decoder = Decoder(model)
+        for layer in layers:
+            decoder.index(layer)
+    except ValueError:
+        return None
+    return decoder
+
+
+def _whole(model: nn.Module, windows: Tensor, names: Sequence[str], batch: int, progress: bool) -> Statistics:
+    """``calibrate`` by whole passes: the sums of all layers at once."""
+    inputs = inputs_of(model, names, windows, batch)
+    running, overflown = {name: RunningMoments() for name in dict.fromkeys(inputs.values())}, None
+    with watch_inputs(model, running, lambda name, x: running[name].add(x)):
+        for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
+            if overflown is None and not body_forward(model, ids).isfinite().all():
+                overflown = ids
+    check_sums(model, running)
+    if overflown is not None:
+        raise overflow(model, overflown)
+    return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin_of(model, windows))

@@ -1,0 +1,180 @@
+"""Where tensors wait that would be too many for memory, and what an interrupted run is resumed from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
+from tempfile import mkdtemp
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nsvd.linalg import Decomposition, Moments
+from nsvd.linalg.decomposition import Oblique, Orthogonal, Spectrum
+from nsvd.stored.files import fingerprint
+
+LIMIT = 2**28  # bytes kept in memory by default; what comes later goes to files
+
+_ENDING = ".safetensors"
+_KINDS = {kind.__name__: kind for kind in (Moments, Orthogonal, Oblique, Spectrum)}
+
+
+class Shelf:
+    """Groups of tensors by key, with a note each (whatever JSON holds).
+
+    Without a folder they are kept in memory up to ``limit`` bytes, and after that in a temporary folder that goes with the
+    shelf. With a ``folder`` every group is a file there: it appears whole or not at all, and a later shelf on the same folder
+    finds it. What such a shelf finds is compared with its sum when it is first read.
+    """
+
+    def __init__(self, folder: Path | None = None, *, limit: int = LIMIT):
+        self.lasting, self.limit, self._folder = folder is not None, limit, folder
+        self._held: dict[str, tuple[dict[str, Tensor], dict]] = {}
+        self._bytes, self._ours = 0, set()
+
+    def put(self, key: str, tensors: Mapping[str, Tensor], **note) -> None:
+        """Keep a group; one of the same key is replaced."""
+        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        if self.lasting:
+            return self._write(key, tensors, note)
+        self.drop(key)
+        size = _size(tensors)
+        if self._bytes + size > self.limit:
+            return self._write(key, tensors, note)
+        self._held[key], self._bytes = (tensors, note), self._bytes + size
+
+    def get(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a group, on the CPU.
+
+        Raises:
+            KeyError: if there is no such group.
+            OSError: if its file is not what was written.
+        """
+        return self._read(key)[0]
+
+    def note(self, key: str) -> dict:
+        """What ``put`` was told beside the tensors; raises as ``get``."""
+        if key in self._held:
+            return self._held[key][1]
+        with safe_open(self._existing(key), "pt") as stored:
+            return json.loads(stored.metadata()["note"])
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._held or (self._folder is not None and self.file(key).is_file())
+
+    def drop(self, key: str) -> None:
+        """Forget a group, if it is there."""
+        if key in self._held:
+            self._bytes -= _size(self._held.pop(key)[0])
+        elif self._folder is not None:
+            self.file(key).unlink(missing_ok=True)
+
+    def file(self, key: str) -> Path:
+        """Where a group is, or would be, in the folder."""
+        if self._folder is None:
+            self._folder = Path(mkdtemp(prefix="nsvd-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder / f"{key}{_ENDING}"
+
+    def kept(self, name: str) -> Kept:
+        """A mapping whose values lie on this shelf under ``name``."""
+        return Kept(self, name)
+
+    def keys(self, prefix: str) -> list[str]:
+        """The keys that begin with ``prefix/``, in order."""
+        here = [key for key in self._held if key.startswith(f"{prefix}/")]
+        folder = None if self._folder is None else self._folder / prefix
+        if folder is not None and folder.is_dir():
+            here += [f"{prefix}/{file.name.removesuffix(_ENDING)}" for file in folder.glob(f"*{_ENDING}")]
+        return sorted(here)
+
+    def _existing(self, key: str) -> Path:
+        if self._folder is None or not self.file(key).is_file():
+            raise KeyError(f"nothing is kept under {key}")
+        return self.file(key)
+
+    def _write(self, key: str, tensors: dict[str, Tensor], note: dict) -> None:
+        file = self.file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.part")
+        about = {"note": json.dumps(note), "sum": _sum(tensors, note) if self.lasting else ""}
+        save_file(tensors, part, metadata=about)
+        os.replace(part, file)
+        self._ours.add(key)
+
+    def _read(self, key: str) -> tuple[dict[str, Tensor], dict]:
+        if key in self._held:
+            return self._held[key]
+        file = self._existing(key)
+        with safe_open(file, "pt") as stored:
+            about = stored.metadata()
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        note = json.loads(about["note"])
+        if self.lasting and key not in self._ours:
+            if about["sum"] != _sum(tensors, note):
+                raise OSError(f"{file} is not what was written there")
+            self._ours.add(key)
+        return tensors, note
+
+
+class Kept(MutableMapping):
+    """Tensors, moments or decompositions by name, on a shelf; the one read last stays in memory."""
+
+    def __init__(self, shelf: Shelf, name: str):
+        self.shelf, self.name, self._last = shelf, name, (None, None)
+
+    def __setitem__(self, key: str, value: Tensor | Moments | Decomposition | Spectrum) -> None:
+        kind, tensors, note = type(value).__name__, {"": value}, {}
+        if dataclasses.is_dataclass(value):
+            parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            first = {id(part): name for name, part in reversed(parts.items())}
+            tensors = {n: part for n, part in parts.items() if isinstance(part, Tensor) and first[id(part)] == n}
+            note = {n: part for n, part in parts.items() if not isinstance(part, Tensor)}
+            note |= {n: f"= {first[id(part)]}" for n, part in parts.items() if first[id(part)] != n and n not in note}
+        self.shelf.put(f"{self.name}/{key}", tensors, kind=kind, parts=note)
+        self._last = (None, None)
+
+    def __getitem__(self, key: str):
+        if self._last[0] == key:
+            return self._last[1]
+        at = f"{self.name}/{key}"
+        if at not in self.shelf:
+            raise KeyError(key)
+        tensors, note = self.shelf._read(at)
+        kind = _KINDS.get(note["kind"])
+        value = tensors[""] if kind is None else kind(**tensors | _filled(note["parts"], tensors))
+        self._last = (key, value)
+        return value
+
+    def __delitem__(self, key: str) -> None:
+        self.shelf.drop(f"{self.name}/{key}")
+        self._last = (None, None)
+
+    def __contains__(self, key: object) -> bool:
+        return f"{self.name}/{key}" in self.shelf
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([key.removeprefix(f"{self.name}/") for key in self.shelf.keys(self.name)])
+
+    def __len__(self) -> int:
+        return len(self.shelf.keys(self.name))
+
+
+def _filled(parts: dict, tensors: dict[str, Tensor]) -> dict:
+    """The parts of a value that are no tensors of their own: numbers, None, and other names of one tensor."""
+    same = lambda part: isinstance(part, str) and part.startswith("= ")  # noqa: E731
+    return {name: tensors[part[2:]] if same(part) else part for name, part in parts.items()}
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _sum(tensors: Mapping[str, Tensor], note: dict) -> str:
+    return fingerprint(tensors[name] for name in sorted(tensors)) + json.dumps(note, sort_keys=True)

@@ -1,0 +1,85 @@
+"""Texts on their way through the blocks: the hidden states of all windows at one border between two blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsvd.walk.decoder import Call, Decoder, Entered
+from nsvd.walk.shelf import Shelf
+
+BATCH = 8  # windows read at a time
+
+
+@dataclass
+class Batch:
+    """Some windows of one domain: token ids (count, length), the number of the first among all windows of all domains, and
+    the calls of every block."""
+
+    domain: int
+    first: int
+    ids: Tensor
+    calls: list[Call]
+
+
+class Stream:
+    """All windows of all domains before block ``at``.
+
+    ``hidden`` has the states (count, length, d) of every batch, in the host's memory. ``step`` takes them through the next block.
+    Where a walk was interrupted, ``restore`` begins at a border that was kept.
+    """
+
+    def __init__(self, decoder: Decoder, domains: Sequence[Tensor], *, batch: int = BATCH):
+        self.decoder, self.at = decoder, 0
+        self.batches: list[Batch] = []
+        self.hidden: list[Tensor] = []
+        entered: Entered | None = None
+        first = 0
+        for domain, windows in enumerate(domains):
+            for ids in windows.split(batch):
+                entered = decoder.enter(ids, like=entered)
+                self.batches.append(Batch(domain, first, entered.ids, entered.calls))
+                self.hidden.append(entered.hidden.cpu())
+                first += len(ids)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Run the next block on every batch."""
+        with self.decoder.held(self.at):
+            for index, batch in enumerate(self.batches):
+                self.hidden[index] = self.through(batch, self.hidden[index]).cpu()
+        self.at += 1
+
+    def through(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """What the next block makes of hidden states, on its device."""
+        return self.decoder.run(self.at, hidden.to(self.decoder.device), batch.calls[self.at])
+
+    def save(self, shelf: Shelf, key: str) -> None:
+        """Keep the border for ``restore``, beside those that are there."""
+        shelf.put(f"{key}/{self.at}", numbered(self.hidden))
+
+    def restore(self, shelf: Shelf, key: str, at: int | None = None) -> None:
+        """Go on at the border ``at``, or the last that was kept."""
+        kept = [int(name.removeprefix(f"{key}/")) for name in shelf.keys(key)]
+        at = max(kept, default=0) if at is None else at
+        if at:
+            self.at, self.hidden = at, in_order(shelf.get(f"{key}/{at}"))
+
+    def forget(self, shelf: Shelf, key: str) -> None:
+        """Drop the borders that were kept before this one."""
+        for name in shelf.keys(key):
+            if int(name.removeprefix(f"{key}/")) < self.at:
+                shelf.drop(name)
+
+
+def numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """A list as a group of tensors for a shelf."""
+    return {str(index): tensor for index, tensor in enumerate(tensors)}
+
+
+def in_order(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The list again."""
+    return [tensors[str(index)] for index in range(len(tensors))]
