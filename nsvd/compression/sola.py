@@ -1,31 +1,32 @@
-"""SoLA on a model: ranks for the blocks of its layers, and the layers that take their place (arXiv 2604.03258).
-
-Nothing is exchanged here: ``compress_`` does it when everything is computed.
-"""
+"""SoLA on a model: ranks for the blocks of its layers, and the layers that take their place (arXiv 2604.03258)."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import check_statistics, decompositions, naming
 from nsvd.compression.report import relative_errors
 from nsvd.compression.sola_blocks import blocks
 from nsvd.compression.whole_layers import Result
-from nsvd.linalg import Decomposition, LowRank
+from nsvd.linalg import Decomposition, LowRank, saves_parameters
 from nsvd.linalg.budget import cut, spectrum_steps
 from nsvd.linalg.factors import remaining
 from nsvd.linalg.precision import double, home
 from nsvd.linalg.sola import COLUMNS, Block, Split
 from nsvd.linalg.sola_ranks import Move, common, even, on_grid, search
 from nsvd.stored.layers import LowRankLinear, SplitColumns, SplitRows
+from nsvd.walk.lazy import held
 from nsvd.walk.roles import Roles, roles
+from nsvd.walk.soundness import check_exchanged
+from nsvd.walk.targets import by_block
 
 
 def split(job: Exchange, prepared: Mapping[str, Decomposition] | None, before: Tensor) -> Result:
