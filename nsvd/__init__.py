@@ -10,6 +10,7 @@ from nsvd.compression.measure import prepare
 from nsvd.compression.recipes import RECIPES
 from nsvd.compression.strs import Sensitivity, sensitivity
 from nsvd.lab.calibration import domains
+from nsvd.lab.compress import compress
 from nsvd.lab.corpora import EMBEDDED, documents, windows
 from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "cache_bytes",
     "calibrate",
+    "compress",
     "compress_",
     "compress_kv_",
     "decompose",

@@ -15,8 +15,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for _library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):  # what matters of what they say is raised
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
-SEARCH_COUNT = 32  # windows of every part, as in the ASVD paper
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input, 1 for a notebook that failed."""
@@ -64,76 +62,30 @@ def run(chosen: argparse.Namespace) -> int:
 def compress(chosen: argparse.Namespace) -> None:
     """Compress a model into a folder."""
     import nsvd
-    from nsvd.compression.measure import statistics_of
     from nsvd.compression.recipes import RECIPES, base_method
-    from nsvd.lab.calibration import begins_with_bos, domains
-    from nsvd.lab.models import check_apart
-    from nsvd.linalg.factors import check_ratio
-    from nsvd.stored.checkpoint import check_target
-    from nsvd.stored.files import short_name
+    from nsvd.lab.compress import compressed
 
-    method = base_method(chosen.method)
     names = ("k1", "alpha", "mu", "eta", *nsvd.METHODS["sola"].options)
     options = {name: value for name in names if (value := getattr(chosen, name)) is not None}
-    method.resolve(options)
-    if chosen.ratio is None and chosen.cache_ratio is None:
-        raise ValueError("give --ratio, --cache-ratio or both")
-    if chosen.cache_ratio is not None and not 0 < chosen.cache_ratio <= 1:
-        raise ValueError(f"cache ratio is {chosen.cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
-    if chosen.ratio is not None:
-        check_ratio(chosen.ratio)
-    strs = chosen.allocation == "strs"
-    if chosen.search_count is not None and (chosen.search_count < 1 or not strs):
-        raise ValueError(
-            f"--search-count is {chosen.search_count}; it goes with --allocation strs, 1 window is the least"
-        )
-    for name in ("refine", "distill"):
-        if getattr(chosen, name) < 0:
-            raise ValueError(f"--{name} is {getattr(chosen, name)}, but a number of steps is not negative")
-    for name in ("allocation", "factors", "shifted", "refine", "distill"):
-        if chosen.ratio is None and getattr(chosen, name):
-            raise ValueError(f"--{name} goes with --ratio")
-    if chosen.cache_ratio is None and chosen.joint is not None:
-        raise ValueError("--joint goes with --cache-ratio")
-    if chosen.ratio is None and chosen.weights == "worst-case":
-        raise ValueError("--weights worst-case goes with --ratio")
-    check_target(chosen.out)
-    check_apart(chosen.model, chosen.out)
-    bar = sys.stderr.isatty()
-    model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
-    windows, stats, calibration = [], None, None
-    needed, idle = method.needs_moments or chosen.weights != "uniform", not (chosen.ratio or chosen.cache_ratio)
-    if not idle and (needed or chosen.allocation in ("strs", "fisher") or chosen.shifted or chosen.distill):
-        name = chosen.calibration or _usual_text(chosen.model, chosen.method)
-        windows = domains(name, model, tokenizer, **_text(chosen))
-        if chosen.allocation == "strs" and len({ids.shape[1] for ids in windows}) > 1:
-            raise ValueError(f"--allocation strs needs windows of one length, so not {name}")
-        calibration = {
-            "corpus": name,
-            "seed": chosen.seed,
-            "windows": [list(ids.shape) for ids in windows],
-            "bos": [begins_with_bos(ids, tokenizer, model) for ids in windows],
-        }
-    if needed and chosen.cache_ratio is not None:  # of the dense model, for the cache, too
-        stats = statistics_of(model, windows, chosen.weights, ratio=chosen.ratio, progress=bar)
-        calibration |= {"statistics": stats.origin}
-    about, said, search = (
-        {"model": short_name(chosen.model)},
-        [],
-        SEARCH_COUNT if chosen.search_count is None else chosen.search_count,
+    same = (
+        "method",
+        "ratio",
+        "cache_ratio",
+        "joint",
+        "calibration",
+        "count",
+        "length",
+        "bos",
+        "seed",
+        "weights",
+        "allocation",
     )
-    if chosen.ratio is not None:
-        report = nsvd.compress_(
-            model, stats, method=chosen.method, ratio=chosen.ratio, allocation=chosen.allocation, factors=chosen.factors,
-            shifted=chosen.shifted, refine=chosen.refine, distill=chosen.distill, windows=windows,
-            weights=chosen.weights if stats is None else "uniform", search_count=search if strs else None,
-            seed=chosen.seed, progress=bar, **options,
-        )  # fmt: skip
-        about |= _as_json(report) | ({"moves": report.moves} if report.moves else {})
-        if calibration:
-            calibration |= {"statistics": report.calibration}
-        if strs and calibration:
-            calibration["search_windows"] = [list(ids[:search].shape) for ids in windows]
+    same += ("factors", "shifted", "refine", "distill", "search_count", "dtype", "device")
+    arguments = {name: getattr(chosen, name) for name in same} | options
+    tell = lambda sentence: print(f"nsvd compress: {sentence}", file=sys.stderr)  # noqa: E731
+    done = compressed(chosen.model, chosen.out, **arguments, progress=sys.stderr.isatty(), tell=tell)
+    said = []
+    if report := done.weights:
         dense = int(report.table.dense.sum())
         said.append(
             f"{report.ratio_reached:.1%} of the layers' {report.params_before:,} parameters removed "
@@ -143,13 +95,9 @@ def compress(chosen: argparse.Namespace) -> None:
             f"{report.model_ratio_reached:.1%} of the whole model's {report.model_params_before:,} removed, "
             f"left alone {_first(report.left_alone)}"
         )
-    if chosen.cache_ratio is not None:
-        how = {"method": chosen.method, "cache_ratio": chosen.cache_ratio, "joint": chosen.joint}
-        report = nsvd.compress_kv_(model, stats, **how, windows=windows, seed=chosen.seed, **options)
-        about["cache"] = _as_json(report)
+    if report := done.cache:
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
-    nsvd.save(model, tokenizer, chosen.out, report=about | {"calibration": calibration})
-    label = chosen.method if chosen.method in RECIPES else method.label
+    label = chosen.method if chosen.method in RECIPES else base_method(chosen.method).label
     print(f"{chosen.out}: {label}, {'; '.join(said)}")
 
 
@@ -160,24 +108,9 @@ def _first(sizes: dict[str, int], most: int = 3) -> str:
     return ", ".join(told + ([f"others ({rest:,})"] if rest else []))
 
 
-def _usual_text(model: str, method: str) -> str:
-    """The text to calibrate on where none is named."""
-    from nsvd import RECIPES, embedded_models
-
-    if method in RECIPES:
-        return "self"
-    if model not in embedded_models():
-        raise ValueError(f"{model} is no embedded model: name a text to calibrate it on, --calibration CORPUS, or self")
-    return "mini/encyclopedia"
-
-
 def _text(chosen: argparse.Namespace) -> dict:
     """How a text is cut."""
     return {"length": chosen.length, "count": chosen.count, "seed": chosen.seed, "bos": chosen.bos}
-
-
-def _as_json(report) -> dict:
-    return report.as_dict() | {"layers": json.loads(report.table.to_json(orient="records"))}
 
 
 def evaluate(chosen: argparse.Namespace) -> None:
@@ -375,9 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="of gradient descent on all factors towards the dense model, a hundred or two (default: 0)",
     )
-    sub.add_argument(
-        "--search-count", type=int, help=f"calibration windows for strs to search on (default: {SEARCH_COUNT})"
-    )
+    sub.add_argument("--search-count", type=int, help="calibration windows for strs to search on (default: 32)")
     common(sub)
 
     sub = command(evaluate)

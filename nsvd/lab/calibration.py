@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ def domains(
     count: int | None = None,
     seed: int = 0,
     bos: bool | None = None,
+    write: Callable[..., Tensor] = own_text,
 ) -> list[Tensor]:
     """Windows (count, length) of every part of a name: ``self``, ``random``, ``wikitext2``, ``self+wikitext2``, …
 
@@ -27,7 +29,7 @@ def domains(
 
     ``count`` windows are shared out evenly among the parts. Where none is asked for, 256; 128 where own text or random tokens
     stand alone. ``bos`` is as in ``windows``: whether each begins with a BOS token. Own text begins with the tokenizer's or, where
-    the tokenizer adds none by itself, with the one that the model's configuration names.
+    the tokenizer adds none by itself, with the one that the model's configuration names; ``write`` is what makes it of the model.
 
     Raises:
         ValueError: as ``windows``; or fewer windows than parts.
@@ -44,7 +46,7 @@ def domains(
     found = []
     for part in parts:
         if part == "self":
-            found.append(own_text(model, **how, start=first, bos=bos is not False))
+            found.append(write(model, **how, start=first, bos=bos is not False))
         elif part == "random":
             found.append(random_tokens(model.config.get_text_config().vocab_size, **how, start=first))
         else:

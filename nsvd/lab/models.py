@@ -42,16 +42,33 @@ def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool
         CheckpointError: if a tensor is missing, misshaped, unreadable or not finite, a file has another sum than its
             manifest tells, or the model needs code of its own.
     """
+    asked = {"dtype": dtype, "device": device}
+    place = place_of(source)
+    if place.is_file():
+        return load_gguf(place, **asked)
+    model, tokenizer = load_folder(place, **asked, verify=verify)
+    if not Path(source).is_dir() and str(source) not in embedded_models():
+        model.config._name_or_path = str(source)  # not the folder of the cache
+    return model, tokenizer
+
+
+def place_of(source: str | Path) -> Path:
+    """The folder, or ``.gguf`` file, that a name stands for; a model of the hub is brought into the local cache.
+
+    Raises:
+        FileNotFoundError: if the name is nothing that ``load`` takes, or a hub id that cannot be reached.
+    """
     name, embedded = str(source), embedded_models()
-    asked = {"dtype": dtype, "device": device, "verify": verify}
     if name in embedded:
-        return load_folder(embedded[name], **asked)
+        return embedded[name]
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
             raise FileNotFoundError(f"{Path(source)} is a folder without config.json, so not a model")
-        return load_folder(source, **asked)
-    if name in PACKAGED or (Path(source).is_file() and name.endswith(".gguf")):
-        return load_gguf(packaged(name) if name in PACKAGED else source, dtype=dtype, device=device)
+        return Path(source)
+    if name in PACKAGED:
+        return packaged(name)
+    if Path(source).is_file() and name.endswith(".gguf"):
+        return Path(source)
     if Path(source).exists():
         raise NotADirectoryError(
             f"{source} is a file; a model is a folder with config.json and weights, or a .gguf file"
@@ -60,11 +77,8 @@ def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise FileNotFoundError(f"no model {name!r}: {advice}")
     try:
-        folder = download(name)
+        return download(name)
     except OSError as error:
         raise FileNotFoundError(
             f"{name!r} is no local folder and could not be downloaded from the hub: {advice}"
         ) from error
-    model, tokenizer = load_folder(folder, **asked)
-    model.config._name_or_path = name  # not the folder of the cache
-    return model, tokenizer

@@ -217,11 +217,19 @@ def check_target(folder: str | Path) -> None:
     check_writable(folder, folder=True)
 
 
-def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict | None = None) -> None:
+def save(
+    model: PreTrainedModel,
+    tokenizer,
+    folder: str | Path,
+    *,
+    report: dict | None = None,
+    write: Callable[[PreTrainedModel, Path], None] | None = None,
+) -> None:
     """Write model and tokenizer as a folder that ``load`` and, after ``import nsvd``, ``from_pretrained`` read.
 
     The folder appears when everything is written; an older model there is replaced whole, anything else is refused.
-    ``report`` is put beside the weights as ``nsvd_report.json``, the sums of all files as ``nsvd_manifest.json``.
+    ``report`` is put beside the weights as ``nsvd_report.json``, the sums of all files as ``nsvd_manifest.json``. ``write`` puts
+    the weights and the configuration of the model into a folder; by default it is ``save_pretrained``.
 
     Raises:
         OSError: if the folder cannot be written, or something else than a model would be lost.
@@ -229,11 +237,13 @@ def save(model: PreTrainedModel, tokenizer, folder: str | Path, *, report: dict 
     """
     check_target(folder)
     check_unwrapped(model)
-    if empty := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if write is None and empty is not None:
         raise ValueError(f"cannot write {folder}: the parameter {empty} is on the device meta, so it has no values")
-    check_finite(model)
+    if write is None:
+        check_finite(model)
     with replacing(folder) as part, quiet():
-        model.save_pretrained(part)
+        model.save_pretrained(part) if write is None else write(model, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         if report is not None:

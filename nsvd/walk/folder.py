@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from itertools import groupby
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from nsvd.stored.folder import CONFIG, Stored
+from nsvd.stored.folder import CONFIG, INDEX, SINGLE, Stored
 from nsvd.stored.foreign import quiet, reading
 from nsvd.stored.loading import looked_at, read_tokenizer, skeleton, usable_device, usable_dtype
 from nsvd.stored.skeleton import check_blocks, check_finite
-from nsvd.walk.decoder import block_list
-from nsvd.walk.lazy import Place, Slot, Source, filled, make_lazy, read, slots
+from nsvd.walk.decoder import block_list, place_in
+from nsvd.walk.lazy import Place, Slot, Source, filled, held, make_lazy, read, slots
+
+SHARD_BYTES = 2**29  # of an output file, and in memory while it is written
 
 
 class WholeOnly(ValueError):
@@ -139,3 +144,51 @@ def _read_outside(model: PreTrainedModel, found: Mapping[str, Place], begin: str
         value = filled(empty, values[0])
         for slot in group.values():
             slot.put(value)
+
+
+def write_folder(model: PreTrainedModel, folder: Path) -> None:
+    """Write configuration and weights as ``save_pretrained`` does, the blocks one after the other.
+
+    ``SHARD_BYTES`` are in memory at most, or one tensor. Raises ``CheckpointError`` as ``held``.
+    """
+    config = model.config
+    config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
+    with quiet():
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+    shards = _shards(model)
+    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": keys for i, keys in enumerate(shards, start=1)}
+    if len(files) == 1:
+        files = {SINGLE: shards[0]}
+    total = 0
+    for file, keys in files.items():
+        tensors = _gathered(model, keys)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        where = {key: file for file, keys in files.items() for key in keys}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)
+        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _shards(model: PreTrainedModel) -> list[list[str]]:
+    """The names of what is stored, in order, in groups of ``SHARD_BYTES`` at most; tied tensors are stored once."""
+    shards, size = [[]], 0
+    for key, value in model.state_dict().items():
+        if key not in model.all_tied_weights_keys:
+            size += value.numel() * value.element_size()
+            if shards[-1] and size > SHARD_BYTES:
+                shards, size = [*shards, []], value.numel() * value.element_size()
+            shards[-1].append(key)
+    return shards
+
+
+def _gathered(model: PreTrainedModel, keys: list[str]) -> dict[str, torch.Tensor]:
+    """These tensors of a state dict, on the CPU; blocks are read for it."""
+    (name, blocks), found = block_list(model), {}
+    for place, some in groupby(keys, lambda key: (place_in(name, key) or (None,))[0]):
+        with nullcontext() if place is None else held(blocks[place]):
+            now = slots(model)
+            found |= {key: now[key].tensor.detach().to("cpu", copy=True).contiguous() for key in some}
+    return found

@@ -75,6 +75,17 @@ class Shelf:
         elif self._folder is not None:
             self.file(key).unlink(missing_ok=True)
 
+    def begun(self, *apart: str) -> bool:
+        """Whether there is any group in the folder but those."""
+        files = () if self._folder is None else self._folder.rglob(f"*{_ENDING}")
+        return any(file.relative_to(self._folder).as_posix().removesuffix(_ENDING) not in apart for file in files)
+
+    def clear(self) -> None:
+        """Forget all groups."""
+        self._held, self._bytes, self._ours = {}, 0, set()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
     def file(self, key: str) -> Path:
         """Where a group is, or would be, in the folder."""
         if self._folder is None:

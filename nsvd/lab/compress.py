@@ -1,0 +1,328 @@
+"""From one folder to another: a model is compressed block by block, and a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.linalg import LinAlgError
+from transformers import PreTrainedModel
+
+from nsvd.cache.compress import CacheReport, compress_kv_
+from nsvd.compression.compress import carry_out
+from nsvd.compression.measure import statistics_of
+from nsvd.compression.recipes import RECIPES, base_method
+from nsvd.compression.report import Report
+from nsvd.compression.request import Request, resolve
+from nsvd.lab.calibration import begins_with_bos, domains
+from nsvd.lab.models import check_apart, embedded_models, load, place_of
+from nsvd.lab.records import origin
+from nsvd.linalg.factors import check_ratio
+from nsvd.stored.checkpoint import check_target, save
+from nsvd.stored.files import fingerprint, reached, replacing, short_name
+from nsvd.stored.locks import locked
+from nsvd.walk.folder import WholeOnly, open_folder, write_folder
+from nsvd.walk.sampling import own_text
+from nsvd.walk.shelf import Shelf
+
+SEARCH_COUNT = 32  # windows of every part that strs searches on, as in the ASVD paper
+
+
+class Outcome(NamedTuple):
+    """What was done to the weights, to the cache, and on which text; None for what was not asked for."""
+
+    weights: Report | None
+    cache: CacheReport | None
+    calibration: dict | None
+
+
+class _Text(NamedTuple):
+    """Which text, and how it is cut; None is the default of ``domains``."""
+
+    name: str | None
+    count: int | None
+    length: int | None
+    bos: bool | None
+    seed: int
+
+
+def compress(source: str | Path, out: str | Path, **arguments) -> Report | CacheReport:
+    """Compress a model into a folder, and report; arguments and errors as ``compressed``."""
+    done = compressed(source, out, **arguments)
+    return done.cache if done.weights is None else done.weights
+
+
+def compressed(
+    source: str | Path,
+    out: str | Path,
+    *,
+    method: str = "nsvd-1",
+    ratio: float | None = None,
+    cache_ratio: float | None = None,
+    joint: bool | None = None,
+    calibration: str | None = None,
+    count: int | None = None,
+    length: int | None = None,
+    bos: bool | None = None,
+    seed: int = 0,
+    weights: str = "uniform",
+    allocation: str | None = None,
+    factors: str | None = None,
+    shifted: bool | None = None,
+    refine: int = 0,
+    distill: int = 0,
+    search_count: int | None = None,
+    dtype="auto",
+    device: str = "auto",
+    verify: bool = True,
+    progress: bool = False,
+    tell: Callable[[str], None] = lambda _sentence: None,
+    **options: float | str,
+) -> Outcome:
+    """``compress_`` and ``compress_kv_`` from folder to folder.
+
+    A dense folder is read block by block: the model is never whole in memory. What is measured on the way lies beside ``out``, in
+    ``.OUT.progress``. A run that was stopped, however, is taken up there by the same call, and ends in the same bytes; where the
+    model, the text, an argument or the code is another, it starts anew, and ``tell`` gets a sentence that says so. ``out`` appears
+    whole or not at all, the rest is removed then.
+
+    In memory, in one go, are done: a KV cache (``cache_ratio``), ``distill``, the allocation ``strs``, GGUF files, and models of
+    which blocks cannot be read alone.
+
+    Args:
+        source: an embedded name, a folder, a ``.gguf`` file or a hub id.
+        out: the folder to write; an older model there is replaced.
+        cache_ratio, joint: as in ``compress_kv_``.
+        calibration: a corpus, ``self``, ``random``, or a sum such as ``self+wikitext2``; by default ``self`` for ``best``, and
+            ``mini/encyclopedia`` for other methods on an embedded model.
+        count, length, bos: how the text is cut, see ``windows``.
+        tell: gets sentences for the user.
+        The others as in ``compress_`` and ``load``.
+
+    Raises:
+        ValueError, FloatingPointError: as ``compress_`` and ``load``.
+        OSError: if ``out`` cannot be written, something else than a model would be lost, or another run writes there.
+    """
+    text = _Text(calibration, count, length, bos, seed)
+    _check(ratio, cache_ratio, joint, weights, allocation, search_count, (factors, shifted, refine, distill))
+    base_method(method).resolve(options)
+    check_target(out)
+    check_apart(source, out)
+    ask = dict(method=method, ratio=ratio, allocation=allocation, factors=factors, shifted=shifted, refine=refine)
+    ask |= dict(distill=distill, weights=weights, seed=seed, progress=progress, options=options)
+    ask |= {"search_count": (search_count or SEARCH_COUNT) if allocation == "strs" else None}
+    place, how = place_of(source), {"dtype": dtype, "device": device, "verify": verify}
+    why = _whole(place, cache_ratio, distill, allocation)
+    if why is None:
+        try:
+            model, tokenizer = open_folder(place, **how)
+        except WholeOnly as error:
+            why = str(error)
+    if why is None:
+        with _progress(out, _about(place, text, ask | how), tell) as shelf:
+            windows, about = _windows(model, tokenizer, source, text, ask, shelf)
+            _check_text(shelf, windows, tell)
+            report = carry_out(model, _request(ask, windows), shelf=shelf)
+            done = Outcome(report, None, _told(about, report))
+            save(model, tokenizer, out, report=_as_json(source, done), write=write_folder)
+        return done
+    model, tokenizer = load(source, **how)
+    windows, about = _windows(model, tokenizer, source, text, ask, Shelf(), cache_ratio is not None)
+    request = None if ratio is None else _request(ask, windows)
+    tell(f"the model is loaded whole: {why}")
+    done = _in_memory(model, request, windows, about, ask, cache_ratio, joint)
+    save(model, tokenizer, out, report=_as_json(source, done))
+    return done
+
+
+def _check(ratio, cache_ratio, joint, weights, allocation, search_count, rest: tuple) -> None:
+    """Raise ``ValueError`` for what can be refused before a model is looked at."""
+    if ratio is None and cache_ratio is None:
+        raise ValueError("give ratio, cache_ratio or both")
+    if cache_ratio is not None and not 0 < cache_ratio <= 1:
+        raise ValueError(f"cache ratio is {cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
+    if ratio is not None:
+        check_ratio(ratio)
+    if search_count is not None and (search_count < 1 or allocation != "strs"):
+        raise ValueError(f"search_count is {search_count}; it goes with allocation 'strs', 1 window is the least")
+    for name, value in zip(("allocation", "factors", "shifted", "refine", "distill"), (allocation, *rest), strict=True):
+        if value and ratio is None:
+            raise ValueError(f"{name} goes with a ratio")
+    for name, steps in (("refine", rest[2]), ("distill", rest[3])):
+        if steps < 0:
+            raise ValueError(f"{name} is {steps}, but a number of steps is not negative")
+    if cache_ratio is None and joint is not None:
+        raise ValueError("joint goes with a cache ratio")
+    if ratio is None and weights == "worst-case":
+        raise ValueError("weights 'worst-case' go with a ratio")
+
+
+def _whole(place: Path, cache_ratio: float | None, distill: int, allocation: str | None) -> str | None:
+    """Why a model has to be in memory as a whole, if it has to."""
+    if place.is_file():
+        return "it is a GGUF file"
+    if cache_ratio is not None:
+        return "its KV cache is compressed"
+    if distill:
+        return "distillation changes all factors at once"
+    return "strs tries every layer of the whole model" if allocation == "strs" else None
+
+
+def _windows(
+    model: PreTrainedModel, tokenizer, source: str | Path, text: _Text, ask: dict, shelf: Shelf, also: bool = False
+) -> tuple[list[Tensor], dict | None]:
+    """The text of every domain, and what is told of it; none where nothing is measured."""
+    method, idle = base_method(ask["method"]), not (ask["ratio"] or also)
+    measured = method.needs_moments or ask["weights"] != "uniform" or ask["allocation"] in ("strs", "fisher")
+    if idle or not (measured or ask["shifted"] or ask["distill"]):
+        return [], None
+
+    def write(model: PreTrainedModel, **how) -> Tensor:
+        if "own-text" not in shelf:
+            shelf.put("own-text", {"ids": own_text(model, **how)})
+        return shelf.get("own-text")["ids"]
+
+    name = text.name or _usual_text(str(source), ask["method"])
+    how = {"length": text.length, "count": text.count, "seed": text.seed, "bos": text.bos}
+    windows = domains(name, model, tokenizer, **how, write=write)
+    if ask["allocation"] == "strs" and len({ids.shape[1] for ids in windows}) > 1:
+        raise ValueError(f"allocation 'strs' needs windows of one length, so not {name}")
+    about = {"corpus": name, "seed": text.seed, "windows": [list(ids.shape) for ids in windows]}
+    return windows, about | {"bos": [begins_with_bos(ids, tokenizer, model) for ids in windows]}
+
+
+def _check_text(shelf: Shelf, windows: list[Tensor], tell: Callable[[str], None]) -> None:
+    """Empty the shelf if what lies there was measured on another text."""
+    sums = [fingerprint([ids]) for ids in windows]
+    if "windows" in shelf and shelf.note("windows")["sums"] != sums:
+        tell("the text has changed since the earlier run: it is not taken up")
+        shelf.clear()
+    shelf.put("windows", {}, sums=sums)
+
+
+def _usual_text(model: str, method: str) -> str:
+    """The text to calibrate on where none is named."""
+    if method in RECIPES:
+        return "self"
+    if model not in embedded_models():
+        raise ValueError(f"{model} is no embedded model: name a text to calibrate it on, --calibration CORPUS, or self")
+    return "mini/encyclopedia"
+
+
+def _request(ask: dict, windows: list[Tensor]) -> Request:
+    chosen = {name: value for name, value in ask.items() if name != "method"}
+    return resolve(ask["method"], **chosen, ranks=None, windows=windows)
+
+
+def _in_memory(
+    model: PreTrainedModel,
+    request: Request | None,
+    windows: list[Tensor],
+    about: dict | None,
+    ask: dict,
+    cache_ratio: float | None,
+    joint: bool | None,
+) -> Outcome:
+    """All at once, on a model that is loaded; ``about`` is what is told of the text."""
+    method, stats, report, cache = base_method(ask["method"]), None, None, None
+    if windows and cache_ratio is not None and (method.needs_moments or ask["weights"] != "uniform"):
+        stats = statistics_of(model, windows, ask["weights"], ratio=ask["ratio"], progress=ask["progress"])
+        about |= {"statistics": stats.origin}  # of the dense model, for the cache, too
+        request = request and replace(request, weights="uniform")
+    if request is not None:
+        report = carry_out(model, request, stats)
+        about = _told(about, report)
+    if ask["search_count"] and about:
+        about["search_windows"] = [list(ids[: ask["search_count"]].shape) for ids in windows]
+    if cache_ratio is not None:
+        how = {"method": ask["method"], "cache_ratio": cache_ratio, "joint": joint, "seed": ask["seed"]}
+        cache = compress_kv_(model, stats, **how, windows=windows, **ask["options"])
+    return Outcome(report, cache, about)
+
+
+def _told(about: dict | None, report: Report) -> dict | None:
+    return about and about | {"statistics": report.calibration}
+
+
+def _as_json(source: str | Path, done: Outcome) -> dict:
+    """``nsvd_report.json``."""
+    rows = lambda report: report.as_dict() | {"layers": json.loads(report.table.to_json(orient="records"))}  # noqa: E731
+    about = {"model": short_name(source)}
+    if done.weights is not None:
+        about |= rows(done.weights) | ({"moves": done.weights.moves} if done.weights.moves else {})
+    if done.cache is not None:
+        about["cache"] = rows(done.cache)
+    return about | {"calibration": done.calibration}
+
+
+def _about(place: Path, text: _Text, ask: dict) -> dict:
+    """What a run is one of: with anything of it changed, nothing that was kept is of use."""
+    files = [file for file in sorted(place.iterdir()) if file.suffix in (".safetensors", ".json", ".model", ".txt")]
+    model = {file.name: _sum(file) for file in files}
+    told = {name: value for name, value in ask.items() if name not in ("progress", "verify")}
+    about = {"model": model, "text": text._asdict(), "arguments": told, "code": origin()}
+    return json.loads(json.dumps(about, default=str))
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _progress(out: str | Path, about: dict, tell: Callable[[str], None]) -> Iterator[Shelf]:
+    """A shelf beside ``out`` that an interrupted run of the same kind has left, or a new one; it goes once all is done."""
+    place = reached(out).resolve()
+    folder = place.with_name(f".{place.name}.progress")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", wait=False) as mine:
+        if mine is None:
+            raise FileExistsError(f"cannot write {out}: another run is at it")
+        told = folder / "run.json"
+        _settle(folder, told, about, tell)
+        with replacing(told) as part:
+            part.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        shelf = Shelf(folder / "kept")
+        try:
+            yield shelf
+        except BaseException as error:
+            if isinstance(error, ValueError | ArithmeticError | LinAlgError) or not shelf.begun("windows"):
+                _remove(folder, told)  # it would fail again, or has nothing that is worth to be kept
+            raise
+        _remove(folder, told)
+
+
+def _settle(folder: Path, told: Path, about: dict, tell: Callable[[str], None]) -> None:
+    """Empty the folder unless a run of the same kind has left it."""
+    before = None
+    if told.is_file():
+        try:
+            before = json.loads(told.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}
+    changed = [name for name in about if before is not None and before.get(name) != about[name]]
+    if before == about:
+        tell("an earlier run is taken up where it was stopped")
+    else:
+        _clear(folder)
+    if changed:
+        tell(f"an earlier run is not taken up: its {' and its '.join(changed)} changed")
+
+
+def _remove(folder: Path, told: Path) -> None:
+    """In this order: what a kill leaves of it is no run any more."""
+    told.unlink()
+    shutil.rmtree(folder)
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name != "lock":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
