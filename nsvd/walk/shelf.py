@@ -8,10 +8,11 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -62,7 +63,7 @@ class Shelf:
         """What ``put`` was told beside the tensors; raises as ``get``."""
         if key in self._held:
             return self._held[key][1]
-        with safe_open(self._existing(key), "pt") as stored:
+        with self._opened(key) as stored:
             return json.loads(stored.metadata()["note"])
 
     def __contains__(self, key: str) -> bool:
@@ -105,10 +106,18 @@ class Shelf:
             here += [f"{prefix}/{file.name.removesuffix(_ENDING)}" for file in folder.glob(f"*{_ENDING}")]
         return sorted(here)
 
-    def _existing(self, key: str) -> Path:
+    @contextmanager
+    def _opened(self, key: str) -> Iterator[safe_open]:
         if self._folder is None or not self.file(key).is_file():
             raise KeyError(f"nothing is kept under {key}")
-        return self.file(key)
+        try:
+            with safe_open(self.file(key), "pt") as stored:
+                yield stored
+        except SafetensorError as error:
+            raise self._damaged(key) from error
+
+    def _damaged(self, key: str) -> OSError:
+        return OSError(f"{self.file(key)} is not what was written there; remove {self._folder.parent} to begin anew")
 
     def _write(self, key: str, tensors: dict[str, Tensor], note: dict) -> None:
         file = self.file(key)
@@ -122,14 +131,13 @@ class Shelf:
     def _read(self, key: str) -> tuple[dict[str, Tensor], dict]:
         if key in self._held:
             return self._held[key]
-        file = self._existing(key)
-        with safe_open(file, "pt") as stored:
+        with self._opened(key) as stored:
             about = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         note = json.loads(about["note"])
         if self.lasting and key not in self._ours:
             if about["sum"] != _sum(tensors, note):
-                raise OSError(f"{file} is not what was written there")
+                raise self._damaged(key)
             self._ours.add(key)
         return tensors, note
 

@@ -1,0 +1,204 @@
+"""From folder to folder: the model that compression in memory gives, and on from where a run was stopped."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import nsvd
+from nsvd.compression import exchange
+from nsvd.lab import compress as module
+from nsvd.stored.locks import locked
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TEXT = " ".join(f"word {n} of {n * n} words" for n in range(2500))
+SOLA = {"method": "sola", "grid": 1, "floor": 0.0, "keep_outer": 0}
+WAYS = {
+    "svd": {"method": "svd"},
+    "asvd-1": {"method": "asvd-1"},
+    "nsvd-1, spectrum": {"method": "nsvd-1", "k1": 0.8, "allocation": "spectrum"},
+    "ridge, fisher, pivoted": {"method": "ridge", "allocation": "fisher", "factors": "pivoted"},
+    "asvd-1, shifted, refined": {"method": "asvd-1", "shifted": True, "refine": 3},
+    "sola": SOLA,
+    "best": {"method": "best"},
+}
+
+
+@pytest.fixture
+def dense(tmp_path):
+    nsvd.save(tiny_model(num_hidden_layers=3), tiny_tokenizer(), tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "dense"
+
+
+def cut(dense) -> dict:
+    return {"calibration": str(dense.parent / "text.txt"), "length": 32, "count": 24}
+
+
+def numbers(folder) -> dict[str, bytes]:
+    """All files but those that hold seconds, and the sums of these."""
+    return {
+        f.name: f.read_bytes() for f in folder.iterdir() if f.name not in ("nsvd_report.json", "nsvd_manifest.json")
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_what_compression_in_memory_gives(way, dense):
+    """Every tensor to the bit, every row of the report; nothing is left beside the folder."""
+    out = dense.parent / "out"
+    report = nsvd.compress(dense, out, ratio=0.3, **WAYS[way], **cut(dense))
+    model, tokenizer = nsvd.load(dense, device="cpu")
+    windows = nsvd.windows(str(dense.parent / "text.txt"), tokenizer, split="calibration", length=32, count=24)
+    told = nsvd.compress_(model, ratio=0.3, windows=[windows], **WAYS[way])
+    found = nsvd.load(out, device="cpu")[0].state_dict()
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    assert report.table.equals(told.table)
+    assert report.calibration == told.calibration
+    assert sorted(os.listdir(dense.parent)) == ["dense", "out", "text.txt"]
+
+
+class Stopped(BaseException):
+    """As an interrupt."""
+
+
+@pytest.mark.parametrize("way", ["asvd-1", "asvd-1, shifted, refined", "sola", "best"])
+def test_a_run_that_is_stopped_goes_on_and_ends_in_the_same_bytes(way, dense, monkeypatch):
+    """Stopped after every single thing that it keeps, one after the other; finished blocks are not factored again."""
+    whole, out, said = dense.parent / "whole", dense.parent / "out", []
+    how = {"ratio": 0.3, "tell": said.append} | WAYS[way] | cut(dense)
+    counted = _counting(monkeypatch, None)
+    nsvd.compress(dense, whole, **how)
+    once, puts = counted["cuts"], counted["puts"]
+    counted |= {"cuts": 0, "stops": 0}
+    for _ in range(puts):
+        counted |= {"puts": 0, "stop": 2}  # one more is kept, then it ends
+        try:
+            nsvd.compress(dense, out, **how)
+        except Stopped:
+            counted["stops"] += 1
+            assert not out.exists()
+            continue
+        break
+    assert numbers(out) == numbers(whole)
+    assert counted["stops"] >= 3
+    assert once <= counted["cuts"] <= 2 * once  # that of a block may be lost with its stop
+    assert "an earlier run is taken up where it was stopped" in said
+    assert sorted(os.listdir(dense.parent)) == ["dense", "out", "text.txt", "whole"]
+
+
+def _counting(monkeypatch, stop) -> dict:
+    """Counts what is put on a lasting shelf, and ends the run at a certain one; counts the layers that are cut."""
+    counted = {"puts": 0, "stop": stop, "cuts": 0}
+    put, cut_layer = module.Shelf.put, exchange.Exchange._cut
+
+    def counting_put(self, key, *args, **note):
+        new = self.lasting and key not in self
+        put(self, key, *args, **note)
+        counted["puts"] += new
+        if self.lasting and new and counted["puts"] == counted["stop"]:
+            raise Stopped
+
+    def counting_cut(self, *args):
+        counted["cuts"] += self.stage == "final"
+        return cut_layer(self, *args)
+
+    monkeypatch.setattr(module.Shelf, "put", counting_put)
+    monkeypatch.setattr(exchange.Exchange, "_cut", counting_cut)
+    return counted
+
+
+@pytest.mark.parametrize("changed", ["model", "text", "arguments", "code"])
+def test_a_run_of_another_kind_is_not_taken_up(changed, dense, monkeypatch):
+    """What changed is said, and the end is that of a run which begins anew."""
+    out, said = dense.parent / "out", []
+    how = {"method": "asvd-1", "ratio": 0.3, "tell": said.append} | cut(dense)
+    counted = _counting(monkeypatch, 6)
+    with pytest.raises(Stopped):
+        nsvd.compress(dense, out, **how)
+    assert (dense.parent / ".out.progress").is_dir()
+    counted["stop"] = None
+    if changed == "model":
+        nsvd.save(tiny_model(num_hidden_layers=3, seed=5), tiny_tokenizer(), dense)
+    elif changed == "text":
+        (dense.parent / "text.txt").write_text(TEXT.replace("word", "world"), encoding="utf-8")
+    elif changed == "arguments":
+        how["ratio"] = 0.4
+    else:
+        monkeypatch.setattr(module, "origin", lambda: {"code": "another"})
+    nsvd.compress(dense, out, **how)
+    assert f"{changed} " in said[-1]
+    assert "not taken up" in said[-1]
+    monkeypatch.undo()
+    nsvd.compress(dense, dense.parent / "fresh", **how)
+    assert numbers(out) == numbers(dense.parent / "fresh")
+
+
+def test_what_was_kept_and_is_damaged_is_refused(dense, monkeypatch):
+    """A flipped byte in what an earlier run measured."""
+    how = {"method": "best", "ratio": 0.3} | cut(dense)
+    _counting(monkeypatch, 9)
+    with pytest.raises(Stopped):
+        nsvd.compress(dense, dense.parent / "out", **how)
+    monkeypatch.undo()
+    for file in (dense.parent / ".out.progress" / "kept").rglob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    with pytest.raises((OSError, ValueError), match=r"is not what was written|damaged"):
+        nsvd.compress(dense, dense.parent / "out", **how)
+
+
+def test_bad_input_leaves_nothing(dense):
+    """Whatever is refused after the folder of progress was made."""
+    for wrong in (
+        {"calibration": str(dense.parent / "nothing.txt")},
+        {"k1": 2.0, "method": "nsvd-1"},
+        {"length": 10**9},
+    ):
+        with pytest.raises((ValueError, OSError)):
+            nsvd.compress(dense, dense.parent / "out", **{"method": "asvd-1", "ratio": 0.3} | cut(dense) | wrong)
+        assert sorted(os.listdir(dense.parent)) == ["dense", "text.txt"]
+
+
+def test_two_runs_do_not_share_a_folder(dense):
+    folder = dense.parent / ".out.progress"
+    folder.mkdir()
+    with locked(folder / "lock"), pytest.raises(FileExistsError, match="another run is at it"):
+        nsvd.compress(dense, dense.parent / "out", method="svd", ratio=0.3)
+
+
+def test_own_text_is_written_once(dense, monkeypatch):
+    """It takes most of the time of a short run."""
+    how = {"method": "best", "ratio": 0.3, "length": 32, "count": 16}
+    counted, written = _counting(monkeypatch, 4), []
+    own = module.own_text
+    monkeypatch.setattr(module, "own_text", lambda *args, **more: written.append(1) or own(*args, **more))
+    with pytest.raises(Stopped):
+        nsvd.compress(dense, dense.parent / "out", **how)
+    counted["stop"] = None
+    nsvd.compress(dense, dense.parent / "out", **how)
+    assert len(written) == 1
+
+
+def test_what_needs_the_whole_model_says_so(dense):
+    """And is the same as in memory."""
+    out, said = dense.parent / "out", []
+    nsvd.compress(dense, out, method="asvd-1", ratio=0.3, distill=2, tell=said.append, **cut(dense))
+    assert said == ["the model is loaded whole: distillation changes all factors at once"]
+    assert json.loads((out / "nsvd_report.json").read_text())["distill"] == 2
+
+
+def test_a_folder_of_several_files(dense, monkeypatch):
+    """Blocks larger than a file's limit are written one after the other, and load as one model."""
+    from nsvd.walk import folder
+
+    monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
+    out = dense.parent / "out"
+    nsvd.compress(dense, out, method="svd", ratio=0.3)
+    assert len(list(out.glob("model-*.safetensors"))) > 3
+    monkeypatch.undo()
+    nsvd.compress(dense, dense.parent / "one", method="svd", ratio=0.3)
+    one, several = (nsvd.load(dense.parent / name, device="cpu")[0].state_dict() for name in ("one", "out"))
+    assert all(torch.equal(one[name], value) for name, value in several.items())
