@@ -1,7 +1,9 @@
-"""``nsvd compress`` is killed at random moments over an existing model: old or new, whole, and nothing left after the next run.
+"""``nsvd compress`` is killed at random moments.
 
-Run as ``python -m tests.kills --count 200``. Half of the kills are spread over the whole run, half over the time from
-when the new model begins to be written until the run ends. Runs are forked from one process that has imported everything.
+Run as ``python -m tests.kills --count 200``. Over an existing model (``kills``): old or new, whole, and nothing left after the
+next run. Half of these kills are spread over the whole run, half over the time from when the new model begins to be written
+until the run ends. On the way (``resumed``, with ``--method``): the same command goes on, is killed again, and ends in the bytes
+of a run that nobody killed. Runs are forked from one process that has imported everything.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+import traceback
 from collections import Counter
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 
 import torch
@@ -38,12 +43,14 @@ class Run:
     start: float
 
     @classmethod
-    def begin(cls, folder: Path, ratio: float) -> Run:
+    def begin(cls, folder: Path, ratio: float, method: str = "svd") -> Run:
         process = os.fork()
         if process == 0:
             code = 3
             try:
-                code = compress(folder, ratio)
+                code = compress(folder, ratio, method)
+            except BaseException:
+                traceback.print_exc(file=sys.__stderr__)
             finally:
                 os._exit(code)
         return cls(folder, process, time.perf_counter())
@@ -74,9 +81,11 @@ class Run:
         return os.WIFSIGNALED(os.waitpid(self.process, 0)[1])
 
 
-def compress(folder: Path, ratio: float) -> int:
-    with redirect_stdout(io.StringIO()):
-        return nsvd_command(["compress", f"{folder}/model", f"{folder}/out", "--method", "svd", "--ratio", str(ratio)])
+def compress(folder: Path, ratio: float, method: str = "svd", *, out: str = "out") -> int:
+    text = [] if method == "svd" else ["--calibration", f"{folder}/model/text.txt", "--length", "32", "--count", "24"]
+    how = ["--method", method, "--ratio", str(ratio), *text]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return nsvd_command(["compress", f"{folder}/model", f"{folder}/{out}", *how])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -127,16 +136,51 @@ def kills(folder: Path, count: int, seed: int = 0) -> Counter:
     return seen
 
 
+def resumed(folder: Path, method: str, count: int, seed: int = 0, ratio: float = 0.3) -> Counter:
+    """How many runs were killed, and how many models they have written in the end; every third kill lets the next run end.
+
+    Raises:
+        AssertionError: if ``out`` is there before a run has ended, or then is not what a run writes that nobody kills.
+    """
+    draw, out, seen = random.Random(seed), folder / "out", Counter()
+    nsvd.save(tiny_model(num_hidden_layers=4), tiny_tokenizer(), folder / "model")
+    (folder / "model" / "text.txt").write_text(" ".join(f"word {n} of {n * n}" for n in range(2500)))
+    (folder / "model" / "nsvd_manifest.json").unlink()
+    begin = time.perf_counter()
+    assert compress(folder, ratio, method, out="whole") == 0
+    lasting, whole = time.perf_counter() - begin, contents(folder / "whole")
+    while seen["kills"] < count:
+        run = Run.begin(folder, ratio, method)
+        time.sleep(draw.uniform(0, lasting))
+        if run.kill():
+            seen["kills"] += 1
+            if out.exists():  # the kill came when all was written
+                assert contents(out) == whole
+            if seen["kills"] % 3:
+                continue
+            Run.begin(folder, ratio, method).end()
+        assert contents(out) == whole, f"after kill {seen['kills']} {out} is not what an undisturbed run writes"
+        assert sorted(os.listdir(folder)) == ["model", "out", "whole"]
+        nsvd.load(out, device="cpu")
+        rmtree(out)
+        seen["models"] += 1
+    return seen
+
+
 def main() -> None:
     """Kill, look, and say what was seen."""
     parser = argparse.ArgumentParser("python -m tests.kills", description=main.__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", help="kill runs by this method on their way, and let them go on")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
     with TemporaryDirectory() as folder:
-        seen = kills(Path(folder), chosen.count, chosen.seed)
+        if chosen.method:
+            seen = resumed(Path(folder), chosen.method, chosen.count, chosen.seed)
+        else:
+            seen = kills(Path(folder), chosen.count, chosen.seed)
     print(", ".join(f"{name}: {number}" for name, number in seen.items()), f"({time.perf_counter() - begin:.0f} s)")
 
 

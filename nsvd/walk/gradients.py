@@ -83,7 +83,7 @@ def fisher_into(
     check_names(model, names)
     shelf = Shelf() if shelf is None else shelf
     if all(name in found for name in names):
-        shelf.drop(PULL)
+        _leave(shelf)
         return
     batch = batch or min([8, *(windows_at_once(model, ids.shape[1]) for ids in domains)])
     with ExitStack() as stack:
@@ -109,7 +109,7 @@ def fisher_into(
             if shelf.lasting:
                 shelf.put(PULL, numbered(gradients), at=index)
             shelf.drop(f"{BORDER}/{index}")
-        shelf.drop(PULL)
+        _leave(shelf)
 
 
 def drawn_labels(
@@ -132,6 +132,13 @@ def drawn_labels(
                 parts.append(_drawn(logits, uniform[:, part]).cpu())
             found.append(torch.cat(parts, dim=1))
     return torch.cat(found)
+
+
+def _leave(shelf: Shelf) -> None:
+    """Let go of what the walk has kept, so that the next one begins anew."""
+    for key in shelf.keys(BORDER):
+        shelf.drop(key)
+    shelf.drop(PULL)
 
 
 def _counted(numbers: range, total: int, progress: bool) -> Iterator[int]:
