@@ -18,6 +18,7 @@ from nsvd.compression.sola import split
 from nsvd.compression.whole_layers import Result, factor
 from nsvd.stored.checkpoint import is_compressed, mark_compressed
 from nsvd.walk.calibrate import Walked, walkable
+from nsvd.walk.processes import rank
 from nsvd.walk.sampling import own_text
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values, predicted
@@ -109,7 +110,11 @@ def carry_out(
     prepared: Prepared | None = None,
     shelf: Shelf | None = None,
 ) -> Report:
-    """``compress_`` as the request says; what is measured on the way, and cannot stay in memory, lies on the ``shelf``."""
+    """``compress_`` as the request says; what is measured on the way, and cannot stay in memory, lies on the ``shelf``.
+
+    Several processes that work ``together`` call it with the same arguments, and all have the same model afterwards.
+    """
+    ask = replace(ask, progress=ask.progress and rank() == 0)
     shelf = Shelf() if shelf is None else shelf
     if ask.weights != "uniform" and stats is not None:
         raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.stored.layers import CompressedLayer
+from nsvd.walk.processes import gathered, summed
 
 RATE = 1e-2  # of Adam
 WARMUP = 10  # steps
@@ -28,7 +29,7 @@ def descend_(
 
     Adam, its ``rate`` in units of each factor's root mean square and falling linearly to zero, on copies in float32 at least,
     cast to the factors' dtype at every step; all else stays. Gradients are taken of one term after the other, so that only
-    one has to be held.
+    one has to be held. Of several processes each yields its terms.
 
     Returns:
         The loss at every step.
@@ -80,7 +81,9 @@ def _accumulate(terms: Iterable[Tensor], factors: list[Tensor], copies: list[Ten
                 copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
             total += term.item()
             del term
-    return total
+    for copy in copies:
+        copy.grad = summed(torch.zeros_like(copy) if copy.grad is None else copy.grad)
+    return sum(gathered(total))
 
 
 def shuffled(count: int, steps: int, seed: int) -> list[int]:

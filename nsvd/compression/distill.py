@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nsvd.compression.descent import descend_, shuffled
 from nsvd.walk.hooks import evaluating, exchanged
+from nsvd.walk.processes import mine
 from nsvd.walk.text import tokens_at_once
 
 TOKENS = 1024  # of every domain in a step, a window at least; fewer where their logits would pass the budget
@@ -30,7 +31,7 @@ def distill_(
     Nats a token, E over the tokens of a domain's windows (token ids, count × length each); ``layers`` are the dense ones
     that the compressed layers stand for, so with them in place the model is its own teacher. Knowledge distillation
     (arXiv 1503.02531) at temperature 1: the text gives the contexts only, none of its tokens is a target. Every step needs
-    the gradients of the whole model. Domains of weight 0 are left out.
+    the gradients of the whole model. Domains of weight 0 are left out. Several processes deal the windows of a step.
 
     Returns:
         The loss at every step, on the windows of this step.
@@ -46,10 +47,12 @@ def distill_(
 
     def loss(step: int) -> Iterator[Tensor]:
         for (ids, weight), n, order in zip(texts, sizes, orders, strict=True):
-            some = ids[order[step * n : (step + 1) * n]].to(device)
+            some = ids[mine(order[step * n : (step + 1) * n])].to(device)
+            if not len(some):
+                continue
             with torch.no_grad(), exchanged(model, layers):
                 wanted = _predicted(model, some)
-            yield weight * (wanted.exp() * (wanted - _predicted(model, some))).sum(-1).mean()
+            yield weight * len(some) / n * (wanted.exp() * (wanted - _predicted(model, some))).sum(-1).mean()
 
     with evaluating(model):
         return descend_(model, loss, steps=steps, name="distillation", progress=progress)

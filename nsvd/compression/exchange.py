@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nsvd.compression.dealing import is_mine, owners, told
 from nsvd.compression.distill import distill_
 from nsvd.compression.measure import naming, prepare_layer
 from nsvd.compression.ordered import Batch, replace_in_order_
@@ -25,6 +26,7 @@ from nsvd.stored.layers import CompressedLayer, stand_in
 from nsvd.walk.calibrate import Walked
 from nsvd.walk.decoder import longest_list
 from nsvd.walk.lazy import held, read_from, revert, settle
+from nsvd.walk.processes import gathered
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import by_block
@@ -37,7 +39,7 @@ class Exchange:
     """Factor layers of a model as the request asks, and put the factors in their place, block by block.
 
     ``shelf`` is where finished blocks are noted: one that lasts lets an interrupted exchange go on behind them. ``stage`` is the
-    name that they have there.
+    name that they have there. Several processes deal the layers of a block, and all put them in their place.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Exchange:
     def __post_init__(self) -> None:
         self.options = self.ask.method.resolve(self.ask.options)
         self.list, self.blocks = longest_list(self.model) or ("", [self.model])
+        self.owner = owners(self.model, self.layers)
 
     def smaller(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """The ranks of those layers that are worth exchanging."""
@@ -69,13 +72,15 @@ class Exchange:
                 if isinstance(self.stats, Walked):
                     self.stats[names[0]]  # takes those of the whole block
                     self.clock.lap("calibrate")
-                new = {}
+                made = {}
                 for name in names:
+                    if not is_mine(self.owner, name):
+                        continue
                     one = prepared[name].to(home(self.layers[name].weight)) if prepared is not None else None
                     one = one or prepare_layer(self.layers[name], name, self.stats, self.ask.method, self.options)
                     self.clock.lap("decompose")
-                    new[name] = self._cut(name, one, ranks[name])
-                self.put(index, new)
+                    made[name] = self._cut(name, one, ranks[name])
+                self.put(index, told(made, self.owner, {name: self.layers[name] for name in names}))
         self.clock.lap("exchange")
 
     def in_order(self, ranks: Mapping[str, int]) -> None:
@@ -96,7 +101,7 @@ class Exchange:
             if index not in inside:
                 return
             last = by_block(self.model, self.layers)[index][-1]
-            refine_block_(block, index, batches, self._stream_metric(last, batches[0]), steps=ask.refine, seed=ask.seed)
+            refine_block_(block, index, batches, self._stream_metric(last, batches), steps=ask.refine, seed=ask.seed)
             self.clock.lap("refine")
             self._measure(inside[index])
 
@@ -115,6 +120,7 @@ class Exchange:
         """Exchange layers of a block, held, and note that it is done."""
         for name, layer in new.items():
             self.model.set_submodule(name, layer)
+        self._join({name: self.errors[name] for name in new if name in self.errors})
         if not self.shelf.lasting:
             return
         if isinstance(self.stats, Walked):
@@ -122,8 +128,8 @@ class Exchange:
         at = self.stats.at if isinstance(self.stats, Walked) else None
         settle(self.blocks[index], self.shelf.file(f"{self.stage}-block/{index}"))
         errors = {name: self.errors[name] for name in new if name in self.errors}
-        told = {name: describe(layer) for name, layer in new.items() if isinstance(layer, CompressedLayer)}
-        self.shelf.put(f"{self.stage}/{index}", {}, layers=told, errors=errors, at=at)
+        kinds = {name: describe(layer) for name, layer in new.items() if isinstance(layer, CompressedLayer)}
+        self.shelf.put(f"{self.stage}/{index}", {}, layers=kinds, errors=errors, at=at)
         if isinstance(self.stats, Walked):
             self.stats.forget()
 
@@ -176,10 +182,18 @@ class Exchange:
 
     def _measure(self, names: Iterable[str]) -> None:
         """Note the errors of what stands in the model now."""
+        found = {}
         for name in names:
-            now = self.model.get_submodule(name).dense()
-            self.errors[name] = relative_errors(self.layers[name], now, self.stats, name)
+            if is_mine(self.owner, name):
+                now = self.model.get_submodule(name).dense()
+                found[name] = relative_errors(self.layers[name], now, self.stats, name)
+        self._join(found)
         self.clock.lap("errors")
+
+    def _join(self, errors: dict[str, dict[str, float]]) -> None:
+        """Note the errors that each process has found."""
+        for found in gathered(errors):
+            self.errors |= found
 
     def _shares(self) -> list[float]:
         count = len(self.ask.domains)
@@ -190,7 +204,9 @@ class Exchange:
         """H of the layers that the statistics know it of."""
         return {} if self.stats is None else self.stats.gradients
 
-    def _stream_metric(self, last: str, item: Batch) -> Tensor | None:
+    def _stream_metric(self, last: str, batches: Sequence[Batch]) -> Tensor | None:
         """H of the block's last layer, what the loss makes of errors there; None where it is not known, or no H of the stream."""
-        H = self._gradients.get(last)
-        return None if H is None or len(H) != item.ours.shape[-1] else H.to(item.device, torch.float32)
+        H = self._gradients.get(last) if batches else None
+        if H is None or len(H) != batches[0].ours.shape[-1]:
+            return None
+        return H.to(batches[0].device, torch.float32)

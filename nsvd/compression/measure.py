@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nsvd.compression.dealing import is_mine, owners
 from nsvd.compression.prepared import Prepared, describing
 from nsvd.compression.report import Clock
 from nsvd.compression.sola_blocks import blocks
@@ -22,6 +23,7 @@ from nsvd.walk.decoder import longest_list
 from nsvd.walk.gradients import fisher_into
 from nsvd.walk.lazy import held
 from nsvd.walk.moments import mix
+from nsvd.walk.processes import gathered, same
 from nsvd.walk.roles import roles
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values
@@ -63,21 +65,32 @@ def decompositions(
     only_ranks: bool = False,
     progress: bool = False,
 ) -> None:
-    """Put them into a mapping, but those that are there; with ``only_ranks`` no more of them than the singular values."""
+    """Put them into a mapping, but those that are there; with ``only_ranks`` no more of them than the singular values.
+
+    Several processes deal the layers; of those that another has decomposed each has the singular values.
+    """
     if parts is None:
         parts = dict.fromkeys(layers, WHOLE)
         if isinstance(chosen, SplitMethod):
             parts = blocks(layers, roles(model), stats, chosen.resolve(options))
             chosen, options = chosen.inner(options)
     _, listed = longest_list(model) or ("", [model])
+    owner = owners(model, layers)
     with tqdm(total=len(parts), desc="decompose", disable=not progress, leave=False) as bar:
         for index, names in by_block(model, parts).items():
-            missing = [name for name in names if name not in found]
+            lacking = set().union(*gathered({name for name in names if name not in found}))
+            missing = [name for name in names if name in lacking]
             bar.update(len(names) - len(missing))
             with held(listed[index]) if missing else nullcontext():
                 for name in missing:
-                    one = prepare_layer(layers[name], name, stats, chosen, options, parts[name]).to("cpu")
-                    found[name] = Spectrum(one.s) if only_ranks else one
+                    if is_mine(owner, name):
+                        one = prepare_layer(layers[name], name, stats, chosen, options, parts[name]).to("cpu")
+                        found[name] = Spectrum(one.s) if only_ranks else one
+                        bar.update()
+            for name in missing:
+                s = same(found[name].s if is_mine(owner, name) else None, owner[name])
+                if not is_mine(owner, name):
+                    found[name] = Spectrum(s)
                     bar.update()
 
 

@@ -10,7 +10,7 @@ trying, not by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nsvd.compression.dealing import is_mine, owners, told
 from nsvd.compression.measure import naming
 from nsvd.linalg import Moments
 from nsvd.linalg.kfac import shifted
@@ -26,8 +27,10 @@ from nsvd.linalg.precision import double
 from nsvd.walk.decoder import Call, Decoder, Entered, run_block
 from nsvd.walk.hooks import as_float32, evaluating, in_float32, watch_calls, watch_inputs
 from nsvd.walk.moments import readers
+from nsvd.walk.processes import gathered, rank, same, summed
 from nsvd.walk.settled import completion, remembering, settled_parts
 from nsvd.walk.shelf import Shelf
+from nsvd.walk.stream import batches as dealt_batches
 
 STREAMS = "ordered-streams"  # on the shelf
 
@@ -46,6 +49,7 @@ class Batch:
     wanted: dict[nn.Module | None, Tensor]  # what the dense stream holds at the landmarks of the block; None: behind it
     outputs: dict[str, object] = field(default_factory=dict)  # of the block's parts that will not change any more
     device: torch.device | None = None
+    first: int = 0  # the number of the first window, of all domains
 
     def at(self, hidden: Tensor) -> Tensor:
         """Hidden states where the block computes: between its runs they wait in the host's memory."""
@@ -83,7 +87,7 @@ def replace_in_order_(
     One block runs at a time. Held besides are, of all the calibration text, the hidden states of both streams before the block,
     what the dense stream holds behind it and at the landmarks of its layers until these are done, the outputs of parts of the
     block that are done (its attention), while a part's last layer is exchanged its inputs, and the blocks' other arguments
-    (masks, rotations).
+    (masks, rotations). Several processes deal the windows, and the layers that read one input.
 
     Raises:
         ValueError: if a layer is in none of the model's blocks; it is named.
@@ -102,14 +106,16 @@ def replace_in_order_(
             )
         batches: list[Batch] = []
         entered: Entered | None = None
-        for d, ids in _batches(domains, batch):
+        for d, first, ids in dealt_batches(domains, batch):
             entered = decoder.enter(ids, like=entered)
             hidden = entered.hidden.cpu()
             batches.append(
-                Batch(d, len(domains) * weights[d], hidden, hidden, entered.calls, {}, device=decoder.device)
+                Batch(
+                    d, len(domains) * weights[d], hidden, hidden, entered.calls, {}, device=decoder.device, first=first
+                )
             )
         if begin:
-            kept = shelf.get(f"{STREAMS}/{begin}")
+            kept = shelf.own.get(f"{STREAMS}/{begin}")
             for number, item in enumerate(batches):
                 item.dense, item.ours = kept[f"dense {number}"], kept[f"ours {number}"]
         for index in tqdm(
@@ -123,12 +129,12 @@ def replace_in_order_(
                 _through_block(model, decoder, index, groups, batches, weights, replace, mu, finish)
                 if shelf is not None and shelf.lasting:
                     both = {f"dense {n}": item.dense for n, item in enumerate(batches)}
-                    shelf.put(
+                    shelf.own.put(
                         f"{STREAMS}/{index + 1}", both | {f"ours {n}": item.ours for n, item in enumerate(batches)}
                     )
                 leave(index)
             if shelf is not None:
-                shelf.drop(f"{STREAMS}/{index}")
+                shelf.own.drop(f"{STREAMS}/{index}")
 
 
 def _through_block(
@@ -144,10 +150,13 @@ def _through_block(
 ) -> None:
     """Exchange the layers of one block, by the first layer that reads each input, and take both streams behind it."""
     block, prefix = decoder.blocks[index], f"{decoder.name}.{index}."
-    places: dict[str, nn.Module | None] = {}
-    for leader, group in groups.items():  # a layer stands for its own output, where several share the input
-        layer = model.get_submodule(leader)
-        places[leader] = _landmark(block, layer, batches[0], index) if len(group) == 1 else layer
+    names = {module: name for name, module in block.named_modules()}
+    known: dict[str, str | None] = {}
+    for leader, group in groups.items() if rank() == 0 else ():  # looked for once, told to all processes
+        layer = model.get_submodule(leader)  # it stands for its own output, where several share the input
+        known[leader] = names.get(_landmark(block, layer, batches[0], index) if len(group) == 1 else layer)
+    known = same(known)
+    places = {leader: None if name is None else block.get_submodule(name) for leader, name in known.items()}
     for item in batches:
         found = _arrivals(block, item.at(item.dense), item.calls[index], set(places.values()))
         item.wanted = {place: value.cpu() for place, value in found.items()}
@@ -216,15 +225,22 @@ def _replace_group(
             have = _value_at(place, block, item.at(item.ours), item.calls[index])
         sums[item.domain].add(seen[0], item.at(item.wanted[place]) - have)
         kept.append((seen[0], found[0]) if found else None)
+    for one in sums:
+        one.join()
     G, missing, mean_abs = _mixed(sums, weights)
     moments = Moments(G, mean_abs, sum(s.n for s in sums))
     if not (G.isfinite().all() and missing.isfinite().all()):
         raise FloatingPointError(f"the input of layer {group[0]} holds NaN or Inf on the calibration text")
+    dense, made = {name: model.get_submodule(name) for name in group}, {}
+    owner = owners(model, dense)
     for name in group:
-        W = double(model.get_submodule(name).weight)
-        with naming(name):
-            target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
-        model.set_submodule(name, replace(name, target, moments))
+        if is_mine(owner, name):
+            W = double(dense[name].weight)
+            with naming(name):
+                target = shifted(W, G, W @ missing if place is layer else missing, mu=mu)
+            made[name] = replace(name, target, moments)
+    for name, new in told(made, owner, dense).items():
+        model.set_submodule(name, new)
     for item, known in zip(batches, kept, strict=True):
         if known is not None:
             x, output_of = known
@@ -243,6 +259,13 @@ class _Sums:
         self.absolute = self.absolute + double(x.abs()).sum(0)
         self.n += len(x)
 
+    def join(self) -> None:
+        """Take in the sums of all processes."""
+        parts = {name: getattr(self, name) for name in ("outer", "cross", "absolute")}
+        for name, part in parts.items():
+            setattr(self, name, summed(part if self.n else None))
+        self.n = sum(gathered(self.n))
+
 
 def _mixed(sums: Sequence[_Sums], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """G, E and E|x'| of all domains, mixed as ``moments.mix`` mixes G and mean absolute values."""
@@ -253,12 +276,6 @@ def _mixed(sums: Sequence[_Sums], weights: Sequence[float]) -> tuple[Tensor, Ten
     roots = [(w * a) ** 0.5 for w, a in zip(weights, scales, strict=True)]
     mean_abs = sum(root * s.absolute / s.n for root, s in zip(roots, sums, strict=True))
     return outer, cross, mean_abs
-
-
-def _batches(domains: Sequence[Tensor], batch: int) -> Iterator[tuple[int, Tensor]]:
-    for domain, windows in enumerate(domains):
-        for ids in windows.split(batch):
-            yield domain, ids
 
 
 def _value_at(place: nn.Module | None, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:

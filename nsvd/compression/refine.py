@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nsvd.compression.descent import descend_, shuffled
 from nsvd.compression.ordered import Batch
 from nsvd.walk.decoder import run_block
+from nsvd.walk.processes import gathered
 
 RATE = 2e-2  # a block alone bears larger steps than the whole model
 
@@ -21,13 +22,16 @@ def refine_block_(
     """Lower Σ tr(E Eᵀ H), E (d, n) the block's output in the compressed stream minus that in the dense one, in place.
 
     ``steps`` batches in seeded order; every domain counts by its weight, each in units of the loss it begins with. H (d, d), or
-    its diagonal, is what the model's loss makes of an error at the block's output, None the identity.
+    its diagonal, is what the model's loss makes of an error at the block's output, None the identity. A step of several processes
+    is done by the one that has the batch.
     """
-    order, unit = shuffled(len(batches), steps, seed), _units(block, index, batches, H)
+    here, unit = {item.first: item for item in batches}, _units(block, index, batches, H)
+    everywhere = sorted(first for those in gathered(list(here)) for first in those)
+    order = shuffled(len(everywhere), steps, seed)
 
     def loss(step: int) -> Iterator[Tensor]:
-        item = batches[order[step]]
-        yield item.weight * _error(block, index, item, H) / unit[item.domain]
+        if (item := here.get(everywhere[order[step]])) is not None:
+            yield item.weight * _error(block, index, item, H) / unit[item.domain]
 
     descend_(block, loss, steps=steps, rate=RATE, name=f"refinement of block {index}")
 
@@ -45,5 +49,7 @@ def _units(block: nn.Module, index: int, batches: Sequence[Batch], H: Tensor | N
     errors: dict[int, list[float]] = {}
     for item in batches:
         errors.setdefault(item.domain, []).append(_error(block, index, item, H).item())
+    for domain in sorted(set().union(*gathered(set(errors)))):
+        errors[domain] = [error for those in gathered(errors.get(domain, [])) for error in those]
     tiny = torch.finfo(torch.float32).tiny
     return {domain: max(sum(e) / len(e), tiny) for domain, e in errors.items()}

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from nsvd.compression.dealing import is_mine, told
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import check_statistics, decompositions, naming
 from nsvd.compression.report import relative_errors
@@ -43,7 +44,7 @@ def split(job: Exchange, prepared: Mapping[str, Decomposition] | None, before: T
         raise ValueError(f"layer {unknown[0]} is not one that SoLA compresses with {_exclusions(settings)}")
     job.clock.lap("roles")
     if prepared is None:
-        prepared = job.shelf.kept("decompositions")
+        prepared = job.shelf.own.kept("decompositions")
         wanted = {name: parts[name] for name in (parts if ask.ratio else ask.ranks or ())}
         how = {"parts": wanted, "progress": ask.progress}
         decompositions(prepared, job.model, layers, job.stats, inner, rest, **how)
@@ -62,8 +63,15 @@ def split(job: Exchange, prepared: Mapping[str, Decomposition] | None, before: T
         for index, names in by_block(job.model, [name for name in layers if name in everything]).items():
             if not job.resumed(index):
                 with held(job.blocks[index]):
-                    cut = {n: partial(inner.cut, prepared[n], smaller[n], **rest) for n in names if n in smaller}
-                    job.put(index, {name: _new(job, parts[name], name, cut.get(name)) for name in names})
+                    factored = {n: layers[n] for n in names if n in smaller}
+                    cut = {
+                        n: partial(inner.cut, prepared[n], smaller[n], **rest)
+                        for n in factored
+                        if is_mine(job.owner, n)
+                    }
+                    new = told({n: _new(job, parts[n], n, cut[n]) for n in cut}, job.owner, factored)
+                    new |= {n: _new(job, parts[n], n, None) for n in names if n not in smaller}
+                    job.put(index, {n: new[n] for n in names})
         check_exchanged(job.model, {name: layers[name] for name in (*smaller, *moved)}, before)
     except BaseException:
         job.undo([*smaller, *moved])

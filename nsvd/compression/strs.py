@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nsvd.compression.dealing import is_mine, owners
 from nsvd.compression.measure import check_statistics, naming, prepare_layer
 from nsvd.compression.prepared import Prepared, check_prepared
 from nsvd.linalg import Decomposition, LowRank, Method, matrix_method, rank_for_ratio
@@ -27,6 +28,7 @@ from nsvd.walk.calibrate import calibrate
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating, exchanged
 from nsvd.walk.loss import check_text, window_losses
+from nsvd.walk.processes import gathered
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values
 from nsvd.walk.statistics import Statistics
@@ -132,7 +134,7 @@ def measured(
     progress: bool = False,
     **options: float,
 ) -> Sensitivity:
-    """``sensitivity`` with decompositions that were just made for it, and are trusted."""
+    """``sensitivity`` with decompositions that were just made for it, and are trusted. Several processes deal the layers."""
     chosen, layers = matrix_method(method), targets(model)
     settings = chosen.resolve(options)
     check_values(model)
@@ -141,8 +143,10 @@ def measured(
     about |= {"factors": factors} if factors != "plain" else {}
     check_text(model, windows)
     text, rows = _Text(model, windows), []
-    dense = text.dense_losses()
+    dense, owner = text.dense_losses(), owners(model, layers)
     for name, layer in tqdm(layers.items(), "sensitivity", disable=not progress, leave=False):
+        if not is_mine(owner, name):
+            continue
         decomposition = None if prepared is None else prepared[name].to(home(layer.weight))
         for fraction, k in _candidates(layer, name, chosen, settings, kept, factors):
             found = None if records is None else records.find(**about, layer=name, kept=fraction)
@@ -154,6 +158,8 @@ def measured(
                 if records is not None:
                     records.add(about | {"layer": name, "kept": fraction}, found)
             rows.append({"layer": name, "kept": fraction} | found)
+    place = {name: number for number, name in enumerate(layers)}
+    rows = sorted((row for found in gathered(rows) for row in found), key=lambda row: place[row["layer"]])
     return Sensitivity(pd.DataFrame(rows, columns=COLUMNS), dense)
 
 
@@ -168,7 +174,7 @@ class _Text:
         self.shelf, self.last = Shelf(), (None, [])
         with evaluating(model):
             self.decoder = Decoder(model)
-            self.stream = Stream(self.decoder, [windows], batch=windows_at_once(model, windows.shape[1]))
+            self.stream = Stream(self.decoder, [windows], batch=windows_at_once(model, windows.shape[1]), dealt=False)
             for index in range(len(self.decoder)):
                 self.shelf.put(str(index), numbered(self.stream.hidden))
                 self.stream.step()

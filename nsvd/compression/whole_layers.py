@@ -16,6 +16,7 @@ from nsvd.compression.ranks import searched
 from nsvd.compression.recipes import recipe
 from nsvd.linalg import Decomposition
 from nsvd.walk.gradients import drawn_labels, fisher_into
+from nsvd.walk.processes import same
 from nsvd.walk.soundness import check_exchanged
 from nsvd.walk.statistics import Statistics
 
@@ -72,13 +73,13 @@ def _search(
     if ask.allocation == "fisher":
         check_gradients(job.layers, job.stats, "allocation 'fisher'")
     if prepared is None:
-        prepared = job.shelf.kept(f"decompositions-{end}")
+        prepared = job.shelf.own.kept(f"decompositions-{end}")
         rest = {"only_ranks": only_ranks and ask.allocation != "strs", "progress": ask.progress}
         decompositions(prepared, job.model, job.layers, job.stats, ask.method, ask.options, **rest)
         job.clock.lap("decompose")
     text = torch.cat([ids[: ask.search_count] for ids in ask.domains]) if ask.allocation == "strs" else None
     how |= {"factors": ask.factors}
-    ranks, tokens = searched(job.model, job.stats, prepared, ask.ratio, ask.allocation, text, **how)
+    ranks, tokens = same(searched(job.model, job.stats, prepared, ask.ratio, ask.allocation, text, **how))
     job.clock.lap("search")
     return ranks, prepared, tokens
 

@@ -163,6 +163,8 @@ class Walked(Mapping[str, Moments]):
                 with watch_inputs(model, here, lambda name, x, sums=sums: sums[name].add(x)):
                     stream.hidden[index] = stream.through(batch, stream.hidden[index]).cpu()
         for sums in parts:
+            for one in sums.values():
+                one.join()
             check_sums(model, sums)
         stream.at += 1
         for batch, hidden in zip(stream.batches, stream.hidden, strict=True):

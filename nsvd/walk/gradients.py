@@ -15,9 +15,10 @@ from nsvd.linalg.precision import double
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating
 from nsvd.walk.moments import check_names, check_windows
+from nsvd.walk.processes import gathered, summed, wait
 from nsvd.walk.sampling import index_at
 from nsvd.walk.shelf import Shelf
-from nsvd.walk.stream import Batch, Stream, in_order, numbered
+from nsvd.walk.stream import Batch, Stream, borders_of, in_order, numbered
 from nsvd.walk.targets import targets
 from nsvd.walk.text import tokens_at_once, windows_at_once
 
@@ -76,7 +77,7 @@ def fisher_into(
     progress: bool = False,
 ) -> None:
     """Put Σ share · ``fisher`` of the domains (token ids, count × length each) into a mapping, a block's layers at a time, the last
-    block first. On a shelf that lasts the walk begins where an earlier one ended."""
+    block first. On a shelf that lasts the walk begins where an earlier one ended. Several processes deal the windows."""
     for ids in domains:
         check_windows(ids, model)
     names = list(targets(model) if layers is None else layers)
@@ -97,18 +98,21 @@ def fisher_into(
         for index in _counted(range(at)[::-1], len(decoder), progress):
             here = {name: model.get_submodule(name) for name in names if inside[name] == index}
             sums = {name: None for name in here}
-            borders = in_order(shelf.get(f"{BORDER}/{index}"))
+            borders = in_order(shelf.own.get(f"{BORDER}/{index}"))
             with decoder.held(index):
                 for i, item in enumerate(stream.batches):
                     with _watching(here, partial(_add, sums, tokens[item.domain], diagonal)):
                         hidden, gradient = (t.to(decoder.device) for t in (borders[i], gradients[i]))
                         gradients[i] = decoder.pull(index, hidden, item.calls[index], gradient).cpu()
+            sums = {name: summed(H) for name, H in sums.items()}
             _check(sums)
             for name, H in sums.items():
                 found[name] = H
             if shelf.lasting:
-                shelf.put(PULL, numbered(gradients), at=index)
-            shelf.drop(f"{BORDER}/{index}")
+                shelf.own.put(f"{PULL}/{index}", numbered(gradients))
+                wait()
+                shelf.own.drop(f"{PULL}/{index + 1}")
+            shelf.own.drop(f"{BORDER}/{index}")
         _leave(shelf)
 
 
@@ -118,8 +122,9 @@ def drawn_labels(
     """A token (count, length) for every position of the windows, drawn from what the model predicts there.
 
     The draws of a window depend on ``seed`` and its number, which begins at ``first``, and on nothing else. One walk forward.
+    Several processes deal the windows.
     """
-    found = []
+    found = {}
     with torch.no_grad(), evaluating(model):
         decoder = Decoder(model)
         stream = Stream(decoder, [windows], batch=batch or min(8, windows_at_once(model, windows.shape[1])))
@@ -130,15 +135,15 @@ def drawn_labels(
             for part in _parts(decoder, item):
                 logits = decoder.logits(item.ids[:, part], hidden[:, part].to(decoder.device))
                 parts.append(_drawn(logits, uniform[:, part]).cpu())
-            found.append(torch.cat(parts, dim=1))
-    return torch.cat(found)
+            found[item.first] = torch.cat(parts, dim=1)
+    found = {number: labels for those in gathered(found) for number, labels in those.items()}
+    return torch.cat([found[number] for number in sorted(found)])
 
 
 def _leave(shelf: Shelf) -> None:
     """Let go of what the walk has kept, so that the next one begins anew."""
-    for key in shelf.keys(BORDER):
-        shelf.drop(key)
-    shelf.drop(PULL)
+    for key in [*shelf.own.keys(BORDER), *shelf.own.keys(PULL)]:
+        shelf.own.drop(key)
 
 
 def _counted(numbers: range, total: int, progress: bool) -> Iterator[int]:
@@ -150,18 +155,14 @@ def _begin(
 ) -> tuple[list[Tensor], int]:
     """Gradients of every batch's loss at a border, and the number of this border: the last one unless a walk was interrupted."""
     decoder = stream.decoder
-    if PULL in shelf:
-        return in_order(shelf.get(PULL)), shelf.note(PULL)["at"]
+    if shelf.lasting and (done := borders_of(shelf, PULL)):
+        return in_order(shelf.own.get(f"{PULL}/{min(done)}")), min(done)
     if shelf.lasting:
-        done = 0
-        while f"{BORDER}/{done + 1}" in shelf:
-            done += 1
-        if f"{BORDER}/{done}" in shelf:
-            stream.at, stream.hidden = done, in_order(shelf.get(f"{BORDER}/{done}"))
+        stream.restore(shelf, BORDER)
     with tqdm(total=len(decoder), desc="forward", disable=not progress, leave=False) as bar:
         bar.update(stream.at)
         while stream.at < len(decoder):
-            shelf.put(f"{BORDER}/{stream.at}", numbered(stream.hidden))
+            stream.save(shelf, BORDER)
             stream.step()
             bar.update()
     gradients = []
@@ -171,7 +172,7 @@ def _begin(
         gradients.append(_epilogue(decoder, item, hidden, labels, seed).cpu())
     stream.hidden = []
     if shelf.lasting:
-        shelf.put(PULL, numbered(gradients), at=len(decoder))
+        shelf.own.put(f"{PULL}/{len(decoder)}", numbered(gradients))
     return gradients, len(decoder)
 
 

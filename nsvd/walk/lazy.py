@@ -22,6 +22,7 @@ from nsvd.stored.files import replacing
 from nsvd.stored.folder import CheckpointError
 from nsvd.stored.foreign import reading
 from nsvd.stored.skeleton import check_finite
+from nsvd.walk import processes
 
 
 class Place(NamedTuple):
@@ -125,7 +126,7 @@ def held(block: nn.Module) -> Iterator[None]:
 def settle(block: nn.Module, file: Path) -> None:
     """Write a held block as it is to one safetensors file, by the names inside the block, and read it from there from now on.
 
-    Nothing happens to a block that is not lazy.
+    Nothing happens to a block that is not lazy. Of several processes 0 writes the file, and all read it.
 
     Raises:
         OSError: if the file cannot be written.
@@ -136,8 +137,13 @@ def settle(block: nn.Module, file: Path) -> None:
     if not block.source.holds:
         raise RuntimeError(f"{block.source.name} is settled, but not held")
     tensors = {name: slot.tensor.detach().contiguous() for name, slot in slots(block).items()}
-    with replacing(file) as part:
-        save_file(tensors, part, metadata={"format": "pt"})
+
+    def write() -> None:
+        with replacing(file) as part:
+            save_file(tensors, part, metadata={"format": "pt"})
+
+    processes.once(write)
+    processes.see(file)
     read_from(block, file)
 
 

@@ -15,6 +15,7 @@ from nsvd.linalg.worst_case import worst_case_weights
 from nsvd.stored.files import short_name
 from nsvd.walk.hooks import evaluating, watch_inputs
 from nsvd.walk.lazy import weight_of
+from nsvd.walk.processes import gathered, same, summed
 from nsvd.walk.soundness import first_broken
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import targets
@@ -37,6 +38,10 @@ class RunningMoments:
         self.outer.addmm_(x.mT, x)
         self.absolute += x.abs().sum(0)
         self.n += len(x)
+
+    def join(self) -> None:
+        """Take in the sums of all processes."""
+        self.outer, self.absolute, self.n = summed(self.outer), summed(self.absolute), sum(gathered(self.n))
 
     def result(self) -> Moments:
         """Averages per token, on the CPU."""
@@ -115,7 +120,7 @@ def _worst_case(domains: Sequence[Statistics], model: nn.Module | None, ratio: f
     for name, layer in targets(model).items():
         if name in domains[0]:
             layers.append((name, [d[name].G for d in domains], rank_for_ratio(*layer.weight.shape, ratio)))
-    return worst_case_weights(_Weighed(model, layers)).weights
+    return same(worst_case_weights(_Weighed(model, layers)).weights)
 
 
 class _Weighed(Sequence):

@@ -11,6 +11,7 @@ from nsvd.linalg.precision import double
 from nsvd.stored.checkpoint import check_unwrapped
 from nsvd.walk.caches import caches_of
 from nsvd.walk.hooks import evaluating
+from nsvd.walk.processes import gathered, in_turn, mine, share
 from nsvd.walk.text import check_length
 
 CACHE_BYTES = 8 * 2**30  # of a batch of windows while they are sampled
@@ -39,6 +40,7 @@ def sample(
     Every window begins with the token ``start`` (by default the one the model's configuration begins a text with); an end
     of text is an ordinary token, what follows it is a new one. ``batch`` windows are drawn at a time, by default as many as
     their cache has room in ``CACHE_BYTES`` for, 128 at most; the windows are the same, but for rounding, whatever it is.
+    Several processes deal the windows.
 
     Raises:
         ValueError: a wrapper of a model, a size or temperature that is not positive, more tokens than the model has positions
@@ -66,10 +68,11 @@ def sample(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device writes the same
     draws = torch.cat([_uniform(count, generator) for _ in range(length - 1)], dim=1)
-    batch = _batch(model, length) if batch is None else batch
+    batch = share(count, _batch(model, length) if batch is None else batch)
     temperatures = _annealed(opening, temperature, length - 1)
     with evaluating(model):
-        return torch.cat([_sample(model, u, temperatures, start, device) for u in draws.split(batch)]).cpu()
+        parts = [_sample(model, u, temperatures, start, device).cpu() for u in mine(draws.split(batch))]
+    return torch.cat(in_turn(gathered(parts)))
 
 
 def own_text(

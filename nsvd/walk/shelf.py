@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from nsvd.linalg import Decomposition, Moments
 from nsvd.linalg.decomposition import Oblique, Orthogonal, Spectrum
 from nsvd.stored.files import fingerprint
+from nsvd.walk import processes
 
 LIMIT = 2**28  # bytes kept in memory by default; what comes later goes to files
 
@@ -32,22 +34,37 @@ class Shelf:
     Without a folder they are kept in memory up to ``limit`` bytes, and after that in a temporary folder that goes with the
     shelf. With a ``folder`` every group is a file there: it appears whole or not at all, and a later shelf on the same folder
     finds it. What such a shelf finds is compared with its sum when it is first read.
+
+    Several processes that work ``together`` share a folder. All of them put and drop the same, process 0 does it, and when
+    they go on all see it. What each of them has for itself is on the shelf ``own``.
     """
 
-    def __init__(self, folder: Path | None = None, *, limit: int = LIMIT):
+    def __init__(self, folder: Path | None = None, *, limit: int = LIMIT, common: bool = True):
         self.lasting, self.limit, self._folder = folder is not None, limit, folder
+        self._common = common and self.lasting
         self._held: dict[str, tuple[dict[str, Tensor], dict]] = {}
         self._bytes, self._ours = 0, set()
+
+    @cached_property
+    def own(self) -> Shelf:
+        """Where this process keeps what is its own; this very shelf where it is alone, or the shelf does not last."""
+        if not self._common or processes.count() == 1:
+            return self
+        return Shelf(self._folder / f"rank-{processes.rank()}-of-{processes.count()}", common=False)
 
     def put(self, key: str, tensors: Mapping[str, Tensor], **note) -> None:
         """Keep a group; one of the same key is replaced."""
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         if self.lasting:
-            return self._write(key, tensors, note)
+            self._once(lambda: self._write(key, tensors, note))
+            processes.see(self.file(key))
+            self._ours.add(key)
+            return
         self.drop(key)
         size = _size(tensors)
         if self._bytes + size > self.limit:
-            return self._write(key, tensors, note)
+            self._write(key, tensors, note)
+            return
         self._held[key], self._bytes = (tensors, note), self._bytes + size
 
     def get(self, key: str) -> dict[str, Tensor]:
@@ -74,7 +91,7 @@ class Shelf:
         if key in self._held:
             self._bytes -= _size(self._held.pop(key)[0])
         elif self._folder is not None:
-            self.file(key).unlink(missing_ok=True)
+            self._once(lambda: self.file(key).unlink(missing_ok=True))
 
     def begun(self, *apart: str) -> bool:
         """Whether there is any group in the folder but those."""
@@ -85,7 +102,7 @@ class Shelf:
         """Forget all groups."""
         self._held, self._bytes, self._ours = {}, 0, set()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._once(lambda: shutil.rmtree(self._folder, ignore_errors=True))
 
     def file(self, key: str) -> Path:
         """Where a group is, or would be, in the folder."""
@@ -105,6 +122,13 @@ class Shelf:
         if folder is not None and folder.is_dir():
             here += [f"{prefix}/{file.name.removesuffix(_ENDING)}" for file in folder.glob(f"*{_ENDING}")]
         return sorted(here)
+
+    def _once(self, act: Callable[[], object]) -> None:
+        """Change the folder: one process does, where several share it."""
+        if self._common:
+            processes.once(act)
+        else:
+            act()
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[safe_open]:

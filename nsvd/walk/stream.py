@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nsvd.walk.decoder import Call, Decoder, Entered
+from nsvd.walk.processes import count, gathered, rank, share, wait
 from nsvd.walk.shelf import Shelf
 
 BATCH = 8  # windows read at a time
@@ -26,24 +27,21 @@ class Batch:
 
 
 class Stream:
-    """All windows of all domains before block ``at``.
+    """All windows of all domains before block ``at``; of several processes each has its share of them, unless not ``dealt``.
 
     ``hidden`` has the states (count, length, d) of every batch, in the host's memory. ``step`` takes them through the next block.
     Where a walk was interrupted, ``restore`` begins at a border that was kept.
     """
 
-    def __init__(self, decoder: Decoder, domains: Sequence[Tensor], *, batch: int = BATCH):
+    def __init__(self, decoder: Decoder, domains: Sequence[Tensor], *, batch: int = BATCH, dealt: bool = True):
         self.decoder, self.at = decoder, 0
         self.batches: list[Batch] = []
         self.hidden: list[Tensor] = []
         entered: Entered | None = None
-        first = 0
-        for domain, windows in enumerate(domains):
-            for ids in windows.split(batch):
-                entered = decoder.enter(ids, like=entered)
-                self.batches.append(Batch(domain, first, entered.ids, entered.calls))
-                self.hidden.append(entered.hidden.cpu())
-                first += len(ids)
+        for domain, first, ids in batches(domains, batch, dealt=dealt):
+            entered = decoder.enter(ids, like=entered)
+            self.batches.append(Batch(domain, first, entered.ids, entered.calls))
+            self.hidden.append(entered.hidden.cpu())
 
     @torch.no_grad()
     def step(self) -> None:
@@ -59,20 +57,38 @@ class Stream:
 
     def save(self, shelf: Shelf, key: str) -> None:
         """Keep the border for ``restore``, beside those that are there."""
-        shelf.put(f"{key}/{self.at}", numbered(self.hidden))
+        shelf.own.put(f"{key}/{self.at}", numbered(self.hidden))
 
     def restore(self, shelf: Shelf, key: str, at: int | None = None) -> None:
-        """Go on at the border ``at``, or the last that was kept."""
-        kept = [int(name.removeprefix(f"{key}/")) for name in shelf.keys(key)]
-        at = max(kept, default=0) if at is None else at
+        """Go on at the border ``at``, or the last that was kept by all processes."""
+        at = max(borders_of(shelf, key), default=0) if at is None else at
         if at:
-            self.at, self.hidden = at, in_order(shelf.get(f"{key}/{at}"))
+            self.at, self.hidden = at, in_order(shelf.own.get(f"{key}/{at}"))
 
     def forget(self, shelf: Shelf, key: str) -> None:
-        """Drop the borders that were kept before this one."""
-        for name in shelf.keys(key):
+        """Drop the borders that were kept before this one, which all processes have kept."""
+        wait()
+        for name in shelf.own.keys(key):
             if int(name.removeprefix(f"{key}/")) < self.at:
-                shelf.drop(name)
+                shelf.own.drop(name)
+
+
+def batches(domains: Sequence[Tensor], most: int, *, dealt: bool = True) -> Iterator[tuple[int, int, Tensor]]:
+    """Windows that are read at a time, ``most`` at the most: the number of their domain, that of the first of them, and their ids.
+
+    Of several processes each gets its share, unless not ``dealt``; with fewer windows than processes some get none.
+    """
+    most, first, turn = share(sum(map(len, domains)), most) if dealt else most, 0, 0
+    for domain, windows in enumerate(domains):
+        for ids in windows.split(most):
+            if not dealt or turn % count() == rank():
+                yield domain, first, ids
+            first, turn = first + len(ids), turn + 1
+
+
+def borders_of(shelf: Shelf, key: str) -> set[int]:
+    """The borders that are kept, by all processes."""
+    return set.intersection(*gathered({int(name.removeprefix(f"{key}/")) for name in shelf.own.keys(key)}))
 
 
 def numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
