@@ -102,6 +102,7 @@ def _both_ends(job: Exchange, ranks: Mapping[str, int], prepared: Mapping[str, D
         draft.at_once(smaller, prepared)
         there, diagonal = shelf.kept("gradients-draft"), known[next(iter(known))].ndim == 1
         how = {"layers": list(known), "labels": labels, "diagonal": diagonal, "shelf": shelf, "progress": ask.progress}
+        how |= {"walk": "gradients-draft"}
         fisher_into(there, job.model, texts, stats.shares(len(texts)), **how)
     finally:
         draft.undo(smaller)

@@ -22,7 +22,7 @@ from nsvd.walk.stream import Batch, Stream, borders_of, in_order, numbered
 from nsvd.walk.targets import targets
 from nsvd.walk.text import tokens_at_once, windows_at_once
 
-BORDER, PULL = "gradient-border", "gradient-pull"  # on the shelf
+BORDER, PULL = "border", "pull"  # on the shelf, behind the name of the walk
 
 
 @torch.inference_mode(False)
@@ -74,17 +74,19 @@ def fisher_into(
     seed: int = 0,
     batch: int | None = None,
     shelf: Shelf | None = None,
+    walk: str = "gradients",
     progress: bool = False,
 ) -> None:
     """Put Σ share · ``fisher`` of the domains (token ids, count × length each) into a mapping, a block's layers at a time, the last
-    block first. On a shelf that lasts the walk begins where an earlier one ended. Several processes deal the windows."""
+    block first. On a shelf that lasts the walk begins where an earlier one of this name ended. Several processes deal
+    the windows."""
     for ids in domains:
         check_windows(ids, model)
     names = list(targets(model) if layers is None else layers)
     check_names(model, names)
     shelf = Shelf() if shelf is None else shelf
     if all(name in found for name in names):
-        _leave(shelf)
+        _leave(shelf, walk)
         return
     batch = batch or min([8, *(windows_at_once(model, ids.shape[1]) for ids in domains)])
     with ExitStack() as stack:
@@ -94,11 +96,11 @@ def fisher_into(
         inside = {name: decoder.index(name) for name in names}
         stream = Stream(decoder, domains, batch=batch)
         tokens = [share / ids.numel() for ids, share in zip(domains, shares, strict=True)]
-        gradients, at = _begin(stream, shelf, labels, seed, progress)
+        gradients, at = _begin(stream, shelf, walk, labels, seed, progress)
         for index in _counted(range(at)[::-1], len(decoder), progress):
             here = {name: model.get_submodule(name) for name in names if inside[name] == index}
             sums = {name: None for name in here}
-            borders = in_order(shelf.own.get(f"{BORDER}/{index}"))
+            borders = in_order(shelf.own.get(f"{walk}-{BORDER}/{index}"))
             with decoder.held(index):
                 for i, item in enumerate(stream.batches):
                     with _watching(here, partial(_add, sums, tokens[item.domain], diagonal)):
@@ -109,11 +111,11 @@ def fisher_into(
             for name, H in sums.items():
                 found[name] = H
             if shelf.lasting:
-                shelf.own.put(f"{PULL}/{index}", numbered(gradients))
+                shelf.own.put(f"{walk}-{PULL}/{index}", numbered(gradients))
                 wait()
-                shelf.own.drop(f"{PULL}/{index + 1}")
-            shelf.own.drop(f"{BORDER}/{index}")
-        _leave(shelf)
+                shelf.own.drop(f"{walk}-{PULL}/{index + 1}")
+            shelf.own.drop(f"{walk}-{BORDER}/{index}")
+        _leave(shelf, walk)
 
 
 def drawn_labels(
@@ -140,9 +142,9 @@ def drawn_labels(
     return torch.cat([found[number] for number in sorted(found)])
 
 
-def _leave(shelf: Shelf) -> None:
+def _leave(shelf: Shelf, walk: str) -> None:
     """Let go of what the walk has kept, so that the next one begins anew."""
-    for key in [*shelf.own.keys(BORDER), *shelf.own.keys(PULL)]:
+    for key in [*shelf.own.keys(f"{walk}-{BORDER}"), *shelf.own.keys(f"{walk}-{PULL}")]:
         shelf.own.drop(key)
 
 
@@ -151,18 +153,18 @@ def _counted(numbers: range, total: int, progress: bool) -> Iterator[int]:
 
 
 def _begin(
-    stream: Stream, shelf: Shelf, labels: Sequence[Tensor] | None, seed: int, progress: bool
+    stream: Stream, shelf: Shelf, walk: str, labels: Sequence[Tensor] | None, seed: int, progress: bool
 ) -> tuple[list[Tensor], int]:
     """Gradients of every batch's loss at a border, and the number of this border: the last one unless a walk was interrupted."""
     decoder = stream.decoder
-    if shelf.lasting and (done := borders_of(shelf, PULL)):
-        return in_order(shelf.own.get(f"{PULL}/{min(done)}")), min(done)
+    if shelf.lasting and (done := borders_of(shelf, f"{walk}-{PULL}")):
+        return in_order(shelf.own.get(f"{walk}-{PULL}/{min(done)}")), min(done)
     if shelf.lasting:
-        stream.restore(shelf, BORDER)
+        stream.restore(shelf, f"{walk}-{BORDER}")
     with tqdm(total=len(decoder), desc="forward", disable=not progress, leave=False) as bar:
         bar.update(stream.at)
         while stream.at < len(decoder):
-            stream.save(shelf, BORDER)
+            stream.save(shelf, f"{walk}-{BORDER}")
             stream.step()
             bar.update()
     gradients = []
@@ -172,7 +174,7 @@ def _begin(
         gradients.append(_epilogue(decoder, item, hidden, labels, seed).cpu())
     stream.hidden = []
     if shelf.lasting:
-        shelf.own.put(f"{PULL}/{len(decoder)}", numbered(gradients))
+        shelf.own.put(f"{walk}-{PULL}/{len(decoder)}", numbered(gradients))
     return gradients, len(decoder)
 
 
