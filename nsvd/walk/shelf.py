@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -220,4 +221,6 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _sum(tensors: Mapping[str, Tensor], note: dict) -> str:
-    return fingerprint(tensors[name] for name in sorted(tensors)) + json.dumps(note, sort_keys=True)
+    told = json.dumps([note, [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]])
+    text = torch.frombuffer(bytearray(told.encode()), dtype=torch.uint8)
+    return fingerprint([*(tensors[name] for name in sorted(tensors)), text])
