@@ -1,18 +1,24 @@
 """Several processes compress as one: the same ranks, losses and factors as a single process, whatever their number."""
 
 import copy
+import os
+import signal
 from pathlib import Path
 from statistics import fmean
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import nsvd
 from nsvd.compression.compress import carry_out
 from nsvd.compression.request import resolve
 from nsvd.walk import processes
+from nsvd.walk.folder import open_folder, write_folder
 from nsvd.walk.loss import window_losses
 from nsvd.walk.processes import together
+from nsvd.walk.shelf import Shelf
 from tests import ranks
 from tests.tiny import K1, float32, tiny_model, tiny_tokenizer, token_ids  # noqa: F401
 
@@ -43,10 +49,10 @@ def ask(name: str, ratio: float, **options):
     return resolve(name.partition(",")[0], options, ratio=ratio, **known)
 
 
-def compressed(name: str, model=None, shelf=None) -> dict:
+def compressed(name: str) -> dict:
     """What comes out: the report's table, the losses of the model and on the way, all tensors."""
-    model = tiny_model(dtype=torch.float64, num_hidden_layers=3) if model is None else model
-    report = carry_out(model, ask(name, **CASES[name]), shelf=shelf)
+    model = tiny_model(dtype=torch.float64, num_hidden_layers=3)
+    report = carry_out(model, ask(name, **CASES[name]))
     losses = [*report.losses, fmean(window_losses(model, token_ids(6, 12, seed=8)).tolist())]
     return {"table": report.table, "losses": losses, "tensors": copy.deepcopy(model.state_dict())}
 
@@ -88,3 +94,45 @@ def test_several_processes_compress_as_one(count, alone, tmp_path):
         for other in others:
             assert other[name]["losses"] == first[name]["losses"]
             assert all(torch.equal(other[name]["tensors"][key], t) for key, t in first[name]["tensors"].items())
+
+
+def from_folder(name: str, folder: Path, stop: int) -> None:
+    """A model is compressed from a folder; process 1 is killed once it has kept so many things for itself."""
+    torch.set_default_dtype(torch.float32)
+    put, count = Shelf._write, 0
+
+    def counted(self, *args):
+        nonlocal count
+        put(self, *args)
+        count += 1
+        if count == stop and processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Shelf._write = counted
+    with together("cpu"):
+        model, _ = open_folder(folder / "dense", device="cpu")
+        report = carry_out(model, ask(name, **CASES[name]), shelf=Shelf(folder / "kept"))
+        if processes.rank() == 0:
+            (folder / "out").mkdir()
+            write_folder(model, folder / "out")
+            report.table.to_pickle(folder / "table.pkl")
+
+
+@pytest.mark.parametrize(("name", "stop"), [("asvd-1", 2), ("best", 5)])
+def test_a_run_of_several_processes_goes_on_where_it_was_killed(name, stop, alone, tmp_path):
+    """The others end with its name; the next run has what an uninterrupted one has, and what one process has."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        nsvd.save(tiny_model(dtype=torch.float64, num_hidden_layers=3), tiny_tokenizer(), folder / "dense")
+    (code, said), killed = ranks.ended(ranks.start(2, from_folder, name, cut, stop))
+    assert (code, killed[0]) == (2, -signal.SIGKILL), said
+    assert "rank 1 has ended before the work was done" in said
+    done = {file.name for file in (cut / "kept").rglob("*.safetensors")}
+    assert done
+    ranks.run(2, from_folder, name, cut, 0)
+    ranks.run(2, from_folder, name, whole, 0)
+    files = [(folder / "out" / "model.safetensors").read_bytes() for folder in (whole, cut)]
+    assert files[0] == files[1]
+    found = {"table": pd.read_pickle(cut / "table.pkl"), "tensors": load_file(cut / "out" / "model.safetensors")}
+    expected = alone[name] | {"tensors": {k: v for k, v in alone[name]["tensors"].items() if k in found["tensors"]}}
+    assert_equal(found | {"losses": expected["losses"]}, expected)
