@@ -75,24 +75,15 @@ def built(models_folder: Path, shape: dict, depth: int) -> Path:
 def work(job: dict) -> None:
     """What a child does: one compression, with a line of JSON at the end."""
     import nsvd
-    from nsvd.compression.compress import carry_out
-    from nsvd.compression.request import resolve
-    from nsvd.walk.folder import open_folder
-    from nsvd.walk.shelf import Shelf
 
-    torch.manual_seed(0)
-    ids = nsvd.random_tokens(job["vocabulary"], job["count"], job["length"], start=0)
     begun, cpu = time.perf_counter(), time.process_time()
     print(json.dumps({"begin": True}), flush=True)
+    how, text = {"method": job["method"], "ratio": job["ratio"]}, {"count": job["count"], "length": job["length"]}
     if job["source"] == "resident":
-        model, _ = nsvd.load(job["model"], device=job["device"])
-        report = nsvd.compress_(model, method=job["method"], ratio=job["ratio"], windows=ids)
+        model, tokenizer = nsvd.load(job["model"], device=job["device"])
+        report = nsvd.compress_(model, windows=nsvd.domains("random", model, tokenizer, **text), **how)
     else:
-        rest = ("ranks", "allocation", "factors", "shifted", "search_count")
-        how = {"windows": ids, "weights": "uniform", "refine": 0, "distill": 0, "seed": 0, "progress": False}
-        ask = resolve(job["method"], {}, ratio=job["ratio"], **dict.fromkeys(rest), **how)
-        model, _ = open_folder(job["model"], device=job["device"])
-        report = carry_out(model, ask, shelf=Shelf(Path(job["progress"])))
+        report = nsvd.compress(job["model"], job["out"], calibration="random", device=job["device"], **text, **how)
     found = {"wall": time.perf_counter() - begun, "cpu": time.process_time() - cpu, "stages": report.seconds}
     found |= {"versions": report.versions, "ratio_reached": report.ratio_reached}
     if torch.cuda.is_available() and job["device"] != "cpu":
@@ -125,7 +116,7 @@ def disk(folder: Path) -> int:
 def measured(job: dict) -> dict:
     """Run a job in a child; what it told, and its peaks of memory and disk, before it began and at the highest."""
     with tempfile.TemporaryDirectory(prefix="nsvd-scale-", dir=job["scratch"]) as scratch:
-        command = [sys.executable, __file__, "--child", json.dumps(job | {"progress": f"{scratch}/progress"})]
+        command = [sys.executable, __file__, "--child", json.dumps(job | {"out": f"{scratch}/out"})]
         environment = os.environ | {"TMPDIR": scratch}  # what does not fit in memory goes there, too
         told, peaks, before, looks = Path(scratch) / "told", {}, {}, 0
         with told.open("w", encoding="utf-8") as out:
@@ -172,7 +163,7 @@ def main() -> None:
                 for count, length in texts:
                     job = {"preset": chosen.preset, "model": str(folder), "depth": depth, "count": count, "length": length}
                     job |= {"method": method, "source": source, "ratio": chosen.ratio, "device": chosen.device}
-                    job |= {"vocabulary": shape["vocab_size"], "scratch": chosen.scratch}
+                    job |= {"scratch": chosen.scratch}
                     line = {n: v for n, v in job.items() if n not in ("model", "scratch")} | {"shape": shape}
                     line |= {"model_bytes": disk(folder)} | measured(job)
                     with open(chosen.out, "a", encoding="utf-8") as out:
