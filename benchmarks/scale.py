@@ -1,6 +1,6 @@
 """Peak memory and time of a compression against depth, width and tokens, as the operating system sees them.
 
-python benchmarks/scale.py --preset small|1b|7b-block [--out FILE] [--models FOLDER] [--sources resident folder] [--methods asvd-1 best]
+python benchmarks/scale.py --preset small|tokens|width|1b|7b-block [--out FILE] [--models FOLDER] [--methods asvd-1 best]
 
 Every job runs in a process of its own on a random LLaMA in bfloat16, which is written to a folder first and kept there. Its
 resident memory is read from outside every 50 ms. Files that are mapped into memory are counted apart: the system takes that
@@ -29,12 +29,14 @@ BILLION = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads"
 BILLION |= {"vocab_size": 32_000}
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11_008, "num_attention_heads": 32, "num_key_value_heads": 32}
 SEVEN |= {"vocab_size": 32_000}
+WIDE = SMALL | {"hidden_size": 512, "intermediate_size": 1376}
+BOTH = ("resident", "folder")
 
 # shape, depths, (count, length) of the windows, methods, sources
 PRESETS = {
-    "small": (SMALL, (12, 48), ((64, 256),), ("best",), ("resident", "folder")),
-    "tokens": (SMALL, (12,), ((32, 256), (128, 256)), ("asvd-1", "best"), ("resident", "folder")),
-    "width": (SMALL | {"hidden_size": 512, "intermediate_size": 1376}, (12,), ((64, 256),), ("asvd-1", "best"), ("resident", "folder")),
+    "small": (SMALL, (12, 48), ((64, 256),), ("best",), BOTH),
+    "tokens": (SMALL, (12,), ((32, 256), (128, 256)), ("asvd-1", "best"), BOTH),
+    "width": (WIDE, (12,), ((64, 256),), ("asvd-1", "best"), BOTH),
     "1b": (BILLION, (22,), ((16, 512),), ("asvd-1", "best"), ("folder",)),
     "7b-block": (SEVEN, (1, 2), ((16, 2048),), ("asvd-1", "best"), ("folder",)),
 }  # fmt: skip
@@ -161,15 +163,16 @@ def main() -> None:
         for method in chosen.methods or methods:
             for source in chosen.sources or sources:
                 for count, length in texts:
-                    job = {"preset": chosen.preset, "model": str(folder), "depth": depth, "count": count, "length": length}
-                    job |= {"method": method, "source": source, "ratio": chosen.ratio, "device": chosen.device}
-                    job |= {"scratch": chosen.scratch}
+                    job = {"preset": chosen.preset, "model": str(folder), "depth": depth, "method": method}
+                    job |= {"source": source, "count": count, "length": length, "ratio": chosen.ratio}
+                    job |= {"device": chosen.device, "scratch": chosen.scratch}
                     line = {n: v for n, v in job.items() if n not in ("model", "scratch")} | {"shape": shape}
                     line |= {"model_bytes": disk(folder)} | measured(job)
                     with open(chosen.out, "a", encoding="utf-8") as out:
                         out.write(json.dumps(line) + "\n")
                     peak = line["peak"]["anonymous"] / 2**20
-                    print(f"{depth} blocks, {count} × {length}, {method}, {source}: {peak:.0f} MiB, {line['wall']:.0f} s")
+                    what = f"{depth} blocks, {count} × {length}, {method}, {source}"
+                    print(f"{what}: {peak:.0f} MiB, {line['wall']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from nsvd.stored.folder import CheckpointError
 from nsvd.stored.foreign import reading
 from nsvd.stored.skeleton import check_finite
 from nsvd.walk import processes
+from nsvd.walk.memory import give_back
 
 
 class Place(NamedTuple):
@@ -110,7 +111,10 @@ def held(block: nn.Module) -> Iterator[None]:
         CheckpointError: if a file is not what it was, or a parameter that is read for the first time holds NaN or Inf.
     """
     if not isinstance(block, LazyBlock):
-        yield
+        try:
+            yield
+        finally:
+            give_back()
         return
     if not block.source.holds:
         _fill(block)
@@ -121,6 +125,7 @@ def held(block: nn.Module) -> Iterator[None]:
         block.source.holds -= 1
         if not block.source.holds:
             _drop(block)
+            give_back()
 
 
 def settle(block: nn.Module, file: Path) -> None:

@@ -1,0 +1,26 @@
+"""Memory that is free goes back to the system: what a process takes does not grow with the number of blocks it has done."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+
+# Of so many matrix products oneDNN, and its wrapper in torch, keep the code, some 0.4 MB each. They would keep 1024, and every
+# compressed layer has shapes of its own.
+SHAPES = 64
+
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read when the first product is taken
+    os.environ.setdefault(_name, str(SHAPES))
+
+
+def give_back() -> None:
+    """Return free memory between pieces in use to the system, where that is Linux with glibc: it does not do so by itself."""
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@cache
+def _trim():
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
