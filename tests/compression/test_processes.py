@@ -24,6 +24,7 @@ from tests.tiny import K1, float32, tiny_model, tiny_tokenizer, token_ids  # noq
 
 ODD = token_ids(13, 12)  # no multiple of two or three
 TWO = [token_ids(13, 12), token_ids(7, 9, seed=5)]
+REFINED = "ridge, refined"  # steps go over batches, and several processes read smaller ones: not what one process gives
 OPEN = {
     "ranks": None, "allocation": None, "factors": None, "shifted": None, "refine": 0, "distill": 0, "windows": None,
     "weights": "uniform", "search_count": None, "seed": 0, "progress": False,
@@ -40,6 +41,7 @@ CASES = {
     "asvd-1, two windows": {"windows": ODD[:2], "ratio": 0.3},
     "best, two windows": {"windows": ODD[:2], "ratio": 0.4},
     "ridge, distill": {"windows": TWO, "ratio": 0.3, "distill": 3},
+    REFINED: {"windows": TWO, "ratio": 0.3, "shifted": True, "refine": 3},
     "kfac, worst-case": {"windows": TWO, "ratio": 0.3, "weights": "worst-case"},
 }
 
@@ -90,7 +92,10 @@ def test_several_processes_compress_as_one(count, alone, tmp_path):
     ranks.run(count, all_cases, tmp_path)
     first, *others = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(count)]
     for name in CASES:
-        assert_equal(first[name], alone[name])
+        if name == REFINED:
+            assert first[name]["losses"] == pytest.approx(alone[name]["losses"], rel=1e-2)
+        else:
+            assert_equal(first[name], alone[name])
         for other in others:
             assert other[name]["losses"] == first[name]["losses"]
             assert all(torch.equal(other[name]["tensors"][key], t) for key, t in first[name]["tensors"].items())
