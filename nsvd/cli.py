@@ -64,6 +64,7 @@ def compress(chosen: argparse.Namespace) -> None:
     import nsvd
     from nsvd.compression.recipes import RECIPES, base_method
     from nsvd.lab.compress import compressed
+    from nsvd.walk.processes import rank, together
 
     names = ("k1", "alpha", "mu", "eta", *nsvd.METHODS["sola"].options)
     options = {name: value for name in names if (value := getattr(chosen, name)) is not None}
@@ -83,7 +84,10 @@ def compress(chosen: argparse.Namespace) -> None:
     same += ("factors", "shifted", "refine", "distill", "search_count", "dtype", "device")
     arguments = {name: getattr(chosen, name) for name in same} | options
     tell = lambda sentence: print(f"nsvd compress: {sentence}", file=sys.stderr)  # noqa: E731
-    done = compressed(chosen.model, chosen.out, **arguments, progress=sys.stderr.isatty(), tell=tell)
+    with together(chosen.device):
+        done = compressed(chosen.model, chosen.out, **arguments, progress=sys.stderr.isatty(), tell=tell)
+        if rank() != 0:
+            return
     said = []
     if report := done.weights:
         dense = int(report.table.dense.sum())

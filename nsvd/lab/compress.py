@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,8 @@ from nsvd.stored.checkpoint import check_target, save
 from nsvd.stored.files import fingerprint, reached, replacing, short_name
 from nsvd.stored.locks import locked
 from nsvd.walk.folder import WholeOnly, open_folder, write_folder
+from nsvd.walk.processes import count as processes
+from nsvd.walk.processes import once, rank, same, together
 from nsvd.walk.sampling import own_text
 from nsvd.walk.shelf import Shelf
 
@@ -54,8 +56,10 @@ class _Text(NamedTuple):
 
 
 def compress(source: str | Path, out: str | Path, **arguments) -> Report | CacheReport:
-    """Compress a model into a folder, and report; arguments and errors as ``compressed``."""
-    done = compressed(source, out, **arguments)
+    """Compress a model into a folder, and report; arguments and errors as ``compressed``, and ``ConnectionError`` where another of
+    several processes has ended."""
+    with together(arguments.get("device", "auto")):
+        done = compressed(source, out, **arguments)
     return done.cache if done.weights is None else done.weights
 
 
@@ -96,6 +100,8 @@ def compressed(
     In memory, in one go, are done: a KV cache (``cache_ratio``), ``distill``, the allocation ``strs``, GGUF files, and models of
     which blocks cannot be read alone.
 
+    Processes that are ``together`` share the work, and one folder; process 0 writes it, and tells the user.
+
     Args:
         source: an embedded name, a folder, a ``.gguf`` file or a hub id.
         out: the folder to write; an older model there is replaced.
@@ -111,6 +117,7 @@ def compressed(
         OSError: if ``out`` cannot be written, something else than a model would be lost, or another run writes there.
     """
     text = _Text(calibration, count, length, bos, seed)
+    tell = tell if rank() == 0 else lambda _sentence: None
     _check(ratio, cache_ratio, joint, weights, allocation, search_count, (factors, shifted, refine, distill))
     base_method(method).resolve(options)
     check_target(out)
@@ -126,19 +133,20 @@ def compressed(
         except WholeOnly as error:
             why = str(error)
     if why is None:
-        with _progress(out, _about(place, text, ask | how), tell) as shelf:
+        run = same(_about(place, text, ask | how) if rank() == 0 else None)
+        with _progress(out, run | {"number of processes": processes()}, tell) as shelf:
             windows, about = _windows(model, tokenizer, source, text, ask, shelf)
             _check_text(shelf, windows, tell)
             report = carry_out(model, _request(ask, windows), shelf=shelf)
             done = Outcome(report, None, _told(about, report))
-            save(model, tokenizer, out, report=_as_json(source, done), write=write_folder)
+            once(lambda: save(model, tokenizer, out, report=_as_json(source, done), write=write_folder))
         return done
     model, tokenizer = load(source, **how)
     windows, about = _windows(model, tokenizer, source, text, ask, Shelf(), cache_ratio is not None)
     request = None if ratio is None else _request(ask, windows)
     tell(f"the model is loaded whole: {why}")
     done = _in_memory(model, request, windows, about, ask, cache_ratio, joint)
-    save(model, tokenizer, out, report=_as_json(source, done))
+    once(lambda: save(model, tokenizer, out, report=_as_json(source, done)))
     return done
 
 
@@ -282,25 +290,24 @@ def _progress(out: str | Path, about: dict, tell: Callable[[str], None]) -> Iter
     place = reached(out).resolve()
     folder = place.with_name(f".{place.name}.progress")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock", wait=False) as mine:
+    with locked(folder / "lock", wait=False) if rank() == 0 else nullcontext(True) as mine:
         if mine is None:
             raise FileExistsError(f"cannot write {out}: another run is at it")
         told = folder / "run.json"
-        _settle(folder, told, about, tell)
-        with replacing(told) as part:
-            part.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        once(lambda: _settle(folder, told, about, tell))
         shelf = Shelf(folder / "kept")
         try:
             yield shelf
         except BaseException as error:
-            if isinstance(error, ValueError | ArithmeticError | LinAlgError) or not shelf.begun("windows"):
+            useless = isinstance(error, ValueError | ArithmeticError | LinAlgError) or not shelf.begun("windows")
+            if rank() == 0 and useless:
                 _remove(folder, told)  # it would fail again, or has nothing that is worth to be kept
             raise
-        _remove(folder, told)
+        once(lambda: _remove(folder, told))
 
 
 def _settle(folder: Path, told: Path, about: dict, tell: Callable[[str], None]) -> None:
-    """Empty the folder unless a run of the same kind has left it."""
+    """Empty the folder unless a run of the same kind has left it, and write down which one this is."""
     before = None
     if told.is_file():
         try:
@@ -314,6 +321,8 @@ def _settle(folder: Path, told: Path, about: dict, tell: Callable[[str], None]) 
         _clear(folder)
     if changed:
         tell(f"an earlier run is not taken up: its {' and its '.join(changed)} changed")
+    with replacing(told) as part:
+        part.write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 def _remove(folder: Path, told: Path) -> None:
