@@ -1,0 +1,240 @@
+"""What a compression will take, from the sizes of the layers alone: memory, disk, passes over the text, operations.
+
+The sums follow what the stages hold. Streams of hidden states lie in the host's memory, a block and what is measured of it on the
+device. Where both are one, their sum is what counts. What the interpreter and its libraries take is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from nsvd.compression.compress import RANKS_EVERY
+from nsvd.compression.measure import GRADIENTS_EVERY, GRADIENTS_LEAST
+from nsvd.compression.request import Request
+from nsvd.linalg import rank_for_ratio
+from nsvd.walk.decoder import longest_list
+from nsvd.walk.stream import BATCH
+from nsvd.walk.targets import by_block, targets
+from nsvd.walk.text import LOGIT_BYTES, tokens_at_once
+
+DOUBLE, FOLLOWED = 8, 16  # bytes of a number in float64; windows at a time where inputs are followed
+EIGH = 9  # m³ of these operations for all eigenvectors of a symmetric matrix
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of a layer, and whether it is the first to read its input; ``alone`` if it is the only one."""
+
+    d_out: int
+    d_in: int
+    rank: int
+    first: bool
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one part of the work takes; bytes at its highest, bytes that it adds to the disk, operations."""
+
+    device: float = 0
+    host: float = 0
+    disk: float = 0
+    passes: float = 0  # over the whole text, a backward pass as two
+    forward: float = 0
+    decompositions: float = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Peaks over all ``stages`` in bytes, and sums of what is done: ``forward`` and ``decompositions`` in operations."""
+
+    device: float
+    host: float
+    disk: float
+    passes: float
+    tokens: float
+    forward: float
+    decompositions: float
+    stages: dict[str, Stage]
+
+
+def cost(model: nn.Module, ask: Request) -> Cost:
+    """What ``carry_out`` takes for a dense model, which may be without its numbers, and the request's windows, on a lasting shelf.
+
+    Which layers share an input is told from their sizes: neighbours of one parent with as many inputs do, but for a last one that
+    leads back to the hidden states. Matrices and streams are counted, and what a block makes of one batch.
+    """
+    return _Sums(model, ask).total()
+
+
+class _Sums:
+    """The sizes that all stages are told from."""
+
+    def __init__(self, model: nn.Module, ask: Request):
+        self.ask, layers = ask, targets(model)
+        self.hidden = model.config.get_text_config().hidden_size
+        first = next(iter(layers.values()))
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.bytes, self.logits = first.weight.element_size(), tokens_at_once(model)
+        self.blocks = [_layers(names, layers, self.hidden, ask) for names in by_block(model, layers).values()]
+        self.largest = max(self.blocks, key=lambda block: sum(one.d_out * one.d_in for one in block))
+        name = longest_list(model)[0]
+        outside = {id(p): p for n, p in model.named_parameters() if not n.startswith(f"{name}.")}
+        self.outside = sum(p.numel() * p.element_size() for p in outside.values())
+        self.block = self.bytes * sum(one.d_out * one.d_in for one in self.largest)
+        self.shapes = [tuple(ids.shape) for ids in ask.domains]
+        self.tokens, self.length = sum(n * t for n, t in self.shapes), max(t for _, t in self.shapes)
+        self.share = sum(self._gradient_windows(n) * t for n, t in self.shapes) / self.tokens
+
+    def total(self) -> Cost:
+        stages, ask = {}, self.ask
+        ends = 2 if ask.searches and ask.shifted and ask.judge.needs_gradients else 1
+        if ask.method.needs_moments and (ask.searches or not ask.shifted):
+            stages["moments"] = self.moments(1 / RANKS_EVERY if ask.shifted else 1.0)
+        if ask.judge.needs_gradients or ask.allocation == "fisher":
+            stages["gradients"] = self.gradients(ends)
+        stages["decompositions"] = self.decompositions(ends)
+        if ask.shifted:
+            stages["in order"] = self.in_order()
+        found = stages.values()
+        add = lambda part: sum(getattr(stage, part) for stage in found)  # noqa: E731
+        peak = lambda part: max(getattr(stage, part) for stage in found)  # noqa: E731
+        passes, disk = add("passes"), add("disk")
+        work = (add("forward"), add("decompositions"))
+        return Cost(peak("device"), peak("host"), disk, passes, passes * self.tokens, *work, stages)
+
+    def moments(self, share: float) -> Stage:
+        """Streams, and the second moments of the inputs of one block."""
+        leaders, batch = [one.d_in for one in self.largest if one.first], BATCH * self.length
+        grams = DOUBLE * sum(d * d for d in leaders)
+        largest = DOUBLE * max(leaders) ** 2
+        device = self._held + self._activations(batch) + grams + largest + 2 * DOUBLE * batch * max(leaders)
+        host = share * self._stream + grams + largest
+        every = [one.d_in for block in self.blocks for one in block if one.first]
+        kept = 0 if self.ask.one_by_one else DOUBLE * sum(d * d for d in every)
+        products = 2 * share * self.tokens * sum(d * d for d in every)
+        disk = kept + 2 * share * self._stream
+        return Stage(device, host, disk, share, share * self._forward + products)
+
+    def gradients(self, ends: int) -> Stage:
+        """Borders on the disk, one block's graph, and the second moments of the gradients at its outputs."""
+        share, outputs = self.share, [one.d_out for one in self.largest]
+        batch = min(BATCH, max(1, self.logits // self.length)) * self.length
+        largest, H = DOUBLE * max(outputs) ** 2, DOUBLE * sum(d * d for d in outputs)
+        graph = 2 * self._activations(batch) + largest + DOUBLE * batch * max(outputs)
+        logits = 7 * min(LOGIT_BYTES, 4 * self.vocabulary * batch)  # in float32 and float64, and their gradients
+        device = self._held + max(graph, logits)
+        host = 3 * share * self._stream + H + 2 * largest
+        every = DOUBLE * sum(one.d_out**2 for block in self.blocks for one in block)
+        disk = (3 if ends == 2 else 1) * every + share * self._stream * (len(self.blocks) + 2)
+        passes = share * (4 * ends + (ends == 2))
+        products = 2 * share * ends * self.tokens * sum(one.d_out**2 for block in self.blocks for one in block)
+        return Stage(device, host, disk, passes, passes * self._forward + products)
+
+    def decompositions(self, ends: int) -> Stage:
+        """One layer's matrices at a time; those of all ranks are kept where a search looks at them first."""
+        peak, pieces = max(self._decomposed(one) for one in self.largest), self._pieces
+        metric = DOUBLE * max(one.d_in**2 + self._judged * one.d_out**2 for one in self.largest)
+        largest = DOUBLE * max(one.d_out * one.d_in + min(one.d_out, one.d_in) ** 2 for one in self.largest)
+        pivots = max(self._pivoted(one) for one in self.largest)
+        keeps = self.ask.searches and not (self.ask.shifted and ends == 1)
+        every = [one for block in self.blocks for one in block]
+        count = ends if self.ask.searches or self.ask.shifted else 1
+        exchanged = self.bytes * sum(one.rank * (one.d_out + one.d_in) for one in every)
+        disk = DOUBLE * sum(pieces(one) for one in every) * keeps + ends * exchanged
+        work = count * sum(self._operations(one) for one in every)
+        return Stage(self._held + peak, max(metric + 2 * largest, pivots), disk, decompositions=work)
+
+    def in_order(self) -> Stage:
+        """Two streams and what the dense one holds at the landmarks; on the device what the parts of a block remember."""
+        groups = [one for one in self.largest if one.first]
+        single = [one for one in groups if one.alone]
+        places = self.hidden + sum(one.d_out if one.alone else one.d_in for one in groups)
+        places -= self.hidden if single and single[-1] is groups[-1] else 0  # the last layer's is the end of the block
+        remembered = self.hidden * max(0, len(single) - 1) + max((one.d_in for one in single), default=0)
+        batch, widest = FOLLOWED * self.length, max(one.d_in for one in groups)
+        sums = DOUBLE * max(3 * one.d_in**2 + 2 * one.d_in * one.d_out for one in groups)
+        seen = batch * widest * (4 + 4 + DOUBLE) + self._activations(batch)
+        peak = max(self._decomposed(one) for one in self.largest)
+        device = self._held + self.tokens * self.bytes * remembered + sums + max(seen, peak)
+        host = self.tokens * self.bytes * (places + self.hidden)
+        host += max(
+            DOUBLE * max(one.d_out for one in self.largest) ** 2 * self._judged, *map(self._pivoted, self.largest)
+        )
+        every = [one for block in self.blocks for one in block]
+        products = 2 * self.tokens * sum(one.d_in * (one.d_in + one.d_out) for one in every if one.first)
+        work = sum(self._operations(one) + one.d_in**3 / 3 + 2 * one.d_out * one.d_in**2 for one in every)
+        return Stage(device, host, 4 * self._stream, 2, 2 * self._forward + products, work)
+
+    @property
+    def _held(self) -> float:
+        """Bytes of a block, and of what is no block's."""
+        return self.outside + self.block
+
+    @property
+    def _stream(self) -> float:
+        return self.tokens * self.hidden * self.bytes
+
+    @property
+    def _forward(self) -> float:
+        """Operations of a pass of all tokens through the blocks."""
+        products = sum(one.d_out * one.d_in for block in self.blocks for one in block)
+        return 2 * self.tokens * (products + len(self.blocks) * self.length * self.hidden)
+
+    @property
+    def _judged(self) -> bool:
+        """Whether outputs have a metric, too."""
+        return self.ask.judge.needs_gradients
+
+    def _gradient_windows(self, count: int) -> int:
+        step = max(1, min(GRADIENTS_EVERY, count // GRADIENTS_LEAST))
+        return len(range(0, count, step))
+
+    def _activations(self, tokens: int) -> float:
+        """What a block makes of a batch: the outputs of all layers, and hidden states in float32 in its norms."""
+        return tokens * (self.bytes * sum(one.d_out for one in self.largest) + 12 * self.hidden)
+
+    def _decomposed(self, one: Layer) -> float:
+        """Bytes of a decomposition: metrics as they are, with ridge and factored, the weight, its core, eigenvectors."""
+        m, square = min(one.d_out, one.d_in), one.d_out * one.d_in
+        metrics = 2 * one.d_in**2 + 3 * one.d_out**2 * self._judged
+        core = (one.d_out * m + m * one.d_in) * (one.d_out > one.d_in) + m * one.d_in + 5 * m * m
+        return DOUBLE * (metrics + 2 * square + max(core, one.d_in**2, one.d_out**2 * self._judged))
+
+    def _pieces(self, one: Layer) -> int:
+        """Numbers of a decomposition that are kept."""
+        return min(one.d_out, one.d_in) * (one.d_out + one.d_in)
+
+    def _pivoted(self, one: Layer) -> float:
+        """Bytes of QR with column pivoting, in the host's memory."""
+        return 6 * DOUBLE * one.rank * one.d_out * (self.ask.factors == "pivoted")
+
+    def _operations(self, one: Layer) -> float:
+        """Of a decomposition, and of pivoting."""
+        m, d_out, d_in = min(one.d_out, one.d_in), one.d_out, one.d_in
+        work = EIGH * m**3 + 2 * m * d_in**2 + 4 * m * m * d_in + 2 * d_out * m * m + 4 * d_out * m * m * (d_out > d_in)
+        work += (d_out**3 / 3 + 2 * d_out**2 * d_in + d_out**2 * m) * self._judged
+        return work + 4 * one.rank**2 * d_out * (self.ask.factors == "pivoted")
+
+
+def _layers(names: Sequence[str], layers: dict[str, nn.Linear], hidden: int, ask: Request) -> list[Layer]:
+    """The layers of a block, and which of them read one input."""
+    parent = lambda name: name.rpartition(".")[0]  # noqa: E731
+    ends = {parent(name): name for name in names}  # the last of every parent
+    shared = {}  # whether a layer reads what the one before it reads
+    for before, name in pairwise(names):
+        back = ends[parent(name)] == name and layers[name].out_features == hidden
+        beside = parent(before) == parent(name) and layers[before].in_features == layers[name].in_features
+        shared[name] = beside and not back
+    after = dict(pairwise(names))
+    found = []
+    for name in names:
+        d_out, d_in = layers[name].weight.shape
+        rank = rank_for_ratio(d_out, d_in, ask.ratio, ask.factors) if ask.ratio else ask.ranks.get(name, 0)
+        first = not shared.get(name, False)
+        found.append(Layer(d_out, d_in, rank, first, first and not shared.get(after.get(name), False)))
+    return found

@@ -1,0 +1,95 @@
+"""What a compression is said to take is what it takes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nsvd.compression.cost import _Sums, cost
+from nsvd.compression.request import resolve
+from tests.tiny import float32  # noqa: F401
+
+SEVEN = {"hidden_size": 4096, "intermediate_size": 11_008, "num_attention_heads": 32, "num_key_value_heads": 32}
+SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
+MEASURED = """
+import sys, threading, time, torch, nsvd
+from pathlib import Path
+from nsvd.compression.compress import carry_out
+from nsvd.walk.shelf import Shelf
+from tests.compression.test_cost import SMALL, request, shaped
+
+def taken():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], taken())
+        time.sleep(0.002)
+
+method, count, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(0)
+model = shaped(SMALL, 1, device="cpu")
+ask = request(method, nsvd.random_tokens(300, count, length))
+begin = taken()
+peak = [begin]
+threading.Thread(target=watch, daemon=True).start()
+carry_out(model, ask, shelf=Shelf(Path(sys.argv[4])))
+print(peak[0] - begin)
+"""
+
+
+def shaped(sizes, depth, *, device="meta"):
+    """A model in bfloat16, without its numbers."""
+    config = LlamaConfig(**{"vocab_size": 300} | sizes, num_hidden_layers=depth, dtype="bfloat16")
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def request(method, windows):
+    """The arguments of ``compress_``, the rest left open."""
+    names = ("ranks", "allocation", "factors", "shifted", "search_count")
+    rest = {"weights": "uniform", "refine": 0, "distill": 0, "seed": 0, "progress": False}
+    return resolve(method, {}, ratio=0.3, windows=windows, **dict.fromkeys(names), **rest)
+
+
+def told(sizes, depth, method, count, length):
+    return cost(shaped(sizes, depth), request(method, torch.zeros(count, length, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("method", ["asvd-1", "best"])
+def test_memory_does_not_grow_with_depth_and_the_rest_does(method):
+    few, many = told(SMALL, 12, method, 64, 256), told(SMALL, 48, method, 64, 256)
+    assert (few.device, few.host, few.passes) == (many.device, many.host, many.passes)
+    assert 3.5 < many.forward / few.forward <= 4
+    assert many.decompositions == pytest.approx(4 * few.decompositions)
+    assert few.disk < many.disk
+
+
+def test_passes_over_the_text():
+    """``best`` on 256 windows: half of them for moments; an eighth four times at both ends, once for labels; two in order."""
+    assert told(SMALL, 2, "asvd-1", 256, 16).passes == 1
+    assert told(SMALL, 2, "best", 256, 16).passes == pytest.approx(1 / 2 + 9 / 8 + 2)
+
+
+def test_layers_that_share_an_input_are_told_from_their_sizes():
+    """Of a block at LLaMA-7B's sizes four inputs are measured, in float64: three of width d, one of the feed-forward's."""
+    asked = request("asvd-1", torch.zeros(1, 2, dtype=torch.long))
+    layers = _Sums(shaped(SEVEN, 1), asked).largest
+    assert [one.first for one in layers] == [True, False, False, True, True, False, True]
+    assert [one.alone for one in layers] == [False, False, False, True, False, False, True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="told by /proc")
+@pytest.mark.parametrize(("method", "count", "length"), [("best", 64, 256), ("asvd-1", 64, 256)])
+def test_the_peak_is_what_is_told(tmp_path, method, count, length):
+    """Within half and one and a half: pieces that are free between others, and the code of products, 64 × 0.4 MB, come on top."""
+    asked = told(SMALL, 1, method, count, length)
+    command = [sys.executable, "-c", MEASURED, method, str(count), str(length), str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    measured = float(found.stdout) - 45e6
+    both = max(stage.device + stage.host for stage in asked.stages.values())
+    assert both / 2 < measured < 1.5 * both
