@@ -26,6 +26,7 @@ from nsvd.linalg.moments import mixing
 from nsvd.linalg.precision import double
 from nsvd.walk.decoder import Call, Decoder, Entered, run_block
 from nsvd.walk.hooks import as_float32, evaluating, in_float32, watch_calls, watch_inputs
+from nsvd.walk.memory import give_back
 from nsvd.walk.moments import readers
 from nsvd.walk.processes import gathered, rank, same, summed
 from nsvd.walk.settled import completion, remembering, settled_parts
@@ -172,6 +173,7 @@ def _through_block(
         if place is not None and place not in places.values():
             for item in batches:
                 del item.wanted[place]
+        give_back()
     if finish is not None:
         settled = []
         for item in batches:
