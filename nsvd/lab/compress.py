@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.linalg import LinAlgError
 from transformers import PreTrainedModel
 
 from nsvd.cache.compress import CacheReport, compress_kv_
 from nsvd.compression.compress import carry_out
+from nsvd.compression.cost import cost
 from nsvd.compression.measure import statistics_of
 from nsvd.compression.recipes import RECIPES, base_method
 from nsvd.compression.report import Report
@@ -25,6 +28,7 @@ from nsvd.lab.calibration import begins_with_bos, domains
 from nsvd.lab.models import check_apart, embedded_models, load, place_of
 from nsvd.lab.records import origin
 from nsvd.linalg.factors import check_ratio
+from nsvd.linalg.precision import home
 from nsvd.stored.checkpoint import check_target, save
 from nsvd.stored.files import fingerprint, reached, replacing, short_name
 from nsvd.stored.locks import locked
@@ -137,7 +141,10 @@ def compressed(
         with _progress(out, run | {"number of processes": processes()}, tell) as shelf:
             windows, about = _windows(model, tokenizer, source, text, ask, shelf)
             _check_text(shelf, windows, tell)
-            report = carry_out(model, _request(ask, windows), shelf=shelf)
+            request = _request(ask, windows)
+            if windows and not request.splits:
+                tell(_plan(model, request))
+            report = carry_out(model, request, shelf=shelf)
             done = Outcome(report, None, _told(about, report))
             once(lambda: save(model, tokenizer, out, report=_as_json(source, done), write=write_folder))
         return done
@@ -148,6 +155,42 @@ def compressed(
     done = _in_memory(model, request, windows, about, ask, cache_ratio, joint)
     once(lambda: save(model, tokenizer, out, report=_as_json(source, done)))
     return done
+
+
+def _plan(model: PreTrainedModel, ask: Request) -> str:
+    """What the work will take, as a sentence. The time is that of the operations, at the speed of products of matrices here."""
+    takes, weight = cost(model, ask), model.get_input_embeddings().weight
+    device, exact = weight.device, _speed(torch.float64, home(weight))
+    seconds = takes.forward / _speed(weight.dtype, device) + takes.decompositions / exact
+    where = f"{_size(takes.device)} on the device, {_size(takes.host)} of memory"
+    if device.type == "cpu":
+        where = f"{_size(takes.device + takes.host)} of memory"
+    return (
+        f"{takes.passes:.1f} passes over {sum(ids.numel() for ids in ask.domains):,} tokens; beside the interpreter up to {where}, "
+        f"{_size(takes.disk)} of disk beside the output; some {_spoken(seconds)}, more where other work goes on"
+    )
+
+
+def _speed(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second in a product of two matrices."""
+    A = torch.ones(768, 768, dtype=dtype, device=device)
+    (A @ A).sum().item()  # the first is slower
+    begin = time.perf_counter()
+    for _ in range(4):
+        A @ A
+    A.sum().item()
+    return 8 * 768**3 / (time.perf_counter() - begin)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
+
+
+def _spoken(seconds: float) -> str:
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1, round(seconds))} seconds"
 
 
 def _check(ratio, cache_ratio, joint, weights, allocation, search_count, rest: tuple) -> None:
