@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -22,6 +23,7 @@ from nsvd.linalg import Decomposition, LowRank, Moments, saves_parameters
 from nsvd.linalg.factors import n_params
 from nsvd.linalg.precision import home
 from nsvd.stored.checkpoint import describe, empty_layer
+from nsvd.stored.files import sha256
 from nsvd.stored.layers import CompressedLayer, stand_in
 from nsvd.walk.calibrate import Walked
 from nsvd.walk.decoder import longest_list
@@ -126,10 +128,11 @@ class Exchange:
         if isinstance(self.stats, Walked):
             self.stats.save()
         at = self.stats.at if isinstance(self.stats, Walked) else None
-        settle(self.blocks[index], self.shelf.file(f"{self.stage}-block/{index}"))
+        settle(self.blocks[index], self._file(index))
         errors = {name: self.errors[name] for name in new if name in self.errors}
         kinds = {name: describe(layer) for name, layer in new.items() if isinstance(layer, CompressedLayer)}
-        self.shelf.put(f"{self.stage}/{index}", {}, layers=kinds, errors=errors, at=at)
+        told = {"layers": kinds, "errors": errors, "at": at, "sum": sha256(self._file(index))}
+        self.shelf.put(f"{self.stage}/{index}", {}, **told)
         if isinstance(self.stats, Walked):
             self.stats.forget()
 
@@ -141,9 +144,15 @@ class Exchange:
         note, block = self.shelf.note(key), self.blocks[index]
         for name, spec in note["layers"].items():
             self.model.set_submodule(name, empty_layer(name, self.layers[name], spec))
-        read_from(block, self.shelf.file(f"{self.stage}-block/{index}"))
+        if sha256(self._file(index)) != note["sum"]:
+            raise OSError(f"{self._file(index)} is not what was written there")
+        read_from(block, self._file(index))
         self.errors |= note["errors"]
         return True
+
+    def _file(self, index: int) -> Path:
+        """Where a finished block lies."""
+        return self.shelf.file(f"{self.stage}-block/{index}")
 
     def distill(self, names: Sequence[str]) -> list[float]:
         """All exchanged layers together, towards what the dense model predicts; the loss at every step."""

@@ -108,9 +108,9 @@ def _both_ends(job: Exchange, ranks: Mapping[str, int], prepared: Mapping[str, D
         draft.undo(smaller)
     for name in known:
         mean[name] = (there[name] + known[name].to(there[name])) / 2
+    shelf.put("gradients-done", {})
     for name in list(there):
         del there[name]
-    shelf.put("gradients-done", {})
     job.clock.lap("gradients")
     return stats.with_gradients(mean)
 

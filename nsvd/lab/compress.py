@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +25,14 @@ from nsvd.compression.recipes import RECIPES, base_method
 from nsvd.compression.report import Report
 from nsvd.compression.request import Request, resolve
 from nsvd.lab.calibration import begins_with_bos, domains
-from nsvd.lab.models import check_apart, embedded_models, load, place_of
+from nsvd.lab.models import check_apart, embedded_models, load, named, place_of
 from nsvd.lab.records import origin
 from nsvd.linalg.factors import check_ratio
 from nsvd.linalg.precision import home
-from nsvd.stored.checkpoint import check_target, save
-from nsvd.stored.files import fingerprint, reached, replacing, short_name
+from nsvd.stored.checkpoint import MODEL_FILES, check_target, save
+from nsvd.stored.files import fingerprint, reached, replacing, sha256, short_name
+from nsvd.stored.folder import CheckpointError
+from nsvd.stored.loading import usable_device
 from nsvd.stored.locks import locked
 from nsvd.walk.folder import WholeOnly, open_folder, write_folder
 from nsvd.walk.processes import count as processes
@@ -97,9 +99,9 @@ def compressed(
     """``compress_`` and ``compress_kv_`` from folder to folder.
 
     A dense folder is read block by block: the model is never whole in memory. What is measured on the way lies beside ``out``, in
-    ``.OUT.progress``. A run that was stopped, however, is taken up there by the same call, and ends in the same bytes; where the
-    model, the text, an argument or the code is another, it starts anew, and ``tell`` gets a sentence that says so. ``out`` appears
-    whole or not at all, the rest is removed then.
+    ``.OUT.progress``. The same call takes up a run that was stopped, and ends in the same bytes. Where the model, the text, an
+    argument, the device, the number of threads or the code is another, it starts anew, and ``tell`` gets a sentence that says so.
+    ``out`` appears whole or not at all; the rest is removed then.
 
     In memory, in one go, are done: a KV cache (``cache_ratio``), ``distill``, the allocation ``strs``, GGUF files, and models of
     which blocks cannot be read alone.
@@ -134,6 +136,7 @@ def compressed(
     if why is None:
         try:
             model, tokenizer = open_folder(place, **how)
+            named(model, source)
         except WholeOnly as error:
             why = str(error)
     if why is None:
@@ -252,7 +255,8 @@ def _windows(
 def _check_text(shelf: Shelf, windows: list[Tensor], tell: Callable[[str], None]) -> None:
     """Empty the shelf if what lies there was measured on another text."""
     sums = [fingerprint([ids]) for ids in windows]
-    if "windows" in shelf and shelf.note("windows")["sums"] != sums:
+    known = "windows" in shelf and shelf.note("windows")["sums"] == sums
+    if shelf.begun("windows", "own-text") and not known:
         tell("the text has changed since the earlier run: it is not taken up")
         shelf.clear()
     shelf.put("windows", {}, sums=sums)
@@ -314,17 +318,13 @@ def _as_json(source: str | Path, done: Outcome) -> dict:
 
 
 def _about(place: Path, text: _Text, ask: dict) -> dict:
-    """What a run is one of: with anything of it changed, nothing that was kept is of use."""
-    files = [file for file in sorted(place.iterdir()) if file.suffix in (".safetensors", ".json", ".model", ".txt")]
-    model = {file.name: _sum(file) for file in files}
+    """What tells a run from others. If any of it changes, what an earlier run has kept is of no use."""
+    files = [file for file in sorted(place.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    model = {file.name: sha256(file) for file in files if any(fnmatchcase(file.name, name) for name in MODEL_FILES)}
     told = {name: value for name, value in ask.items() if name not in ("progress", "verify")}
+    told |= {"device": str(usable_device(ask["device"])), "threads": torch.get_num_threads()}
     about = {"model": model, "text": text._asdict(), "arguments": told, "code": origin()}
     return json.loads(json.dumps(about, default=str))
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
@@ -333,7 +333,7 @@ def _progress(out: str | Path, about: dict, tell: Callable[[str], None]) -> Iter
     place = reached(out).resolve()
     folder = place.with_name(f".{place.name}.progress")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock", wait=False) if rank() == 0 else nullcontext(True) as mine:
+    with locked(folder / "lock", wait=False, sure=False) if rank() == 0 else nullcontext(True) as mine:
         if mine is None:
             raise FileExistsError(f"cannot write {out}: another run is at it")
         told = folder / "run.json"
@@ -342,7 +342,10 @@ def _progress(out: str | Path, about: dict, tell: Callable[[str], None]) -> Iter
         try:
             yield shelf
         except BaseException as error:
-            useless = isinstance(error, ValueError | ArithmeticError | LinAlgError) or not shelf.begun("windows")
+            again = isinstance(error, ValueError | ArithmeticError | LinAlgError) and not isinstance(
+                error, CheckpointError
+            )
+            useless = again or not shelf.begun("windows")
             if rank() == 0 and useless:
                 _remove(folder, told)  # it would fail again, or has nothing that is worth to be kept
             raise
@@ -361,6 +364,7 @@ def _settle(folder: Path, told: Path, about: dict, tell: Callable[[str], None]) 
     if before == about:
         tell("an earlier run is taken up where it was stopped")
     else:
+        told.unlink(missing_ok=True)  # first: what a kill leaves is no run any more
         _clear(folder)
     if changed:
         tell(f"an earlier run is not taken up: its {' and its '.join(changed)} changed")
@@ -370,8 +374,8 @@ def _settle(folder: Path, told: Path, about: dict, tell: Callable[[str], None]) 
 
 def _remove(folder: Path, told: Path) -> None:
     """In this order: what a kill leaves of it is no run any more."""
-    told.unlink()
-    shutil.rmtree(folder)
+    told.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear(folder: Path) -> None:

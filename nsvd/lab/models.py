@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from nsvd.lab.paths import data
 from nsvd.stored.files import reached
 from nsvd.stored.gguf import PACKAGED, load_gguf, packaged
@@ -47,9 +49,14 @@ def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool
     if place.is_file():
         return load_gguf(place, **asked)
     model, tokenizer = load_folder(place, **asked, verify=verify)
-    if not Path(source).is_dir() and str(source) not in embedded_models():
-        model.config._name_or_path = str(source)  # not the folder of the cache
+    named(model, source)
     return model, tokenizer
+
+
+def named(model: PreTrainedModel, source: str | Path) -> None:
+    """Let a model of the hub tell its name there, not the folder of the cache."""
+    if not Path(source).is_dir() and str(source) not in embedded_models():
+        model.config._name_or_path = str(source)
 
 
 def place_of(source: str | Path) -> Path:

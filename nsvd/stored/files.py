@@ -106,6 +106,12 @@ def sync(descriptor: int) -> None:
             raise
 
 
+def sha256(file: Path) -> str:
+    """The sum of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     """Twelve hexadecimal digits that change with any of the tensors."""
     digest = hashlib.sha256()

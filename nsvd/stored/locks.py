@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,13 +15,13 @@ except ModuleNotFoundError:  # Windows
 
 
 @contextmanager
-def locked(file: str | Path, *, wait: bool = True) -> Iterator[int | None]:
+def locked(file: str | Path, *, wait: bool = True, sure: bool = True) -> Iterator[int | None]:
     """Hold ``file``, made if it is not there, and give its descriptor, which reads all of it and appends.
 
     Where there are no locks (Windows, some network file systems), it is given without one. With ``wait=False`` the
-    descriptor is None unless the lock is surely ours.
+    descriptor is None unless the lock is surely ours; without ``sure``, it is None only if another process has the lock.
     """
-    descriptor = _open(file, wait)
+    descriptor = _open(file, wait, sure)
     try:
         yield descriptor
     finally:
@@ -28,11 +29,11 @@ def locked(file: str | Path, *, wait: bool = True) -> Iterator[int | None]:
             os.close(descriptor)
 
 
-def _open(file: str | Path, wait: bool) -> int | None:
+def _open(file: str | Path, wait: bool, sure: bool) -> int | None:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            if _hold(descriptor, wait):
+            if _hold(descriptor, wait, sure):
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                         return descriptor
@@ -45,11 +46,11 @@ def _open(file: str | Path, wait: bool) -> int | None:
         os.close(descriptor)  # another process has put a new file in the place of this one, or removed it
 
 
-def _hold(descriptor: int, wait: bool) -> bool:
+def _hold(descriptor: int, wait: bool, sure: bool) -> bool:
     if fcntl is None:
-        return wait
+        return wait or not sure
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # another has it, or the file system has no locks
-        return wait
+    except OSError as error:  # another has it, or the file system has no locks
+        return wait or (not sure and error.errno not in (errno.EWOULDBLOCK, errno.EACCES))
     return True

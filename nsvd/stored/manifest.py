@@ -7,7 +7,6 @@ sums no longer fit, and the file has to be deleted or the folder saved again wit
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from nsvd.stored.files import replacing
+from nsvd.stored.files import replacing, sha256
 from nsvd.stored.folder import CheckpointError, read_json
 
 NAME = "nsvd_manifest.json"
@@ -33,7 +32,7 @@ _settled: ContextVar[bool] = ContextVar("_settled", default=False)
 def write(folder: Path) -> None:
     """Put the sums of all files of a folder beside them."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != NAME)
-    sums = {file.name: {"sha256": _sum(file), "bytes": file.stat().st_size} for file in files}
+    sums = {file.name: {"sha256": sha256(file), "bytes": file.stat().st_size} for file in files}
     text = json.dumps({"format_version": FORMAT, "files": sums}, indent=1) + "\n"
     with replacing(folder / NAME) as part:
         part.write_text(text, encoding="utf-8")
@@ -96,10 +95,5 @@ def _compare(folder: Path, sums: dict[str, dict], names: Iterable[str]) -> None:
         if (folder / name).stat().st_size != sums[name]["bytes"]:
             raise CheckpointError(f"{folder / name} has another size than {NAME} tells; {ADVICE}")
     for name in names:
-        if _sum(folder / name) != sums[name]["sha256"]:
+        if sha256(folder / name) != sums[name]["sha256"]:
             raise CheckpointError(f"{folder / name} is not the file that {NAME} tells of; {ADVICE}")
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
+from nsvd.stored.folder import CheckpointError
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating, watch_inputs
 from nsvd.walk.moments import (
@@ -192,6 +193,8 @@ def walkable(model: nn.Module, layers: Iterable[str] = ()) -> Decoder | None:
             decoder = Decoder(model)
         for layer in layers:
             decoder.index(layer)
+    except CheckpointError:  # of a block that is read
+        raise
     except ValueError:
         return None
     return decoder

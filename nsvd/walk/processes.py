@@ -52,7 +52,8 @@ def together(device: str = "auto", *, timeout: timedelta = TIMEOUT) -> Iterator[
         ValueError: if there are more processes than GPUs, or ``device`` is one GPU for all.
     """
     global _joined
-    if _joined is not None or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    alone = int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ or dist.is_initialized()
+    if _joined is not None or alone:
         yield
         return
     backend = _backend(device)

@@ -149,7 +149,10 @@ class Shelf:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.part")
         about = {"note": json.dumps(note), "sum": _sum(tensors, note) if self.lasting else ""}
-        save_file(tensors, part, metadata=about)
+        try:
+            save_file(tensors, part, metadata=about)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {file}: {error}") from error
         os.replace(part, file)
         self._ours.add(key)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nsvd.linalg.methods import check_finite
+from nsvd.stored.folder import CheckpointError
 from nsvd.walk.hooks import evaluating, exchanged, watch_outputs
 from nsvd.walk.lazy import LazyBlock, slots
 from nsvd.walk.text import TRIED, trial
@@ -70,13 +71,13 @@ def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Te
         ValueError: if it does not run, or gives out another shape; the layer that does this alone is named.
         FloatingPointError: likewise, if it predicts NaN or Inf.
     """
-    if _fault(model, before) is None:
+    fault = _fault(model, before)
+    if fault is None:
         return
-    for name in dense:
+    for name in () if is_lazy(model) else dense:  # the dense layers of a lazy model are not at hand any more
         with exchanged(model, {other: layer for other, layer in dense.items() if other != name}):
             if fault := _fault(model, before):
                 raise type(fault)(f"layer {name}: once it is exchanged, {fault}") from fault
-    fault = _fault(model, before)
     raise type(fault)(
         f"layer {next(iter(dense))} and {len(dense) - 1} others: once they are exchanged, {fault}"
     ) from fault
@@ -85,6 +86,8 @@ def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Te
 def _fault(model: nn.Module, before: Tensor) -> Exception | None:
     try:
         out = _run(model)
+    except (CheckpointError, OSError):  # a block could not be read
+        raise
     except Exception as error:  # of whatever kind, it is the exchange that brought it about
         return ValueError(f"the model does not run any more ({type(error).__name__}: {error})")
     if out.shape != before.shape:

@@ -216,3 +216,59 @@ def test_what_it_will_take_is_told_before_it_begins(dense):
     assert few.startswith("1.0 passes over 512 tokens; ")
     assert many.startswith("1.0 passes over 2,048 tokens; ")
     assert re.search(r"up to \d+ MB of memory, \d+ MB of disk beside the output; some \d+ seconds", few)
+
+
+def test_a_text_that_nothing_tells_of_any_more_is_not_trusted(dense, monkeypatch):
+    """As after a kill while what was kept was removed: what is left was measured on another text."""
+    how = {"method": "asvd-1", "ratio": 0.3} | cut(dense)
+    counted, out = _counting(monkeypatch, 6), dense.parent / "out"
+    with pytest.raises(Stopped):
+        nsvd.compress(dense, out, **how)
+    counted["stop"] = None
+    (dense.parent / ".out.progress" / "kept" / "windows.safetensors").unlink()
+    (dense.parent / "text.txt").write_text(TEXT.replace("word", "world"), encoding="utf-8")
+    nsvd.compress(dense, out, **how)
+    nsvd.compress(dense, dense.parent / "fresh", **how)
+    assert numbers(out) == numbers(dense.parent / "fresh")
+
+
+def test_a_finished_block_that_changed_is_refused(dense, monkeypatch):
+    counted, out = _counting(monkeypatch, 3), dense.parent / "out"
+    with pytest.raises(Stopped):
+        nsvd.compress(dense, out, method="svd", ratio=0.3)
+    counted["stop"] = None
+    (file,) = (dense.parent / ".out.progress" / "kept" / "final-block").glob("0.*")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(OSError, match=r"0\.safetensors is not what was written there"):
+        nsvd.compress(dense, out, method="svd", ratio=0.3)
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_costs_nothing(dense, monkeypatch):
+    """What was kept stays; the next run goes on there."""
+    from nsvd.walk import lazy
+
+    how, out, said = {"method": "asvd-1", "ratio": 0.3} | cut(dense), dense.parent / "out", []
+    counted = _counting(monkeypatch, 6)
+    with pytest.raises(Stopped):
+        nsvd.compress(dense, out, **how)
+    counted["stop"] = None
+
+    def broken(*_args):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lazy, "safe_open", broken)
+        with pytest.raises(ValueError, match="Input/output error"):
+            nsvd.compress(dense, out, **how)
+    nsvd.compress(dense, out, **how, tell=said.append)
+    assert "an earlier run is taken up where it was stopped" in said
+
+
+def test_where_there_are_no_locks_it_runs_without(dense, monkeypatch):
+    from nsvd.stored import locks
+
+    monkeypatch.setattr(locks, "fcntl", None)
+    nsvd.compress(dense, dense.parent / "out", method="svd", ratio=0.3)
+    assert (dense.parent / "out" / "config.json").is_file()
