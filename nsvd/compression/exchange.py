@@ -131,7 +131,8 @@ class Exchange:
         settle(self.blocks[index], self._file(index))
         errors = {name: self.errors[name] for name in new if name in self.errors}
         kinds = {name: describe(layer) for name, layer in new.items() if isinstance(layer, CompressedLayer)}
-        told = {"layers": kinds, "errors": errors, "at": at, "sum": sha256(self._file(index))}
+        file = self._file(index)  # of a block in memory there is none, and it is not taken up
+        told = {"layers": kinds, "errors": errors, "at": at, "sum": sha256(file) if file.is_file() else None}
         self.shelf.put(f"{self.stage}/{index}", {}, **told)
         if isinstance(self.stats, Walked):
             self.stats.forget()
@@ -142,6 +143,8 @@ class Exchange:
         if not self.shelf.lasting or key not in self.shelf:
             return False
         note, block = self.shelf.note(key), self.blocks[index]
+        if note["sum"] is None:
+            return False
         for name, spec in note["layers"].items():
             self.model.set_submodule(name, empty_layer(name, self.layers[name], spec))
         if sha256(self._file(index)) != note["sum"]:
