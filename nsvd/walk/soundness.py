@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nsvd.linalg.methods import check_finite
 from nsvd.stored.folder import CheckpointError
 from nsvd.walk.hooks import evaluating, exchanged, watch_outputs
-from nsvd.walk.lazy import LazyBlock, slots
+from nsvd.walk.lazy import LazyBlock, is_lazy, slots
 from nsvd.walk.text import TRIED, trial
 
 
