@@ -26,9 +26,8 @@ from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import targets
 from nsvd.walk.text import check_readable
 
-RANKS_EVERY = (
-    2  # every second window is enough for moments that decide on ranks alone, as where the layers see shifted ones
-)
+# Every second window is enough for moments that decide on ranks alone, as where the layers see shifted ones.
+RANKS_EVERY = 2
 
 
 @torch.inference_mode(False)
@@ -130,7 +129,7 @@ def carry_out(
         nothing = Result(Exchange(model, layers, stats, ask, clock).table({}, {}), [])
         return _report(model, ask, layers, stats, nothing, clock, {})
     if ask.sampled:
-        ask = replace(ask, domains=[_own_text(model, ask, shelf)], sampled_text=True)
+        ask = replace(ask, domains=[own_text(model, seed=ask.seed)], sampled_text=True)
         clock.lap("sample")
     texts, used = ask.domains, _texts(ask, stats)
     if stats is None and ask.shifted and wanted is None:
@@ -150,13 +149,6 @@ def carry_out(
     job = Exchange(model, layers, stats, ask, clock, shelf)
     result = split(job, prepared, before) if ask.splits else factor(job, wanted, prepared, before)
     return _report(model, ask, layers, stats, result, clock, used)
-
-
-def _own_text(model: nn.Module, ask: Request, shelf: Shelf) -> Tensor:
-    """What the model has written, once for all runs that share a shelf."""
-    if "own-text" not in shelf:
-        shelf.put("own-text", {"ids": own_text(model, **ask.own_text, seed=ask.seed)})
-    return shelf.get("own-text")["ids"]
 
 
 def _blocks_done(shelf: Shelf, stage: str = "final") -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -33,7 +33,6 @@ class Request:
     search_count: int | None
     seed: int
     progress: bool
-    own_text: Mapping[str, int] = field(default_factory=dict)  # how much of it, see ``own_text``
     sampled_text: bool = False  # whether ``domains`` is what the model has written
 
     @property
