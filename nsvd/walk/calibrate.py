@@ -100,8 +100,9 @@ class Walked(Mapping[str, Moments]):
         self.origin = origins[0] if len(origins) == 1 else {"mixed": origins, "weights": self._shares}
         self._moments: dict[str, Moments] = {}
         self._shelf = shelf if shelf is not None and shelf.lasting else None
+        scratch = None if shelf is None else shelf.scratch(STREAM)
         with torch.no_grad(), evaluating(decoder.model):
-            self._stream = Stream(decoder, domains, batch=batch)
+            self._stream = Stream(decoder, domains, batch=batch, scratch=scratch)
         if self._shelf is not None:
             self._stream.restore(self._shelf, STREAM, at)
         self._bar = tqdm(total=len(decoder), desc="moments", disable=not progress, leave=False)
@@ -162,7 +163,7 @@ class Walked(Mapping[str, Moments]):
             for index, batch in enumerate(stream.batches):
                 sums = parts[batch.domain]
                 with watch_inputs(model, here, lambda name, x, sums=sums: sums[name].add(x)):
-                    stream.hidden[index] = stream.through(batch, stream.hidden[index]).cpu()
+                    stream.hidden[index] = stream.through(batch, stream.hidden[index])
         for sums in parts:
             for one in sums.values():
                 one.join()

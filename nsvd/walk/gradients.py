@@ -17,7 +17,7 @@ from nsvd.walk.hooks import evaluating
 from nsvd.walk.moments import check_names, check_windows
 from nsvd.walk.processes import gathered, summed, wait
 from nsvd.walk.sampling import index_at
-from nsvd.walk.shelf import Shelf
+from nsvd.walk.shelf import Row, Shelf
 from nsvd.walk.stream import Batch, Stream, borders_of, in_order, numbered
 from nsvd.walk.targets import targets
 from nsvd.walk.text import tokens_at_once, windows_at_once
@@ -94,9 +94,11 @@ def fisher_into(
         stack.enter_context(_frozen(model))
         decoder = Decoder(model)
         inside = {name: decoder.index(name) for name in names}
-        stream = Stream(decoder, domains, batch=batch)
+        scratch = shelf.scratch(walk)
+        stream = Stream(decoder, domains, batch=batch, scratch=scratch)
+        gradients = scratch.row("gradients")
         tokens = [share / ids.numel() for ids, share in zip(domains, shares, strict=True)]
-        gradients, at = _begin(stream, shelf, walk, labels, seed, progress)
+        at = _begin(gradients, stream, shelf, walk, labels, seed, progress)
         for index in _counted(range(at)[::-1], len(decoder), progress):
             here = {name: model.get_submodule(name) for name in names if inside[name] == index}
             sums = {name: None for name in here}
@@ -105,7 +107,7 @@ def fisher_into(
                 for i, item in enumerate(stream.batches):
                     with _watching(here, partial(_add, sums, tokens[item.domain], diagonal)):
                         hidden, gradient = (t.to(decoder.device) for t in (borders[i], gradients[i]))
-                        gradients[i] = decoder.pull(index, hidden, item.calls[index], gradient).cpu()
+                        gradients[i] = decoder.pull(index, hidden, item.calls[index], gradient)
             sums = {name: summed(H) for name, H in sums.items()}
             _check(sums)
             for name, H in sums.items():
@@ -153,12 +155,19 @@ def _counted(numbers: range, total: int, progress: bool) -> Iterator[int]:
 
 
 def _begin(
-    stream: Stream, shelf: Shelf, walk: str, labels: Sequence[Tensor] | None, seed: int, progress: bool
-) -> tuple[list[Tensor], int]:
-    """Gradients of every batch's loss at a border, and the number of this border: the last one unless a walk was interrupted."""
+    gradients: Row,
+    stream: Stream,
+    shelf: Shelf,
+    walk: str,
+    labels: Sequence[Tensor] | None,
+    seed: int,
+    progress: bool,
+) -> int:
+    """Fill in the gradients of every batch's loss at a border: the last one unless a walk was interrupted. Returns its number."""
     decoder = stream.decoder
     if shelf.lasting and (done := borders_of(shelf, f"{walk}-{PULL}")):
-        return in_order(shelf.own.get(f"{walk}-{PULL}/{min(done)}")), min(done)
+        gradients.fill(in_order(shelf.own.get(f"{walk}-{PULL}/{min(done)}")))
+        return min(done)
     if shelf.lasting:
         stream.restore(shelf, f"{walk}-{BORDER}")
     with tqdm(total=len(decoder), desc="forward", disable=not progress, leave=False) as bar:
@@ -167,15 +176,13 @@ def _begin(
             stream.save(shelf, f"{walk}-{BORDER}")
             stream.step()
             bar.update()
-    gradients = []
-    for item, hidden in zip(
-        tqdm(stream.batches, "labels", disable=not progress, leave=False), stream.hidden, strict=True
-    ):
-        gradients.append(_epilogue(decoder, item, hidden, labels, seed).cpu())
-    stream.hidden = []
+    counted = tqdm(stream.batches, "labels", disable=not progress, leave=False)
+    both = zip(counted, stream.hidden, strict=True)
+    gradients.fill(_epilogue(decoder, item, hidden, labels, seed) for item, hidden in both)
+    stream.hidden.fill([])
     if shelf.lasting:
         shelf.own.put(f"{walk}-{PULL}/{len(decoder)}", numbered(gradients))
-    return gradients, len(decoder)
+    return len(decoder)
 
 
 def _epilogue(decoder: Decoder, item: Batch, hidden: Tensor, labels: Sequence[Tensor] | None, seed: int) -> Tensor:

@@ -29,26 +29,37 @@ class Batch:
 class Stream:
     """All windows of all domains before block ``at``; of several processes each has its share of them, unless not ``dealt``.
 
-    ``hidden`` has the states (count, length, d) of every batch, in the host's memory. ``step`` takes them through the next block.
-    Where a walk was interrupted, ``restore`` begins at a border that was kept.
+    ``hidden`` has the states (count, length, d) of every batch, in a row on a ``scratch`` shelf. ``step`` takes them through
+    the next block. Where a walk was interrupted, ``restore`` begins at a border that was kept.
     """
 
-    def __init__(self, decoder: Decoder, domains: Sequence[Tensor], *, batch: int = BATCH, dealt: bool = True):
+    def __init__(
+        self,
+        decoder: Decoder,
+        domains: Sequence[Tensor],
+        *,
+        batch: int = BATCH,
+        dealt: bool = True,
+        scratch: Shelf | None = None,
+    ):
         self.decoder, self.at = decoder, 0
         self.batches: list[Batch] = []
-        self.hidden: list[Tensor] = []
+        self.hidden = (scratch or Shelf()).row("hidden")
+        self.hidden.fill(self._entered(domains, batch, dealt))
+
+    def _entered(self, domains: Sequence[Tensor], batch: int, dealt: bool) -> Iterator[Tensor]:
         entered: Entered | None = None
         for domain, first, ids in batches(domains, batch, dealt=dealt):
-            entered = decoder.enter(ids, like=entered)
+            entered = self.decoder.enter(ids, like=entered)
             self.batches.append(Batch(domain, first, entered.ids, entered.calls))
-            self.hidden.append(entered.hidden.cpu())
+            yield entered.hidden
 
     @torch.no_grad()
     def step(self) -> None:
         """Run the next block on every batch."""
         with self.decoder.held(self.at):
             for index, batch in enumerate(self.batches):
-                self.hidden[index] = self.through(batch, self.hidden[index]).cpu()
+                self.hidden[index] = self.through(batch, self.hidden[index])
         self.at += 1
 
     def through(self, batch: Batch, hidden: Tensor) -> Tensor:
@@ -63,7 +74,8 @@ class Stream:
         """Go on at the border ``at``, or the last that was kept by all processes."""
         at = max(borders_of(shelf, key), default=0) if at is None else at
         if at:
-            self.at, self.hidden = at, in_order(shelf.own.get(f"{key}/{at}"))
+            self.at = at
+            self.hidden.fill(in_order(shelf.own.get(f"{key}/{at}")))
 
     def forget(self, shelf: Shelf, key: str) -> None:
         """Drop the borders that were kept before this one, which all processes have kept."""
