@@ -13,7 +13,6 @@ from nsvd.stored.folder import CheckpointError
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating, watch_inputs
 from nsvd.walk.moments import (
-    RunningMoments,
     body_forward,
     check_names,
     check_sums,
@@ -27,6 +26,7 @@ from nsvd.walk.moments import (
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.stream import BATCH, Batch, Stream
+from nsvd.walk.sums import Sums
 from nsvd.walk.targets import targets
 
 STREAM = "moments-stream"  # on the shelf
@@ -45,8 +45,7 @@ def calibrate(
     """Second moments of the inputs of the named layers, by default all target layers.
 
     The text goes through the model one block at a time, ``batch`` windows at once; the output head does not run. A model that
-    cannot be taken apart is run whole. Sums are in float64, on the device where the inputs are, one for all layers that read
-    one and the same tensor.
+    cannot be taken apart is run whole. Layers that read one and the same tensor share their sums, see ``nsvd.walk.sums``.
 
     Raises:
         ValueError: if ``windows`` is empty or such as the model cannot read, or there is no such layer, or one that the text
@@ -158,7 +157,7 @@ class Walked(Mapping[str, Moments]):
         """Take the next block's moments, and go on behind it."""
         stream, model = self._stream, self.decoder.model
         here = [leader for leader in dict.fromkeys(self.inputs.values()) if self._block[leader] == stream.at]
-        parts = [{leader: RunningMoments() for leader in here} for _ in self._shares]
+        parts = [{leader: Sums() for leader in here} for _ in self._shares]
         with evaluating(model), self.decoder.held(stream.at):
             for index, batch in enumerate(stream.batches):
                 sums = parts[batch.domain]
@@ -204,7 +203,7 @@ def walkable(model: nn.Module, layers: Iterable[str] = ()) -> Decoder | None:
 def _whole(model: nn.Module, windows: Tensor, names: Sequence[str], batch: int, progress: bool) -> Statistics:
     """``calibrate`` by whole passes: the sums of all layers at once."""
     inputs = inputs_of(model, names, windows, batch)
-    running, overflown = {name: RunningMoments() for name in dict.fromkeys(inputs.values())}, None
+    running, overflown = {name: Sums() for name in dict.fromkeys(inputs.values())}, None
     with watch_inputs(model, running, lambda name, x: running[name].add(x)):
         for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
             if overflown is None and not body_forward(model, ids).isfinite().all():

@@ -10,42 +10,18 @@ from torch import Tensor, nn
 
 from nsvd.linalg import Moments, rank_for_ratio
 from nsvd.linalg.moments import mixing
-from nsvd.linalg.precision import double
 from nsvd.linalg.worst_case import worst_case_weights
 from nsvd.stored.files import short_name
 from nsvd.walk.hooks import evaluating, watch_inputs
 from nsvd.walk.lazy import weight_of
-from nsvd.walk.processes import gathered, same, summed
+from nsvd.walk.processes import same
 from nsvd.walk.soundness import first_broken
 from nsvd.walk.statistics import Statistics
+from nsvd.walk.sums import Sums
 from nsvd.walk.targets import targets
 from nsvd.walk.text import check_readable, check_token_ids
 
 WEIGHTS = ("uniform", "worst-case")  # of several domains, by name
-
-
-class RunningMoments:
-    """Sums of x xᵀ and |x| over tokens, in float64 on the device where the inputs are, or where that has none on the CPU."""
-
-    def __init__(self) -> None:
-        self.n, self.outer, self.absolute = 0, None, None
-
-    def add(self, x: Tensor) -> None:
-        """Take in inputs x (…, d_in)."""
-        x = double(x.reshape(-1, x.shape[-1]))
-        if self.outer is None:
-            self.outer, self.absolute = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])
-        self.outer.addmm_(x.mT, x)
-        self.absolute += x.abs().sum(0)
-        self.n += len(x)
-
-    def join(self) -> None:
-        """Take in the sums of all processes."""
-        self.outer, self.absolute, self.n = summed(self.outer), summed(self.absolute), sum(gathered(self.n))
-
-    def result(self) -> Moments:
-        """Averages per token, on the CPU."""
-        return Moments((self.outer / self.n).cpu(), (self.absolute / self.n).cpu(), self.n)
 
 
 def mix(
@@ -191,10 +167,10 @@ def inputs_of(model: nn.Module, names: Sequence[str], windows: Tensor, batch: in
     return inputs
 
 
-def check_sums(model: nn.Module, running: Mapping[str, RunningMoments]) -> None:
+def check_sums(model: nn.Module, running: Mapping[str, Sums]) -> None:
     """Raise ``FloatingPointError`` naming the first layer whose input held NaN or Inf, ``ValueError`` for one without input."""
     for name, sums in running.items():
-        if sums.outer is None:
+        if not sums.n:
             raise ValueError(f"layer {name} saw no input: take a text that reaches it")
         if not sums.outer.isfinite().all():
             broken = [key for key, value in model.named_parameters() if not (value.is_meta or value.isfinite().all())]

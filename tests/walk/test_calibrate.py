@@ -28,7 +28,7 @@ def test_they_are_those_of_calibrate_to_the_bit(family):
 
 def test_every_block_is_called_with_its_own_arguments():
     """Moments behind a block that looks less far back than the first are those of the whole model, by whichever way."""
-    model, seen = tiny_model("qwen2", **LATE_WINDOW), {}
+    model, seen = tiny_model("qwen2", dtype=torch.float64, **LATE_WINDOW), {}
     names = list(nsvd.targets(model))
     with torch.no_grad(), watch_inputs(model, names, seen.__setitem__):
         model(input_ids=IDS, use_cache=False)
