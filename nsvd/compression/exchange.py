@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from tqdm.auto import tqdm
 from nsvd.compression.dealing import is_mine, owners, told
 from nsvd.compression.distill import distill_
 from nsvd.compression.measure import naming, prepare_layer
-from nsvd.compression.ordered import Batch, replace_in_order_
+from nsvd.compression.ordered import OURS, Arrived, FollowedBlock, followed
 from nsvd.compression.refine import refine_block_
 from nsvd.compression.report import Clock, relative_errors
 from nsvd.compression.request import Request
-from nsvd.linalg import Decomposition, LowRank, Moments, saves_parameters
+from nsvd.linalg import Decomposition, LowRank, saves_parameters
 from nsvd.linalg.factors import n_params
 from nsvd.linalg.precision import home
 from nsvd.stored.checkpoint import describe, empty_layer
@@ -87,36 +88,42 @@ class Exchange:
 
     def in_order(self, ranks: Mapping[str, int]) -> None:
         """Every layer for the inputs that the layers before it leave it, towards what the dense model has there."""
-        ask, inside = self.ask, by_block(self.model, ranks)
-
-        def replace(name: str, target: Tensor, moments: Moments) -> CompressedLayer:
-            self.clock.lap("follow")
-            H = self._gradients.get(name)
-            known = dataclasses.replace(moments, H=None if H is None else H.to(target.device))
-            with naming(name):
-                one = ask.method.prepare(target, known, **self.options)
-            self.clock.lap("decompose")
-            return self._cut(name, one, ranks[name])
-
-        def finish(index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
-            self.clock.lap("follow")
-            if index not in inside:
-                return
-            last = by_block(self.model, self.layers)[index][-1]
-            refine_block_(block, index, batches, self._stream_metric(last, batches), steps=ask.refine, seed=ask.seed)
-            self.clock.lap("refine")
-            self._measure(inside[index])
-
-        def leave(index: int) -> None:
-            self.put(index, {name: self.model.get_submodule(name) for name in inside.get(index, ())})
-
-        begin = 0
+        ask, inside, begin = self.ask, by_block(self.model, ranks), 0
         while begin < len(self.blocks) and self.resumed(begin):
             begin += 1
-        how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(), "progress": ask.progress}
-        how |= {"finish": finish if ask.refine else None, "leave": leave, "begin": begin, "shelf": self.shelf}
-        replace_in_order_(self.model, ask.domains, list(ranks), replace, **how)
-        self.clock.lap("follow")
+        how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(), "unsettled": bool(ask.refine)}
+        how |= {"begin": begin, "shelf": self.shelf, "progress": ask.progress}
+        with closing(followed(self.model, ask.domains, list(ranks), **how)) as blocks:
+            for block in blocks:
+                for arrived in block.inputs():
+                    self.clock.lap("follow")
+                    owner = owners(self.model, arrived.dense)
+                    made = {name: self._fitted(name, arrived, ranks[name]) for name in owner if is_mine(owner, name)}
+                    for name, layer in told(made, owner, arrived.dense).items():
+                        self.model.set_submodule(name, layer)
+                names = inside.get(block.index, ())
+                if ask.refine and names:
+                    self._refine(block, names)
+                block.step()
+                self.clock.lap("follow")
+                self.put(block.index, {name: self.model.get_submodule(name) for name in names})
+
+    def _fitted(self, name: str, arrived: Arrived, k: int) -> CompressedLayer:
+        """The stand-in of a layer for the inputs that arrive at it."""
+        with naming(name):
+            target = arrived.target(name)
+            H = self._gradients.get(name)
+            known = dataclasses.replace(arrived.moments, H=None if H is None else H.to(target.device))
+            one = self.ask.method.prepare(target, known, **self.options)
+        self.clock.lap("decompose")
+        return self._cut(name, one, k)
+
+    def _refine(self, block: FollowedBlock, names: Sequence[str]) -> None:
+        """Fit the factors of a block to what the dense one gives out."""
+        last = by_block(self.model, self.layers)[block.index][-1]
+        refine_block_(block, self._stream_metric(last, block), steps=self.ask.refine, seed=self.ask.seed)
+        self.clock.lap("refine")
+        self._measure(names)
 
     def put(self, index: int, new: Mapping[str, nn.Module]) -> None:
         """Exchange layers of a block, held, and note that it is done."""
@@ -216,9 +223,10 @@ class Exchange:
         """H of the layers that the statistics know it of."""
         return {} if self.stats is None else self.stats.gradients
 
-    def _stream_metric(self, last: str, batches: Sequence[Batch]) -> Tensor | None:
+    def _stream_metric(self, last: str, block: FollowedBlock) -> Tensor | None:
         """H of the block's last layer, what the loss makes of errors there; None where it is not known, or no H of the stream."""
-        H = self._gradients.get(last) if batches else None
-        if H is None or len(H) != batches[0].ours.shape[-1]:
+        H = self._gradients.get(last) if block.batches else None
+        stream = None if H is None else block.batches[0].hidden[OURS]
+        if H is None or len(H) != stream.shape[-1]:
             return None
-        return H.to(batches[0].device, torch.float32)
+        return H.to(stream.device, torch.float32)

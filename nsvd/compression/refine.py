@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nsvd.compression.descent import descend_, shuffled
-from nsvd.compression.ordered import Batch
+from nsvd.compression.ordered import DENSE, OURS, Batch, FollowedBlock
 from nsvd.walk.decoder import run_block
 from nsvd.walk.processes import gathered
 
@@ -16,15 +16,14 @@ RATE = 2e-2  # a block alone bears larger steps than the whole model
 
 
 @torch.no_grad()
-def refine_block_(
-    block: nn.Module, index: int, batches: Sequence[Batch], H: Tensor | None, *, steps: int, seed: int = 0
-) -> None:
+def refine_block_(followed: FollowedBlock, H: Tensor | None, *, steps: int, seed: int = 0) -> None:
     """Lower Σ tr(E Eᵀ H), E (d, n) the block's output in the compressed stream minus that in the dense one, in place.
 
     ``steps`` batches in seeded order; every domain counts by its weight, each in units of the loss it begins with. H (d, d), or
     its diagonal, is what the model's loss makes of an error at the block's output, None the identity. A step of several processes
     is done by the one that has the batch.
     """
+    block, index, batches = followed.block, followed.index, followed.batches
     here, unit = {item.first: item for item in batches}, _units(block, index, batches, H)
     everywhere = sorted(first for those in gathered(list(here)) for first in those)
     order = shuffled(len(everywhere), steps, seed)
@@ -37,7 +36,7 @@ def refine_block_(
 
 
 def _error(block: nn.Module, index: int, item: Batch, H: Tensor | None) -> Tensor:
-    missing = (run_block(block, item.at(item.ours), item.calls[index]) - item.at(item.wanted[None])).float()
+    missing = (run_block(block, item.hidden[OURS], item.calls[index]) - item.hidden[DENSE]).float()
     if H is None:
         return missing.square().sum(-1).mean()
     weighted = missing * H if H.ndim == 1 else missing @ H

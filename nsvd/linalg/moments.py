@@ -39,12 +39,12 @@ class Moments:
         return self.mean_abs
 
 
-def mixing(G: Sequence[Float[Tensor, "d_in d_in"]], weights: Sequence[float]) -> list[Tensor]:
+def mixing(sizes: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
     """The coefficients of one metric of several domains: a_d = c w_d / mean(diag G_d), the metric Σ_d a_d G_d.
 
-    The weights w have the sum 1, so that each domain counts by its weight and not by its size; c = Σ_d w_d mean(diag G_d) gives the
-    average size back.
+    ``sizes`` are the mean(diag G_d). The weights w have the sum 1, so that each domain counts by its weight and not by its size;
+    c = Σ_d w_d mean(diag G_d) gives the average size back.
     """
-    sizes = [g.diagonal().mean().clamp(min=torch.finfo(g.dtype).tiny) for g in G]
+    sizes = [size.clamp(min=torch.finfo(size.dtype).tiny) for size in sizes]
     c = sum(w * size for w, size in zip(weights, sizes, strict=True))
     return [w * c / size for w, size in zip(weights, sizes, strict=True)]

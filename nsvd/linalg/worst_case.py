@@ -71,7 +71,8 @@ def worst_case_weights(layers: Sequence[Layer], *, rounds: int = 16, step: float
 def _losses(W: Tensor, G: Sequence[Tensor], k: int, w: Sequence[float]) -> Tensor:
     """The layer's part of every L_d, Ŵ its truncation under the weights w; on the CPU."""
     W = double(W)
-    G = [a * g for a, g in zip(mixing(G, [1 / len(G)] * len(G)), (g.to(W) for g in G), strict=True)]  # of one size
+    scales = mixing([g.diagonal().mean() for g in G], [1 / len(G)] * len(G))
+    G = [a * g.to(W) for a, g in zip(scales, G, strict=True)]  # of one size
     approximation = from_metric(W, sum(share * g for share, g in zip(w, G, strict=True))).truncate(k).dense()
     energy = sum(calibration_loss(W, torch.zeros_like(W), g) for g in G) / len(G)
     losses = [calibration_loss(W, approximation, g) for g in G]

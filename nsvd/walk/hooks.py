@@ -22,6 +22,14 @@ def watch_inputs(model: nn.Module, names: Iterable[str], observe: Callable[[str,
 
 
 @contextmanager
+def inputs_seen(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """The inputs x (…, d_in) that the layer has had so far in the context."""
+    seen: list[Tensor] = []
+    with watch_inputs(layer, [""], lambda _name, x: seen.append(x)):
+        yield seen
+
+
+@contextmanager
 def watch_calls(model: nn.Module, names: Iterable[str], observe: Callable[[str, tuple, dict], None]) -> Iterator[None]:
     """Call ``observe(name, args, kwargs)`` with the arguments each named module is called with, while in the context."""
 

@@ -81,7 +81,7 @@ def check_mixture(weights: Sequence[float] | str, count: int) -> None:
 
 def mixed(parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
     """The moments of several domains as one, with weights of sum 1; see ``mix``."""
-    scales = mixing([m.G for m in parts], shares)
+    scales = mixing([m.G.diagonal().mean() for m in parts], shares)
     G = sum(a * m.G for a, m in zip(scales, parts, strict=True))
     mean_abs = sum((w * a).sqrt() * m.mean_abs for w, a, m in zip(shares, scales, parts, strict=True))
     return Moments(G, mean_abs, sum(m.n for m in parts))

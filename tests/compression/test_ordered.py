@@ -1,7 +1,7 @@
 """Layers compressed in order: where the target is measured, that it makes up for what is missing, what an error leaves."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import pytest
 import torch
@@ -9,11 +9,14 @@ from torch import nn
 
 import nsvd
 from nsvd.compression import ordered as module
-from nsvd.compression.ordered import replace_in_order_
+from nsvd.compression.measure import naming
+from nsvd.compression.ordered import DENSE, OURS, followed
 from nsvd.linalg import Moments
 from nsvd.walk.decoder import Decoder, block_list, run_block, same
 from nsvd.walk.hooks import evaluating
+from nsvd.walk.landmarks import landmark, value_at
 from nsvd.walk.moments import shared_inputs
+from nsvd.walk.shelf import Shelf
 from tests.tiny import FAMILIES, LATE_WINDOW, Q, assert_same, logits, state, tiny_model, token_ids
 
 IDS = token_ids()
@@ -24,6 +27,21 @@ POSITIONS = [
     "gpt_neox",
     "phi",
 ]  # norms before, on both sides; learned positions; parallel blocks
+
+
+def replace_in_order_(model, domains, names, replace, *, mu, batch=16, finish=None):
+    """Exchange the layers for what ``replace`` makes of name, target and moments; ``finish`` gets every block before its step."""
+    how = {"mu": mu, "batch": batch, "unsettled": finish is not None}
+    with closing(followed(model, domains, names, **how)) as blocks:
+        for block in blocks:
+            for arrived in block.inputs():
+                with naming(next(iter(arrived.dense))):
+                    new = {name: replace(name, arrived.target(name), arrived.moments) for name in arrived.dense}
+                for name, layer in new.items():
+                    model.set_submodule(name, layer)
+            if finish is not None:
+                finish(block)
+            block.step()
 
 
 def exact(model: nn.Module, targets: dict):
@@ -71,7 +89,7 @@ def moved(block: nn.Module, layer: nn.Module, hidden, call, delta) -> list[tuple
 def entered(model, ids) -> module.Batch:
     """A batch before the first block."""
     found = Decoder(model).enter(ids)
-    return module.Batch(0, 1.0, found.hidden, found.hidden, found.calls, {})
+    return module.Batch(0, 1.0, 0, found, Shelf())
 
 
 @pytest.mark.parametrize("family", POSITIONS)
@@ -84,11 +102,11 @@ def test_the_landmark_is_the_last_place_that_moves_as_the_layer_s_output_does(fa
             item = entered(model, IDS)
             for name in singles(model, f"{prefix}.{index}."):
                 layer = model.get_submodule(name)
-                place = module._landmark(block, layer, item, index)
+                place = landmark(block, layer, item.hidden[DENSE], item.calls[index])
                 for seed in range(2):
                     torch.manual_seed(seed)
                     delta = torch.randn(IDS.numel(), layer.out_features, dtype=torch.float64)
-                    steps = moved(block, layer, item.ours, item.calls[index], delta)
+                    steps = moved(block, layer, item.hidden[OURS], item.calls[index], delta)
                     same = [m for m, step in steps if torch.allclose(step, delta, atol=1e-9)]
                     assert place is (same[-1] if same else layer), name
 
@@ -106,8 +124,8 @@ def test_what_is_added_to_the_residual_stream_is_measured_there(family):
             if layer.out_features != model.config.hidden_size:
                 continue
             handle = layer.register_forward_hook(lambda _m, _a, out, said=said: said.append(out))
-            place = module._landmark(blocks[0], layer, item, 0)
-            there = module._value_at(place, blocks[0], item.ours, item.calls[0])
+            place = landmark(blocks[0], layer, item.hidden[DENSE], item.calls[0])
+            there = value_at(place, blocks[0], item.hidden[OURS], item.calls[0])
             handle.remove()
             itself = place is layer or torch.allclose(there, said[0].view_as(there))
             own, stream, end = own + itself, stream + (not itself), end + (place is None)
@@ -404,15 +422,14 @@ def test_parts_that_are_done_run_no_more_and_nothing_changes(family, monkeypatch
 def test_landmarks_are_found_in_float32(monkeypatch):
     """In bfloat16 rounding hides that two tensors move alike: the same places as in float32; all bits stay."""
     found = {}
-    look = module._landmark
 
-    def note(block, layer, item, index):
-        place = look(block, layer, item, index)
+    def note(block, layer, hidden, call):
+        place = landmark(block, layer, hidden, call)
         names = {m: name for name, m in block.named_modules()} | {None: None}
         found[dtype].append(names[place])
         return place
 
-    monkeypatch.setattr(module, "_landmark", note)
+    monkeypatch.setattr(module, "landmark", note)
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model(num_hidden_layers=3, dtype=dtype)
         with torch.no_grad():

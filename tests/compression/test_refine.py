@@ -7,9 +7,9 @@ import torch
 
 import nsvd
 from nsvd.compression import compress
-from nsvd.compression.ordered import replace_in_order_
 from nsvd.compression.refine import _error, refine_block_
 from nsvd.linalg import METHODS
+from tests.compression.test_ordered import replace_in_order_
 from tests.tiny import LATE_WINDOW, assert_refused, float32, tiny_model, token_ids  # noqa: F401
 
 IDS = token_ids(12, 16)
@@ -19,11 +19,12 @@ def blocks_before_and_after(model, H, steps=40):
     """The error of every block before and after it is refined, and all that is not a factor."""
     errors, metric = [], None if H is None else H.float()
 
-    def finish(index, block, batches):
+    def finish(followed):
+        index, block, batches = followed.index, followed.block, followed.batches
         before = sum(_error(block, index, item, metric).item() for item in batches)
         others = {n: p.clone() for n, p in block.named_parameters() if ".down." not in n and ".up." not in n}
         flags = {n: p.requires_grad for n, p in block.named_parameters()}
-        refine_block_(block, index, batches, metric, steps=steps)
+        refine_block_(followed, metric, steps=steps)
         assert all(torch.equal(dict(block.named_parameters())[n], p) for n, p in others.items())
         assert {n: p.requires_grad for n, p in block.named_parameters()} == flags
         errors.append((before, sum(_error(block, index, item, metric).item() for item in batches)))
@@ -52,8 +53,8 @@ def test_every_block_is_called_with_its_own_arguments():
     """Where nothing has changed nothing is missing, also in blocks that look less far back than the first."""
     model, errors = tiny_model("qwen2", **LATE_WINDOW), []
 
-    def finish(index, block, batches):
-        errors.extend(_error(block, index, item, None).item() for item in batches)
+    def finish(followed):
+        errors.extend(_error(followed.block, followed.index, item, None).item() for item in followed.batches)
 
     same_layer = lambda name, _target, _moments: model.get_submodule(name)  # noqa: E731
     replace_in_order_(model, [IDS], list(nsvd.targets(model)), same_layer, mu=0.03, finish=finish)

@@ -43,7 +43,8 @@ def truncated(problem, weights) -> list[torch.Tensor]:
 def test_a_mixed_metric_counts_domains_by_weight_and_keeps_the_average_size():
     """Σ a_d G_d has c Σ w_d = c on its diagonal's mean, each domain a share w_d of it, however large it is."""
     G, weights = [moment(1, 1), 50 * moment(2, 2), 0.01 * moment(3, 3)], [0.5, 0.3, 0.2]
-    parts = [(a * g).diagonal().mean() for a, g in zip(mixing(G, weights), G, strict=True)]
+    scales = mixing([g.diagonal().mean() for g in G], weights)
+    parts = [(a * g).diagonal().mean() for a, g in zip(scales, G, strict=True)]
     c = sum(w * g.diagonal().mean() for w, g in zip(weights, G, strict=True))
     torch.testing.assert_close(torch.stack(parts) / c, torch.tensor(weights, dtype=torch.float64))
     plain = torch.stack([w * g.diagonal().mean() for w, g in zip(weights, G, strict=True)])
