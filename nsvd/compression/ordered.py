@@ -26,11 +26,12 @@ from nsvd.walk.decoder import Decoder, Entered, run_block
 from nsvd.walk.hooks import evaluating, inputs_seen
 from nsvd.walk.landmarks import arrivals, check_every_token, landmark, value_at
 from nsvd.walk.memory import give_back
-from nsvd.walk.moments import Sums, readers
+from nsvd.walk.moments import readers
 from nsvd.walk.processes import rank, same
 from nsvd.walk.settled import completion, remembering, settled_parts
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.stream import batches as dealt_batches
+from nsvd.walk.sums import Sums
 
 STREAMS = "ordered-streams"  # on the shelf
 DENSE, OURS, INPUT = (
