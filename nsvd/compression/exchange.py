@@ -21,6 +21,7 @@ from nsvd.compression.refine import refine_block_
 from nsvd.compression.report import Clock, relative_errors
 from nsvd.compression.request import Request
 from nsvd.linalg import Decomposition, LowRank, saves_parameters
+from nsvd.linalg.decomposition import Spectrum
 from nsvd.linalg.factors import n_params
 from nsvd.linalg.precision import home
 from nsvd.stored.checkpoint import describe, empty_layer
@@ -30,7 +31,7 @@ from nsvd.walk.calibrate import Walked
 from nsvd.walk.decoder import longest_list
 from nsvd.walk.lazy import held, read_from, revert, settle
 from nsvd.walk.processes import gathered
-from nsvd.walk.shelf import Shelf
+from nsvd.walk.shelf import Kept, Shelf
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import by_block
 
@@ -84,6 +85,9 @@ class Exchange:
                     self.clock.lap("decompose")
                     made[name] = self._cut(name, one, ranks[name])
                 self.put(index, told(made, self.owner, {name: self.layers[name] for name in names}))
+            if isinstance(prepared, Kept):  # of what is done the singular values are enough
+                for name in names:
+                    prepared[name] = Spectrum(prepared[name].s)
         self.clock.lap("exchange")
 
     def in_order(self, ranks: Mapping[str, int]) -> None:

@@ -30,6 +30,7 @@ from nsvd.walk.soundness import check_values
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import by_block, targets
 
+BOTH, AVERAGED = "gradients-both", "gradients-done"  # on the shelf: gradients of both ends, and that they are all there
 GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gradients, where that leaves sixteen
 
 
@@ -127,6 +128,8 @@ def take_statistics(
         stats = statistics_of(model, domains, weights, ratio=ratio, layers=layers, shelf=shelf, progress=progress)
         clock.lap("calibrate")
     if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
+        if shelf is not None and AVERAGED in shelf:  # an earlier run has come further
+            return stats.with_gradients(shelf.kept(BOTH))
         texts = gradient_texts(domains)
         found = {} if shelf is None else shelf.kept("gradients")
         how = {"layers": layers, "seed": seed, "shelf": shelf, "progress": progress}

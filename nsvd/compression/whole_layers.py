@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from nsvd.compression.exchange import Exchange
-from nsvd.compression.measure import check_gradients, decompositions, gradient_texts
+from nsvd.compression.measure import AVERAGED, BOTH, check_gradients, decompositions, gradient_texts
 from nsvd.compression.ranks import searched
 from nsvd.compression.recipes import recipe
 from nsvd.linalg import Decomposition
 from nsvd.walk.gradients import drawn_labels, fisher_into
 from nsvd.walk.processes import same
+from nsvd.walk.shelf import Kept
 from nsvd.walk.soundness import check_exchanged
 from nsvd.walk.statistics import Statistics
 
@@ -92,11 +93,11 @@ def _both_ends(job: Exchange, ranks: Mapping[str, int], prepared: Mapping[str, D
     not the bending alone, but a little better on three of our models than its own labels (0.2 points of what ASVD-I loses).
     """
     ask, stats, known, shelf = job.ask, job.stats, job.stats.gradients, job.shelf
-    mean = shelf.kept("gradients-both")
+    mean = shelf.kept(BOTH)
     draft, smaller = replace(job, stage="draft"), job.smaller(ranks)
     texts = gradient_texts(ask.domains, others=True)
-    if shelf.lasting and "gradients-done" in shelf:
-        return stats.with_gradients(mean)
+    if AVERAGED in shelf:
+        return stats
     labels = _labels(job, texts)
     try:
         draft.at_once(smaller, prepared)
@@ -106,11 +107,13 @@ def _both_ends(job: Exchange, ranks: Mapping[str, int], prepared: Mapping[str, D
         fisher_into(there, job.model, texts, stats.shares(len(texts)), **how)
     finally:
         draft.undo(smaller)
-    for name in known:
-        mean[name] = (there[name] + known[name].to(there[name])) / 2
-    shelf.put("gradients-done", {})
-    for name in list(there):
+    for name in list(known):
+        if name not in mean:
+            mean[name] = (there[name] + known[name].to(there[name])) / 2
         del there[name]
+        if isinstance(known, Kept):
+            del known[name]
+    shelf.put(AVERAGED, {})
     job.clock.lap("gradients")
     return stats.with_gradients(mean)
 
