@@ -1,7 +1,8 @@
 """What a compression will take, from the sizes of the layers alone: memory, disk, passes over the text, operations.
 
-The sums follow what the stages hold. Streams of hidden states lie in the host's memory, a block and what is measured of it on the
-device. Where both are one, their sum is what counts. What the interpreter and its libraries take is not counted.
+The sums follow what the stages hold. Streams of hidden states lie in the host's memory, past a limit in files; a block and what is
+measured of it on the device. Where both are one, their sum is what counts. What the interpreter and its libraries take is not
+counted, nor is a model that is loaded whole.
 """
 
 from __future__ import annotations
@@ -13,15 +14,23 @@ from itertools import pairwise
 from torch import nn
 
 from nsvd.compression.compress import RANKS_EVERY
+from nsvd.compression.distill import TOKENS as DISTILLED
 from nsvd.compression.measure import GRADIENTS_EVERY, GRADIENTS_LEAST
 from nsvd.compression.request import Request
+from nsvd.compression.strs import KEPT
 from nsvd.linalg import rank_for_ratio
 from nsvd.walk.decoder import longest_list
+from nsvd.walk.shelf import LIMIT
 from nsvd.walk.stream import BATCH
+from nsvd.walk.sums import CHUNK, STRIPS
 from nsvd.walk.targets import by_block, targets
 from nsvd.walk.text import LOGIT_BYTES, tokens_at_once
 
-DOUBLE, FOLLOWED = 8, 16  # bytes of a number in float64; windows at a time where inputs are followed
+SINGLE, DOUBLE, FOLLOWED = (
+    4,
+    8,
+    16,
+)  # bytes of numbers in float32 and float64; windows at a time where inputs are followed
 EIGH = 9  # m³ of these operations for all eigenvectors of a symmetric matrix
 
 
@@ -38,7 +47,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one part of the work takes; bytes at its highest, bytes that it adds to the disk, operations."""
+    """What one part of the work takes; bytes at its highest, on the disk with what is there from parts before; operations."""
 
     device: float = 0
     host: float = 0
@@ -93,82 +102,132 @@ class _Sums:
     def total(self) -> Cost:
         stages, ask = {}, self.ask
         ends = 2 if ask.searches and ask.shifted and ask.judge.needs_gradients else 1
-        if ask.method.needs_moments and (ask.searches or not ask.shifted):
+        if ask.method.needs_moments and (ask.searches or ask.splits or not ask.shifted):
             stages["moments"] = self.moments(1 / RANKS_EVERY if ask.shifted else 1.0)
         if ask.judge.needs_gradients or ask.allocation == "fisher":
             stages["gradients"] = self.gradients(ends)
         stages["decompositions"] = self.decompositions(ends)
+        if ask.allocation == "strs":
+            stages["search"] = self.search()
         if ask.shifted:
-            stages["in order"] = self.in_order()
+            stages["in order"] = self.in_order(ends)
+        if ask.distill:
+            stages["distillation"] = self.distillation()
         found = stages.values()
         add = lambda part: sum(getattr(stage, part) for stage in found)  # noqa: E731
         peak = lambda part: max(getattr(stage, part) for stage in found)  # noqa: E731
-        passes, disk = add("passes"), add("disk")
-        work = (add("forward"), add("decompositions"))
-        return Cost(peak("device"), peak("host"), disk, passes, passes * self.tokens, *work, stages)
+        passes, work = add("passes"), (add("forward"), add("decompositions"))
+        return Cost(peak("device"), peak("host"), peak("disk"), passes, passes * self.tokens, *work, stages)
 
     def moments(self, share: float) -> Stage:
-        """Streams, and the second moments of the inputs of one block."""
-        leaders, batch = [one.d_in for one in self.largest if one.first], BATCH * self.length
-        grams = DOUBLE * sum(d * d for d in leaders)
-        largest = DOUBLE * max(leaders) ** 2
-        device = self._held + self._activations(batch) + grams + largest + 2 * DOUBLE * batch * max(leaders)
-        host = share * self._stream + grams + largest
-        every = [one.d_in for block in self.blocks for one in block if one.first]
-        kept = 0 if self.ask.one_by_one else DOUBLE * sum(d * d for d in every)
-        products = 2 * share * self.tokens * sum(d * d for d in every)
-        disk = kept + 2 * share * self._stream
+        """A stream, and the second moments of the inputs of one block."""
+        leaders, batch = [one.d_in for one in self.largest if one.first], self._batch(BATCH)
+        grams, largest = DOUBLE * sum(d * d for d in leaders), max(leaders)
+        device = self._held + self._activations(batch) + grams + self._product(batch, largest, largest)
+        host = min(LIMIT, share * self._stream) + grams + DOUBLE * largest**2
+        products = 2 * share * self.tokens * self._grams / DOUBLE
+        disk = self._measured + 3 * share * self._stream
         return Stage(device, host, disk, share, share * self._forward + products)
 
     def gradients(self, ends: int) -> Stage:
         """Borders on the disk, one block's graph, and the second moments of the gradients at its outputs."""
         share, outputs = self.share, [one.d_out for one in self.largest]
-        batch = min(BATCH, max(1, self.logits // self.length)) * self.length
-        largest, H = DOUBLE * max(outputs) ** 2, DOUBLE * sum(d * d for d in outputs)
-        graph = 2 * self._activations(batch) + largest + DOUBLE * batch * max(outputs)
-        logits = 7 * min(LOGIT_BYTES, 4 * self.vocabulary * batch)  # in float32 and float64, and their gradients
+        windows = min(BATCH, max(1, self.logits // self.length))
+        batch, largest = self._batch(windows), max(outputs)
+        H = DOUBLE * sum(d * d for d in outputs)
+        graph = 2 * self._activations(batch) + H + self._product(batch, largest, largest)
+        logits = 7 * min(LOGIT_BYTES, SINGLE * self.vocabulary * batch)  # in float32 and float64, and their gradients
         device = self._held + max(graph, logits)
-        host = 3 * share * self._stream + H + 2 * largest
-        every = DOUBLE * sum(one.d_out**2 for block in self.blocks for one in block)
-        disk = (3 if ends == 2 else 1) * every + share * self._stream * (len(self.blocks) + 2)
+        host = min(LIMIT, 2 * share * self._stream) + H + 2 * DOUBLE * largest**2
+        borders = share * self._stream * (len(self.blocks) + 4)
+        disk = self._measured + ends * self._outer + borders + (ends - 1) * self._exchanged
         passes = share * (4 * ends + (ends == 2))
-        products = 2 * share * ends * self.tokens * sum(one.d_out**2 for block in self.blocks for one in block)
+        products = 2 * share * ends * self.tokens * self._outer / DOUBLE
         return Stage(device, host, disk, passes, passes * self._forward + products)
 
     def decompositions(self, ends: int) -> Stage:
         """One layer's matrices at a time; those of all ranks are kept where a search looks at them first."""
-        peak, pieces = max(self._decomposed(one) for one in self.largest), self._pieces
+        ask, every = self.ask, self._every
+        peak, pivots = max(map(self._decomposed, self.largest)), max(map(self._pivoted, self.largest))
         metric = DOUBLE * max(one.d_in**2 + self._judged * one.d_out**2 for one in self.largest)
         largest = DOUBLE * max(one.d_out * one.d_in + min(one.d_out, one.d_in) ** 2 for one in self.largest)
-        pivots = max(self._pivoted(one) for one in self.largest)
-        keeps = self.ask.searches and not (self.ask.shifted and ends == 1)
-        every = [one for block in self.blocks for one in block]
-        count = ends if self.ask.searches or self.ask.shifted else 1
-        exchanged = self.bytes * sum(one.rank * (one.d_out + one.d_in) for one in every)
-        disk = DOUBLE * sum(pieces(one) for one in every) * keeps + ends * exchanged
+        keeps = (ask.searches or ask.splits) and not (ask.shifted and ends == 1)
+        count = ends if ask.searches or ask.shifted else 1
+        disk = self._measured + self._judged * self._outer + self._exchanged
+        disk += DOUBLE * sum(self._pieces(one) for one in every) * keeps
         work = count * sum(self._operations(one) for one in every)
         return Stage(self._held + peak, max(metric + 2 * largest, pivots), disk, decompositions=work)
 
-    def in_order(self) -> Stage:
-        """Two streams and what the dense one holds at the landmarks; on the device what the parts of a block remember."""
+    def search(self) -> Stage:
+        """STRS: every layer at every fraction, from its block on; the borders of all blocks wait."""
+        share = sum(min(n, self.ask.search_count or n) * t for n, t in self.shapes) / self.tokens
+        borders, passes = share * self._stream * len(self.blocks), share * (1 + len(KEPT) * len(self._every) / 2)
+        logits = 3 * min(LOGIT_BYTES, SINGLE * self.vocabulary * self.tokens)
+        device = self._held + self._activations(self._batch(BATCH)) + logits
+        return Stage(device, min(LIMIT, borders), borders, passes, passes * self._forward)
+
+    def in_order(self, ends: int) -> Stage:
+        """Two streams, what the dense one holds at the landmarks, and what the parts of a block remember."""
         groups = [one for one in self.largest if one.first]
         single = [one for one in groups if one.alone]
         places = self.hidden + sum(one.d_out if one.alone else one.d_in for one in groups)
         places -= self.hidden if single and single[-1] is groups[-1] else 0  # the last layer's is the end of the block
         remembered = self.hidden * max(0, len(single) - 1) + max((one.d_in for one in single), default=0)
-        batch, widest = FOLLOWED * self.length, max(one.d_in for one in groups)
-        sums = DOUBLE * max(3 * one.d_in**2 + 2 * one.d_in * one.d_out for one in groups)
-        seen = batch * widest * (4 + 4 + DOUBLE) + self._activations(batch)
-        peak = max(self._decomposed(one) for one in self.largest)
-        device = self._held + self.tokens * self.bytes * remembered + sums + max(seen, peak)
-        host = self.tokens * self.bytes * (places + self.hidden)
-        host += max(
-            DOUBLE * max(one.d_out for one in self.largest) ** 2 * self._judged, *map(self._pivoted, self.largest)
-        )
-        every = [one for block in self.blocks for one in block]
-        products = 2 * self.tokens * sum(one.d_in * (one.d_in + one.d_out) for one in every if one.first)
-        work = sum(self._operations(one) + one.d_in**3 / 3 + 2 * one.d_out * one.d_in**2 for one in every)
-        return Stage(device, host, 4 * self._stream, 2, 2 * self._forward + products, work)
+        batch = self._batch(FOLLOWED)
+        sums = DOUBLE * max(one.d_in**2 + one.d_in * max(one.d_in, one.d_out) for one in groups)
+        wide = max(max(one.d_in, one.d_out) for one in groups)
+        seen = self._product(batch, wide, wide) + SINGLE * batch * wide + self._activations(batch)
+        device = self._held + sums + max(seen, *map(self._decomposed, self.largest))
+        waiting = self.tokens * self.bytes * (places + self.hidden + remembered)
+        metric = DOUBLE * max(one.d_out for one in self.largest) ** 2 * self._judged
+        host = min(LIMIT, waiting) + max(metric, *map(self._pivoted, self.largest))
+        disk = self._measured + self._judged * self._outer + ends * self._exchanged + 4 * self._stream
+        disk += max(0, waiting - LIMIT)
+        products = 2 * self.tokens * sum(one.d_in * (one.d_in + one.d_out) for one in self._every if one.first)
+        work = sum(self._operations(one) + one.d_in**3 / 3 + 2 * one.d_out * one.d_in**2 for one in self._every)
+        return Stage(device, host, disk, 2, 2 * self._forward + products, work)
+
+    def distillation(self) -> Stage:
+        """Factors in float32, their gradients and the two averages of Adam, and the graph of one batch through all blocks."""
+        numbers = sum(one.rank * (one.d_out + one.d_in) for one in self._every)
+        tokens = min(DISTILLED, self.logits)
+        graph = len(self.blocks) * self._activations(tokens) + 7 * SINGLE * self.vocabulary * tokens
+        passes = 4 * self.ask.distill * tokens * len(self.shapes) / self.tokens
+        return Stage(4 * SINGLE * numbers + graph, 0, 0, passes, passes * self._forward)
+
+    @property
+    def _every(self) -> list[Layer]:
+        return [one for block in self.blocks for one in block]
+
+    @property
+    def _grams(self) -> float:
+        """Bytes of the second moments of all inputs."""
+        return DOUBLE * sum(one.d_in**2 for one in self._every if one.first)
+
+    @property
+    def _measured(self) -> float:
+        """Those of them that are kept to the end."""
+        ask = self.ask
+        kept = ask.method.needs_moments and (ask.searches or ask.splits or not ask.shifted) and not ask.one_by_one
+        return self._grams if kept else 0
+
+    @property
+    def _outer(self) -> float:
+        """Bytes of the second moments of the gradients at all outputs."""
+        return DOUBLE * sum(one.d_out**2 for one in self._every)
+
+    @property
+    def _exchanged(self) -> float:
+        """Bytes of the factors."""
+        return self.bytes * sum(one.rank * (one.d_out + one.d_in) for one in self._every)
+
+    def _batch(self, windows: int) -> int:
+        """Tokens of so many windows at a time."""
+        return windows * self.length
+
+    def _product(self, tokens: int, wide: int, high: int) -> float:
+        """Bytes of a product of a batch with itself: some tokens in float32, and a strip of rows."""
+        return SINGLE * (min(tokens, CHUNK) * (wide + high) + wide * high / STRIPS)
 
     @property
     def _held(self) -> float:

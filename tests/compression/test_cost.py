@@ -43,15 +43,15 @@ def shaped(sizes, depth, *, device="meta"):
         return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def request(method, windows):
+def request(method, windows, **more):
     """The arguments of ``compress_``, the rest left open."""
     names = ("ranks", "allocation", "factors", "shifted", "search_count")
     rest = {"weights": "uniform", "refine": 0, "distill": 0, "seed": 0, "progress": False}
-    return resolve(method, {}, ratio=0.3, windows=windows, **dict.fromkeys(names), **rest)
+    return resolve(method, {}, ratio=0.3, windows=windows, **dict.fromkeys(names) | rest | more)
 
 
-def told(sizes, depth, method, count, length):
-    return cost(shaped(sizes, depth), request(method, torch.zeros(count, length, dtype=torch.long)))
+def told(sizes, depth, method, count, length, **more):
+    return cost(shaped(sizes, depth), request(method, torch.zeros(count, length, dtype=torch.long), **more))
 
 
 @pytest.mark.parametrize("method", ["asvd-1", "best"])
@@ -63,10 +63,33 @@ def test_memory_does_not_grow_with_depth_and_the_rest_does(method):
     assert few.disk < many.disk
 
 
+EIGHTY = {"hidden_size": 8192, "intermediate_size": 28_672, "num_attention_heads": 64, "num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize(("sizes", "depth", "device", "host"), [(SEVEN, 32, 24e9, 24e9), (EIGHTY, 80, 80e9, 80e9)])
+def test_models_of_seven_and_seventy_billion_have_room(sizes, depth, device, host):
+    """``best`` on 256 windows of 2048 tokens, at the sizes of LLaMA-7B on a GPU of 24 GB, and of LLaMA-70B on one of 80 GB."""
+    asked = told({"vocab_size": 32_000} | sizes, depth, "best", 256, 2048)
+    assert asked.device < device
+    assert asked.host < host
+    waiting = 256 * 2048 * 2 * sizes["hidden_size"] * 2  # both streams in bfloat16
+    assert asked.host < asked.disk - waiting
+
+
 def test_passes_over_the_text():
     """``best`` on 256 windows: half of them for moments; an eighth four times at both ends, once for labels; two in order."""
     assert told(SMALL, 2, "asvd-1", 256, 16).passes == 1
     assert told(SMALL, 2, "best", 256, 16).passes == pytest.approx(1 / 2 + 9 / 8 + 2)
+
+
+def test_passes_of_searches_and_of_distillation():
+    """STRS: nine fractions of seven layers of two blocks, half the blocks each, once before; four passes over 1024 tokens a step."""
+    assert told(SMALL, 2, "sola", 256, 16).passes == 1
+    few = told(SMALL, 2, "asvd-1", 256, 16, allocation="strs", search_count=64)
+    assert few.passes == pytest.approx(1 + (1 + 9 * 14 / 2) / 4)
+    plain, fitted = (told(SMALL, 2, "asvd-1", 256, 16, distill=steps) for steps in (0, 20))
+    assert fitted.passes == pytest.approx(plain.passes + 20 * 4 * 1024 / (256 * 16))
+    assert fitted.device > plain.device
 
 
 def test_layers_that_share_an_input_are_told_from_their_sizes():
