@@ -83,7 +83,7 @@ def test_passes_over_the_text():
 
 
 def test_passes_of_searches_and_of_distillation():
-    """STRS: nine fractions of seven layers of two blocks, half the blocks each, once before; four passes over 1024 tokens a step."""
+    """STRS: nine fractions of seven layers of two blocks, half the blocks each, and once before; a step: four over 1024 tokens."""
     assert told(SMALL, 2, "sola", 256, 16).passes == 1
     few = told(SMALL, 2, "asvd-1", 256, 16, allocation="strs", search_count=64)
     assert few.passes == pytest.approx(1 + (1 + 9 * 14 / 2) / 4)
