@@ -63,7 +63,8 @@ class Factoring:
         if self.joint and self.by_loss:
             units = tuple(_root_mean(m.H) for m in moments)
         else:
-            ones = [self.method.prepare(W, m, **self.options) for W, m in both]
+            known = {"k": 0 if self.joint else None}  # joint they only tell the units
+            ones = [self.method.prepare(W, m, **known, **self.options) for W, m in both]
             units = tuple(self._unit(one, m) for one, (_, m) in zip(ones, both, strict=True))
         if self.joint:
             stacked = torch.cat([unit * W for unit, W in zip(units, weights, strict=True)])

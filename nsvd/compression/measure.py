@@ -66,7 +66,7 @@ def decompositions(
     only_ranks: bool = False,
     progress: bool = False,
 ) -> None:
-    """Put them into a mapping, but those that are there; with ``only_ranks`` no more of them than the singular values.
+    """Put them into a mapping, but those that are there; with ``only_ranks`` no more than their singular values.
 
     Several processes deal the layers; of those that another has decomposed each has the singular values.
     """
@@ -85,7 +85,8 @@ def decompositions(
             with held(listed[index]) if missing else nullcontext():
                 for name in missing:
                     if is_mine(owner, name):
-                        one = prepare_layer(layers[name], name, stats, chosen, options, parts[name]).to("cpu")
+                        how = {"part": parts[name], "k": 0 if only_ranks else None}
+                        one = prepare_layer(layers[name], name, stats, chosen, options, **how).to("cpu")
                         found[name] = Spectrum(one.s) if only_ranks else one
                         bar.update()
             for name in missing:
@@ -96,14 +97,21 @@ def decompositions(
 
 
 def prepare_layer(
-    layer: nn.Linear, name: str, stats: Statistics | None, method: Method, options: dict, part: Block = WHOLE
+    layer: nn.Linear,
+    name: str,
+    stats: Statistics | None,
+    method: Method,
+    options: dict,
+    *,
+    part: Block = WHOLE,
+    k: int | None = None,
 ) -> Decomposition:
-    """The same for one layer, or a block of it; what raises names the layer."""
+    """The same for one layer, or a block of it, up to rank ``k`` where one is given; what raises names the layer."""
     W, moments = part.take(double(layer.weight)), None
     if method.needs_moments:
         moments = part.moments(stats[name].to(W.device))
     with naming(name):
-        return method.prepare(W, moments, **options)
+        return method.prepare(W, moments, k=k, **options)
 
 
 def take_statistics(

@@ -148,11 +148,13 @@ def measured(
         if not is_mine(owner, name):
             continue
         decomposition = None if prepared is None else prepared[name].to(home(layer.weight))
-        for fraction, k in _candidates(layer, name, chosen, settings, kept, factors):
+        candidates = list(_candidates(layer, name, chosen, settings, kept, factors))
+        most = max((k for _, k in candidates), default=0)
+        for fraction, k in candidates:
             found = None if records is None else records.find(**about, layer=name, kept=fraction)
             if found is None:
                 if decomposition is None:
-                    decomposition = prepare_layer(layer, name, stats, chosen, options)
+                    decomposition = prepare_layer(layer, name, stats, chosen, options, k=most)
                 with naming(name):
                     found = _measure(text, name, chosen.cut(decomposition, k, **settings))
                 if records is not None:

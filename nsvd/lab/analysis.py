@@ -88,7 +88,7 @@ def transfer(
         for text, stats in texts.items():
             G = stats[name].G
             whole = calibration_loss(W, torch.zeros_like(W), G)
-            optimum = from_metric(W, G).s[k:].square().sum().item()
+            optimum = from_metric(W, G, 0).s[k:].square().sum().item()
             error = max(calibration_loss(W, chosen, G) / whole, 0.0) ** 0.5
             rows.append(place(name) | {"text": text, "error": error, "optimum": (optimum / whole) ** 0.5})
     return pd.DataFrame(rows)

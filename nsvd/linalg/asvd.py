@@ -1,6 +1,6 @@
 r"""The ASVD family: Ŵ = [W S]_k S⁻¹, of which only M = S Sᵀ differs (NSVD paper, arXiv 2503.17101, section 3).
 
-Each function returns the ``Orthogonal`` decomposition of all ranks; ``.truncate(k)`` is the paper's Ŵ.
+Each function returns the ``Orthogonal`` decomposition of all ranks, or of those up to ``k``; ``.truncate(k)`` is the paper's Ŵ.
 
 | name | M | minimises over rank k |
 |---|---|---|
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,23 +27,23 @@ from nsvd.linalg.whiteners import scaled_rotation, spectral
 Weight = Float[Tensor, "d_out d_in"]
 
 
-def svd(W: Weight, moments: Moments | None = None) -> Orthogonal:
+def svd(W: Weight, moments: Moments | None = None, *, k: int | None = None) -> Orthogonal:
     """Plain truncated SVD: ‖W − Ŵ‖_F = √(Σ_{i>k} σ_i(W)²) (Theorem 1, Eckart–Young–Mirsky). Ignores the moments."""
-    return from_metric(W)
+    return from_metric(W, k=k)
 
 
-def asvd_0(W: Weight, moments: Moments) -> Orthogonal:
+def asvd_0(W: Weight, moments: Moments, *, k: int | None = None) -> Orthogonal:
     """S = diag(mean absolute value of each input channel); a channel that was always zero has no weight."""
-    return from_metric(W, moments.scale() ** 2)
+    return from_metric(W, moments.scale() ** 2, k)
 
 
-def asvd_1(W: Weight, moments: Moments) -> Orthogonal:
+def asvd_1(W: Weight, moments: Moments, *, k: int | None = None) -> Orthogonal:
     """The minimiser of ‖(W − Ŵ) X‖_F: error √(Σ_{i>k} σ_i(W S)²), S Sᵀ = G up to the factor √n (Theorem 2).
 
     The paper takes S from Cholesky's factorisation; the projection form used here gives the same matrix without it,
     and an answer for singular G too. ``asvd_1_cholesky`` is the literal route.
     """
-    return from_metric(W, moments.G)
+    return from_metric(W, moments.G, k)
 
 
 def asvd_1_cholesky(W: Weight, moments: Moments, *, jitter: float = 0.0) -> Orthogonal:
@@ -52,36 +51,36 @@ def asvd_1_cholesky(W: Weight, moments: Moments, *, jitter: float = 0.0) -> Orth
     return from_whitener(W, cholesky_factor(moments.G, jitter=jitter))
 
 
-def asvd_2(W: Weight, moments: Moments) -> Orthogonal:
+def asvd_2(W: Weight, moments: Moments, *, k: int | None = None) -> Orthogonal:
     """S = P Λ^{1/2}, G = P Λ Pᵀ, undone by the pseudo-inverse (Theorem 3).
 
     Loss and, for nonsingular G, matrix are those of ``asvd_1``. Directions that G has not seen are set to zero here
     and kept there.
     """
-    return from_whitener(W, spectral(moments.G))
+    return from_whitener(W, spectral(moments.G), k)
 
 
-def asvd_3(W: Weight, moments: Moments) -> Orthogonal:
+def asvd_3(W: Weight, moments: Moments, *, k: int | None = None) -> Orthogonal:
     """S = γ P, γ = max Λ^{1/2} (Theorem 4). S is a multiple of a rotation, so Ŵ is the plain truncated SVD of W."""
-    return from_whitener(W, scaled_rotation(moments.G))
+    return from_whitener(W, scaled_rotation(moments.G), k)
 
 
-def asvd(W: Weight, moments: Moments, *, alpha: float = 0.5, eps: float = 1e-6) -> Orthogonal:
+def asvd(W: Weight, moments: Moments, *, alpha: float = 0.5, eps: float = 1e-6, k: int | None = None) -> Orthogonal:
     """S = diag((mean abs)^α + ε) of the ASVD paper (arXiv 2312.05821, equation 8).
 
     α = 0 is the plain SVD, α = 1 is ASVD-0 but for ε. The published code splits √s between the factors; the product is
     the same.
     """
-    return from_metric(W, (moments.scale() ** alpha + eps) ** 2)
+    return from_metric(W, (moments.scale() ** alpha + eps) ** 2, k)
 
 
-def ridge(W: Weight, moments: Moments, *, mu: float = 0.1) -> Orthogonal:
+def ridge(W: Weight, moments: Moments, *, mu: float = 0.1, k: int | None = None) -> Orthogonal:
     """The minimiser of ‖(W − Ŵ) X‖² / n + μ mean(diag G) ‖W − Ŵ‖² over rank k.
 
     As the exact minimiser of a weighted sum it is Pareto-optimal in calibration loss and weight error, the two errors
     that the nested methods trade. μ = 0 is ASVD-I, μ → ∞ the plain SVD.
     """
-    return from_metric(W, ridged(moments.G, mu))
+    return from_metric(W, ridged(moments.G, mu), k)
 
 
 def ridged(G: Tensor, mu: float, name: str = "mu") -> Tensor:
@@ -90,7 +89,9 @@ def ridged(G: Tensor, mu: float, name: str = "mu") -> Tensor:
         raise ValueError(f"{name} is {mu}, but a ridge is not negative")
     if G.ndim == 1:
         return G + mu * G.mean()
-    return G + mu * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    with_ridge = G.clone()
+    with_ridge.diagonal().add_(mu * G.diagonal().mean())
+    return with_ridge
 
 
 def oas(G: Float[Tensor, "d_in d_in"], n: int) -> float:

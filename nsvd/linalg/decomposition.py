@@ -1,9 +1,12 @@
-r"""All ranks of one matrix under one metric.
+r"""All ranks of one matrix under one metric, or those up to a given one.
 
 Every method of the ASVD family is ``Ŵ = [W S]_k S⁻¹``. With the left singular vectors U of W S this is ``U_k U_kᵀ W``: an
 orthogonal projection of the layer's outputs, in which S only appears through ``M = S Sᵀ``. So one eigendecomposition
 ``W M Wᵀ = U diag(s²) Uᵀ``, on the smaller side of W, gives the answer for every rank, and needs neither a factor nor an
 inverse of M. ``from_metric`` is that route. ``from_whitener`` is the papers' literal one, through S.
+
+Where the rank is known, no more than its ``k`` terms are made; k = 0 asks for the singular values alone, which cost far less
+than vectors. All of it is exact but for rounding: fewer terms are the first of all terms, not an estimate of them.
 """
 
 from __future__ import annotations
@@ -27,36 +30,41 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """W = U · coords, its terms in order: the first k of them are the rank-k answer.
+    """The first k terms of W = U · coords, in order: the first of them up to j are the rank-j answer. m = min(d_out, d_in).
 
-    ``U`` (d_out, m), m = min(d_out, d_in), has columns of unit length; ``s`` (m,) falls, and Σ_{i>k} s_i² is the error of
-    rank k in the method's own norm; ``coords`` (m, d_in) are the coordinates of W in the columns of U; ``right`` (m, d_in) are the
-    right factors, ``coords`` itself unless the pseudo-inverse of a singular S has removed directions from them.
+    ``U`` (d_out, k) has columns of unit length; ``s`` (m,) falls, and Σ_{i>j} s_i² is the error of rank j in the method's own
+    norm; ``coords`` (k, d_in) are the coordinates of W in the columns of U; ``right`` (k, d_in) are the right factors, ``coords``
+    itself unless the pseudo-inverse of a singular S has removed directions from them. ``s`` has all its values for any k.
 
     What U is depends on the metric: see ``Orthogonal`` and ``Oblique``.
     """
 
-    U: Float[Tensor, "d_out m"]
+    U: Float[Tensor, "d_out k"]
     s: Float[Tensor, " m"]
-    coords: Float[Tensor, "m d_in"]
-    right: Float[Tensor, "m d_in"]
+    coords: Float[Tensor, "k d_in"]
+    right: Float[Tensor, "k d_in"]
 
     def truncate(self, k: int) -> LowRank:
-        """The rank-k approximation U_k · right_k; k from 0 (the zero matrix) to min(d_out, d_in)."""
+        """The rank-k approximation U_k · right_k; k from 0 (the zero matrix) to the number of terms."""
         self.check_rank(k)
         return LowRank(self.U[:, :k], self.right[:k])
 
     def residual(self, k: int) -> LowRank:
-        """W − truncate(k), exactly, as columns of U times rows (no new large matrix)."""
+        """W − truncate(k), exactly, as columns of U times rows (no new large matrix). It takes all the terms.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        self.check_rank(len(self.s))
         if self.right is self.coords:
             return LowRank(self.U[:, k:], self.coords[k:])
         return LowRank(self.U, torch.cat([self.coords[:k] - self.right[:k], self.coords[k:]]))
 
     def check_rank(self, k: int) -> None:
-        """Raise ``ValueError`` unless k is the rank of some approximation of W, 0 to min(d_out, d_in)."""
-        if not 0 <= k <= len(self.s):
-            shape = (self.U.shape[0], self.right.shape[1])
-            raise ValueError(f"rank {k} of a {shape[0]} × {shape[1]} matrix: expected 0 to {len(self.s)}")
+        """Raise ``ValueError`` unless k is the rank of some approximation of W, 0 to min(d_out, d_in), and has its terms here."""
+        _check_rank(k, self.U.shape[0], self.right.shape[1])
+        if k > self.U.shape[1]:
+            raise ValueError(f"rank {k} of a decomposition that was asked for no more than {self.U.shape[1]} terms")
 
     def to(self, *args, **kwargs) -> Decomposition:
         """All tensors moved or cast as ``Tensor.to`` does."""
@@ -81,40 +89,60 @@ class Oblique(Decomposition):
     """
 
 
-def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None) -> Orthogonal:
-    r"""Minimise ‖(W − Ŵ) M^{1/2}‖_F at every rank: Ŵ = U_k U_kᵀ W, U the eigenvectors of W M Wᵀ.
+def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None, k: int | None = None) -> Orthogonal:
+    r"""Minimise ‖(W − Ŵ) M^{1/2}‖_F at every rank up to k (None: at every rank): Ŵ = U_k U_kᵀ W, U the eigenvectors of W M Wᵀ.
 
     M is positive semidefinite: a matrix (d_in, d_in), the vector of a diagonal one, or None for the identity. For a
     singular M, where the minimiser is not unique, this is the limit of a vanishing ridge M + μI.
 
     Raises:
+        ValueError: if k is no rank of W.
         torch.linalg.LinAlgError: if W M Wᵀ has a clearly negative eigenvalue.
     """
-    Q, core = _smaller_side(W)
+    Q, core, k = *_smaller_side(W), _terms(W, k)
     weighted = core if M is None else core * M if M.ndim == 1 else core @ M
-    eigenvalues, V = torch.linalg.eigh(_symmetric(weighted @ core.mT))
+    A = weighted @ core.mT
+    eigenvalues, V = torch.linalg.eigh(A) if k else (torch.linalg.eigvalsh(A), A[:, :0])
     check_semidefinite("W M Wᵀ", eigenvalues)
-    eigenvalues, V = eigenvalues.flip(0), V.flip(1)
+    eigenvalues = eigenvalues.flip(0)
     seen = int((eigenvalues > max(W.shape) * torch.finfo(W.dtype).eps * eigenvalues[0]).sum())
-    if seen < len(eigenvalues):  # where M is blind, W Wᵀ gives the order, as a vanishing ridge would
-        blind = V[:, seen:]
-        V = torch.cat([V[:, :seen], leading(LowRank(blind, blind.mT @ core), len(eigenvalues) - seen).left], dim=1)
+    blind, V = V[:, : len(A) - seen], V[:, len(A) - k :].flip(1)
+    if k > seen:  # where M is blind, W Wᵀ gives the order, as a vanishing ridge would
+        V = torch.cat([V[:, :seen], leading(LowRank(blind, blind.mT @ core), k - seen).left], dim=1)
     coords = V.mT @ core
     return Orthogonal(_times(Q, V), eigenvalues.clamp(min=0).sqrt(), coords, coords)
 
 
-def from_whitener(W: Float[Tensor, "d_out d_in"], S: Whitener) -> Orthogonal:
-    r"""Ŵ = [W S]_k S⁻¹ as the papers write it: SVD of W S, then undo S on the right."""
-    Q, core = _smaller_side(W)
-    U, s, Vh = torch.linalg.svd(S.apply(core), full_matrices=False)
-    return Orthogonal(_times(Q, U), s, U.mT @ core, S.undo(s[:, None] * Vh))
+def from_whitener(W: Float[Tensor, "d_out d_in"], S: Whitener, k: int | None = None) -> Orthogonal:
+    r"""Ŵ = [W S]_k S⁻¹ as the papers write it: SVD of W S, then undo S on the right. ``k`` is as for ``from_metric``."""
+    Q, core, k = *_smaller_side(W), _terms(W, k)
+    whitened = S.apply(core)
+    if k == 0:
+        U, s, Vh = core[:, :0], torch.linalg.svdvals(whitened), core[:0]
+    else:
+        U, s, Vh = torch.linalg.svd(whitened, full_matrices=False)
+    U = U[:, :k]
+    return Orthogonal(_times(Q, U), s, U.mT @ core, S.undo(s[:k, None] * Vh[:k]))
 
 
 def leading(residual: LowRank, k: int) -> LowRank:
     """Best rank-k approximation in the Frobenius norm of a matrix given as orthonormal columns times rows."""
-    _, V = torch.linalg.eigh(_symmetric(residual.right @ residual.right.mT))
-    V = V.flip(1)[:, :k]
+    _, V = torch.linalg.eigh(residual.right @ residual.right.mT)
+    V = V[:, V.shape[1] - k :].flip(1)
     return LowRank(residual.left @ V, V.mT @ residual.right)
+
+
+def _terms(W: Tensor, k: int | None) -> int:
+    """How many terms k asks for; None asks for all."""
+    if k is None:
+        return min(W.shape)
+    _check_rank(k, *W.shape)
+    return k
+
+
+def _check_rank(k: int, d_out: int, d_in: int) -> None:
+    if not 0 <= k <= min(d_out, d_in):
+        raise ValueError(f"rank {k} of a {d_out} × {d_in} matrix: expected 0 to {min(d_out, d_in)}")
 
 
 def _smaller_side(W: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -124,7 +152,3 @@ def _smaller_side(W: Tensor) -> tuple[Tensor | None, Tensor]:
 
 def _times(Q: Tensor | None, V: Tensor) -> Tensor:
     return V if Q is None else Q @ V
-
-
-def _symmetric(A: Tensor) -> Tensor:
-    return (A + A.mT) / 2

@@ -12,11 +12,11 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.linalg import qr, solve_triangular
 from torch import Tensor
+
+from nsvd.linalg.pivots import spanning_rows
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,13 @@ class Pivoted:
 def pivoted(value: LowRank) -> Pivoted:
     """The pivoted form of a rank-k matrix, 1 ≤ k ≤ d_out; the same matrix up to rounding.
 
-    The rows are chosen by QR with column pivoting of the orthonormalised left factor, which keeps the entries of T small, so
-    that rounding T and C to a short format costs about what rounding the plain factors does.
+    The rows are chosen so that the entries of T are small, and rounding T and C to a short format costs about what rounding the
+    plain factors does: see ``spanning_rows``.
     """
     if not 1 <= value.rank <= value.shape[0]:
         raise ValueError(f"rank {value.rank} of a {value.shape[0]} × {value.shape[1]} matrix has no pivoted form")
-    Q, R = torch.linalg.qr(value.left)
-    rows, Z = interpolative_decomposition(Q.mT, value.rank)
-    rest = torch.ones(value.shape[0], dtype=torch.bool, device=rows.device)
-    rest[rows] = False
-    order = torch.cat([rows, rest.nonzero()[:, 0]]).argsort()
-    return Pivoted(Q[rows] @ (R @ value.right), Z[:, rest].mT, order)
+    order, T = spanning_rows(value.left)
+    return Pivoted(value.left[order[: value.rank]] @ value.right, T, order.argsort())
 
 
 FACTORS = ("plain", "pivoted")
@@ -163,21 +159,6 @@ def rank_for_ratio(d_out: int, d_in: int, ratio: float, factors: str = "plain") 
 def saves_parameters(d_out: int, d_in: int, k: int, factors: str = "plain") -> bool:
     """Whether rank-k factors are smaller than the dense matrix."""
     return k < min(d_out, d_in) and n_params(d_out, d_in, k, factors) < d_out * d_in
-
-
-def interpolative_decomposition(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(columns, Z): A ≈ A[:, columns] Z with k columns of A, by QR with column pivoting; Z is the identity on them.
-
-    Columns beyond the numerical rank of A stand for themselves only.
-    """
-    _, R, order = qr(A.detach().cpu().double().numpy(), mode="economic", pivoting=True)
-    diagonal = np.abs(R.diagonal())
-    r = min(k, int((diagonal > max(A.shape) * np.finfo(float).eps * diagonal[0]).sum()))
-    Z = np.zeros((k, A.shape[1]))
-    Z[np.arange(k), order[:k]] = 1
-    Z[:r, order[k:]] = solve_triangular(R[:r, :r], R[:r, k:])
-    columns = torch.from_numpy(order[:k].astype(np.int64))
-    return columns.to(A.device), torch.from_numpy(Z).to(A)
 
 
 def split_rank(k: int, k1: float) -> tuple[int, int]:

@@ -26,8 +26,10 @@ from nsvd.linalg.moments import Moments
 ROUNDING = 1e-12  # a pivot of Cholesky's below this share of its diagonal entry may be rounding, and so may what is divided by it
 
 
-def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.01, eta: float = 0.03) -> Oblique:
-    """Minimise tr(H_η (W − Ŵ) G_μ (W − Ŵ)ᵀ) at every rank, with ridges G_μ = G + μ mean(diag G) I and H_η likewise.
+def kfac(
+    W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.01, eta: float = 0.03, k: int | None = None
+) -> Oblique:
+    """Minimise tr(H_η (W − Ŵ) G_μ (W − Ŵ)ᵀ) at every rank up to k, with ridges G_μ = G + μ mean(diag G) I and H_η likewise.
 
     The minimum is Σ_{i>k} s_i², half of it the predicted rise of the loss. H may be a matrix (d_out, d_out) or the
     vector of a diagonal one; a multiple of the identity gives ``ridge``. So does H = 0, of a layer that the loss does not see,
@@ -40,15 +42,15 @@ def kfac(W: Float[Tensor, "d_out d_in"], moments: Moments, *, mu: float = 0.01, 
     if moments.H is None:
         raise ValueError("this method weighs outputs by the loss: it needs H, from fisher()")
     if not moments.H.any():
-        unseen = from_metrics(W, ridged(moments.G, mu, "mu"), torch.ones_like(W[:, 0]))
+        unseen = from_metrics(W, ridged(moments.G, mu, "mu"), torch.ones_like(W[:, 0]), k)
         return replace(unseen, s=torch.zeros_like(unseen.s))
-    return from_metrics(W, ridged(moments.G, mu, "mu"), ridged(moments.H, eta, "eta"))
+    return from_metrics(W, ridged(moments.G, mu, "mu"), ridged(moments.H, eta, "eta"), k)
 
 
 def from_metrics(
-    W: Float[Tensor, "d_out d_in"], M: Float[Tensor, "d_in d_in"], N: Float[Tensor, "d_out ..."]
+    W: Float[Tensor, "d_out d_in"], M: Float[Tensor, "d_in d_in"], N: Float[Tensor, "d_out ..."], k: int | None = None
 ) -> Oblique:
-    r"""Minimise ‖N^{1/2} (W − Ŵ) M^{1/2}‖_F at every rank: Ŵ = N^{-1/2} [N^{1/2} W M^{1/2}]_k M^{-1/2}.
+    r"""Minimise ‖N^{1/2} (W − Ŵ) M^{1/2}‖_F at every rank up to k: Ŵ = N^{-1/2} [N^{1/2} W M^{1/2}]_k M^{-1/2}.
 
     As with one metric no root or inverse of M is needed: Ŵ = N^{-1/2} V_k V_kᵀ N^{1/2} W, with V the left singular vectors of
     N^{1/2} W M^{1/2}. This is a projection of the outputs, but an oblique one. The columns of ``U`` are those of N^{-1/2} V at
@@ -58,11 +60,11 @@ def from_metrics(
         if not (N > 0).all():
             raise torch.linalg.LinAlgError("the output metric has an entry that is not positive")
         root = N.sqrt()
-        weighted = from_metric(root[:, None] * W, M)
+        weighted = from_metric(root[:, None] * W, M, k)
         U = weighted.U / root[:, None]
     else:
         L = _cholesky(N, "the output metric")
-        weighted = from_metric(L.mT @ W, M)
+        weighted = from_metric(L.mT @ W, M, k)
         U = torch.linalg.solve_triangular(L.mT, weighted.U, upper=True)
     length = U.norm(dim=0)
     coords = length[:, None] * weighted.coords

@@ -22,7 +22,7 @@ from nsvd.linalg.sola import PUBLISHED
 
 @dataclass(frozen=True)
 class Method:
-    """A rank-k approximation in two steps: ``prepare`` once for all ranks, ``cut`` for each rank.
+    """A rank-k approximation in two steps: ``prepare`` once for all ranks, or all that are wanted, ``cut`` for each rank.
 
     Calling it does both. ``options`` are the method's own parameters with their defaults; k1 belongs to ``cut``, the
     others to ``prepare``. Methods with the same ``outer`` and options share one preparation.
@@ -56,10 +56,16 @@ class Method:
         chosen = self.resolve(options)
         return least_rank(chosen["k1"]) if "k1" in chosen else 1
 
-    def prepare(self, W: Float[Tensor, "d_out d_in"], moments: Moments | None, **options) -> Decomposition:
-        """All ranks of the outer step."""
+    def prepare(
+        self, W: Float[Tensor, "d_out d_in"], moments: Moments | None, *, k: int | None = None, **options
+    ) -> Decomposition:
+        """The outer step, to be cut at every rank, or up to ``k``; with k = 0 no more than its singular values.
+
+        An inner step looks at all that the outer one leaves, so where there is one all terms are made for any k but 0.
+        """
         chosen = self.resolve(options)
-        return self.outer(W, moments, **{name: value for name, value in chosen.items() if name != "k1"})
+        terms = k if k == 0 or chosen.get("k1", 1) == 1 else None
+        return self.outer(W, moments, k=terms, **{name: value for name, value in chosen.items() if name != "k1"})
 
     def cut(self, prepared: Decomposition, k: int, **options) -> LowRank:
         """The rank-k answer."""
@@ -69,7 +75,7 @@ class Method:
         return self.nest(prepared, k, k1=self.resolve(options)["k1"])
 
     def __call__(self, W: Float[Tensor, "d_out d_in"], moments: Moments | None, k: int, **options) -> LowRank:
-        return self.cut(self.prepare(W, moments, **options), k, **options)
+        return self.cut(self.prepare(W, moments, k=k, **options), k, **options)
 
 
 @dataclass(frozen=True)

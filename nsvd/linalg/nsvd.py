@@ -10,8 +10,11 @@ orthonormal, so it takes an ``Orthogonal`` decomposition only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nsvd.linalg.decomposition import Orthogonal, leading
-from nsvd.linalg.factors import LowRank, interpolative_decomposition, split_rank
+from nsvd.linalg.factors import LowRank, split_rank
+from nsvd.linalg.pivots import interpolative_decomposition
 
 
 def nsvd(outer: Orthogonal, k: int, *, k1: float = 0.95) -> LowRank:
@@ -20,20 +23,22 @@ def nsvd(outer: Orthogonal, k: int, *, k1: float = 0.95) -> LowRank:
     NSVD-I with ``outer = asvd_1(…)``, NSVD-II with ``asvd_2``. k1 = 1 is the outer method, k1 = 0 the plain SVD. At equal k the
     weight error is at most, the calibration loss at least, that of the outer method (for ``asvd_1``).
     """
-    first, second = _steps(outer, k, k1)
-    return outer.truncate(first) + leading(outer.residual(first), second)
+    return _nested(outer, k, k1, leading)
 
 
 def nid(outer: Orthogonal, k: int, *, k1: float = 0.95) -> LowRank:
     """As ``nsvd`` with k2 columns of the residual times an interpolation matrix (NID-I, NID-II)."""
-    first, second = _steps(outer, k, k1)
-    residual = outer.residual(first)
-    if second == 0:
-        return outer.truncate(first)
-    columns, Z = interpolative_decomposition(residual.right, second)
-    return outer.truncate(first) + LowRank(residual.left @ residual.right[:, columns], Z)
+    return _nested(outer, k, k1, _some_columns)
 
 
-def _steps(outer: Orthogonal, k: int, k1: float) -> tuple[int, int]:
+def _nested(outer: Orthogonal, k: int, k1: float, inner: Callable[[LowRank, int], LowRank]) -> LowRank:
     outer.check_rank(k)  # with a small k1, k may exceed what W has although k1 · k does not
-    return split_rank(k, k1)
+    first, second = split_rank(k, k1)
+    value = outer.truncate(first)
+    return value + inner(outer.residual(first), second) if second else value
+
+
+def _some_columns(residual: LowRank, k: int) -> LowRank:
+    """k columns of the residual, orthonormal columns times rows, and how all the others combine from them."""
+    columns, Z = interpolative_decomposition(residual.right, k)
+    return LowRank(residual.left @ residual.right[:, columns], Z)

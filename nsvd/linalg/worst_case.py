@@ -73,7 +73,7 @@ def _losses(W: Tensor, G: Sequence[Tensor], k: int, w: Sequence[float]) -> Tenso
     W = double(W)
     scales = mixing([g.diagonal().mean() for g in G], [1 / len(G)] * len(G))
     G = [a * g.to(W) for a, g in zip(scales, G, strict=True)]  # of one size
-    approximation = from_metric(W, sum(share * g for share, g in zip(w, G, strict=True))).truncate(k).dense()
+    approximation = from_metric(W, sum(share * g for share, g in zip(w, G, strict=True)), k).truncate(k).dense()
     energy = sum(calibration_loss(W, torch.zeros_like(W), g) for g in G) / len(G)
     losses = [calibration_loss(W, approximation, g) for g in G]
     return torch.tensor(losses, dtype=torch.float64) / max(energy, torch.finfo(torch.float64).tiny)

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nsvd.linalg import METHODS, Moments
-from nsvd.linalg.factors import interpolative_decomposition
+from nsvd.linalg.pivots import interpolative_decomposition
 from tests.linalg.reference import is_close, is_determined, law, layer, layers, random_factors, spectrum
 
 GENERIC = layer(9, 12, 6, condition=1e3)
