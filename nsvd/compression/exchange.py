@@ -81,7 +81,8 @@ class Exchange:
                     if not is_mine(self.owner, name):
                         continue
                     one = prepared[name].to(home(self.layers[name].weight)) if prepared is not None else None
-                    one = one or prepare_layer(self.layers[name], name, self.stats, self.ask.method, self.options)
+                    how = (self.layers[name], name, self.stats, self.ask.method, self.options)
+                    one = one or prepare_layer(*how, k=ranks[name])
                     self.clock.lap("decompose")
                     made[name] = self._cut(name, one, ranks[name])
                 self.put(index, told(made, self.owner, {name: self.layers[name] for name in names}))
@@ -118,7 +119,7 @@ class Exchange:
             target = arrived.target(name)
             H = self._gradients.get(name)
             known = dataclasses.replace(arrived.moments, H=None if H is None else H.to(target.device))
-            one = self.ask.method.prepare(target, known, **self.options)
+            one = self.ask.method.prepare(target, known, k=k, **self.options)
         self.clock.lap("decompose")
         return self._cut(name, one, k)
 

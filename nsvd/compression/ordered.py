@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
-from nsvd.linalg.kfac import shifted
+from nsvd.linalg.kfac import shift
 from nsvd.linalg.moments import mixing
 from nsvd.linalg.precision import double
 from nsvd.walk.decoder import Decoder, Entered, run_block
@@ -109,7 +110,12 @@ class Arrived:
     def target(self, name: str) -> Tensor:
         """The best weight (d_out, d_in) of a layer for these inputs, of full rank; in float64."""
         W = double(self.dense[name].weight)
-        return shifted(W, self.moments.G, W @ self.missing if self.itself else self.missing, mu=self.mu)
+        return W + (W @ self._shift if self.itself else self._shift)
+
+    @cached_property
+    def _shift(self) -> Tensor:
+        """One for all layers: the moment is factored once."""
+        return shift(self.moments.G, self.missing, mu=self.mu)
 
 
 @torch.no_grad()

@@ -71,15 +71,14 @@ def from_metrics(
     return Oblique(U / length, weighted.s, coords, coords)
 
 
-def shifted(
-    W: Float[Tensor, "d_out d_in"], G: Float[Tensor, "d_in d_in"], E: Float[Tensor, "d_out d_in"], *, mu: float
-) -> Float[Tensor, "d_out d_in"]:
-    r"""The full-rank minimiser of ‖W X' + D − B X'‖² / n + λ ‖W − B‖², λ = μ mean(diag G): B* = W + E (G + λI)⁻¹.
+def shift(G: Float[Tensor, "d_in d_in"], E: Float[Tensor, "rows d_in"], *, mu: float) -> Float[Tensor, "rows d_in"]:
+    r"""E (G + λI)⁻¹, λ = μ mean(diag G): what turns W into the full-rank minimiser B* of ‖W X' + D − B X'‖² / n + λ ‖W − B‖².
 
     X' (d_in, n) are the inputs that the layer gets once what lies before it is compressed, D (d_out, n) is what is missing at
-    its output, G = X' X'ᵀ / n and E = D X'ᵀ / n. With D = W (X − X') the target is the dense layer's output W X (AA-SVD,
-    arXiv 2604.02119); with nothing missing B* = W. For any B the objective is tr((B − B*) (G + λI) (B − B*)ᵀ) plus a
-    constant, so the best B of rank k is the truncation of B* in the metric G + λI. Where all inputs are zero, B* = W.
+    its output, G = X' X'ᵀ / n and E = D X'ᵀ / n; then B* = W + shift. With D = W (X − X') the target is the dense layer's output
+    W X (AA-SVD, arXiv 2604.02119), and the shift is W times that of E = (X − X') X'ᵀ / n, one for all layers that read this input.
+    With nothing missing it is 0. For any B the objective is tr((B − B*) (G + λI) (B − B*)ᵀ) plus a constant, so the best B of
+    rank k is the truncation of B* in the metric G + λI. Where all inputs are zero, so is the shift.
 
     Raises:
         ValueError: if the ridge is negative.
@@ -87,8 +86,8 @@ def shifted(
     """
     metric = ridged(G, mu)
     if not G.any():
-        return W
-    return W + torch.cholesky_solve(E.mT, _cholesky(metric, "the second moment of the inputs")).mT
+        return torch.zeros_like(E)
+    return torch.cholesky_solve(E.mT, _cholesky(metric, "the second moment of the inputs")).mT
 
 
 def _cholesky(A: Float[Tensor, "d d"], what: str) -> Float[Tensor, "d d"]:

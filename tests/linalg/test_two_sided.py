@@ -7,11 +7,16 @@ from hypothesis import strategies as st
 
 from nsvd.linalg import LowRank, Moments, from_metric
 from nsvd.linalg.asvd import ridged
-from nsvd.linalg.kfac import from_metrics, kfac, shifted
+from nsvd.linalg.kfac import from_metrics, kfac, shift
 from tests.linalg.reference import is_close, is_determined, law, layer, layers, random_factors, truncate
 
 GENERIC = layer(9, 12, 4, condition=1e3)
 ridges = st.sampled_from([0.0, 0.01, 1.0])
+
+
+def shifted(W, G, E, *, mu: float):
+    """B*, the target of the layer."""
+    return W + shift(G, E, mu=mu)
 
 
 def predicted(x, approximation, mu: float = 0.01, eta: float = 0.03) -> float:
