@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import assume, given
+from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from nsvd.linalg import (
@@ -230,3 +231,68 @@ def test_a_cast_keeps_what_is_shared():
         cast = d.to(torch.float32)
         assert (cast.right is cast.coords) == (d.right is d.coords) == shared
         assert cast.truncate(3).dense().dtype == cast.s.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", OUTER)
+@pytest.mark.parametrize("few_tokens", [False, True])
+@law
+@given(data=layers().flatmap(lambda x: layers(few_tokens=True).map(lambda y: (x, y))), k=st.integers(0, 12))
+def test_fewer_terms_are_the_first_of_all_terms(method, few_tokens, data, k):
+    """The same singular values, one and all, the same subspaces and the same matrices at every rank up to k; no others."""
+    x = data[few_tokens]
+    k = min(k, x.m)
+    all_terms, some = METHODS[method].prepare(x.W, x.moments), METHODS[method].prepare(x.W, x.moments, k=k)
+    assert some.U.shape == (len(x.W), k)
+    assert (some.s.square() - all_terms.s.square()).abs().max() <= 1e3 * x.slack
+    for j in range(k + 1):
+        assert is_close(some.truncate(j).dense(), all_terms.truncate(j).dense(), 1e-12)
+    if k < x.m:
+        with pytest.raises(
+            ValueError, match=f"rank {k + 1} of a decomposition that was asked for no more than {k} term"
+        ):
+            some.truncate(k + 1)
+        with pytest.raises(ValueError, match="was asked for no more than"):
+            some.residual(k)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (10, 10)])
+def test_ties_leave_the_loss_what_it_is(shape):
+    """W of equal singular values and white inputs: any subspace is a best one, and all terms or some lose the same."""
+    x = layer(*shape, 4, condition=1.0)
+    x = type(x)(torch.linalg.qr(torch.randn(max(shape), min(shape)))[0].reshape(shape), x.X, 4)
+    for method in ("svd", "asvd-1"):
+        all_terms, some = METHODS[method].prepare(x.W, x.moments), METHODS[method].prepare(x.W, x.moments, k=4)
+        losses = [x.loss(d.truncate(4).dense()) for d in (all_terms, some)]
+        assert all(abs(loss - x.optimum) <= 1e-12 * x.loss(0 * x.W) for loss in losses)
+        assert x.loss(some.truncate(3).dense()) > 1.1 * x.optimum  # one less is not enough
+
+
+@pytest.mark.parametrize("method", OUTER)
+def test_singular_values_alone_need_no_vectors(method, monkeypatch):
+    """With k = 0 neither eigenvectors nor singular vectors of W S are made, and there is no rank but 0."""
+    x = layer(6, 8, 3)
+    wanted = METHODS[method].prepare(x.W, x.moments).s
+    if method not in ("asvd-2", "asvd-3"):  # their S is an eigenbasis of G
+        monkeypatch.setattr(torch.linalg, "eigh", None)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    alone = METHODS[method].prepare(x.W, x.moments, k=0)
+    assert is_close(alone.s, wanted, 1e-9)
+    assert torch.equal(alone.truncate(0).dense(), torch.zeros(6, 8))
+    with pytest.raises(TypeError):
+        METHODS[method].prepare(x.W, x.moments, k=1)
+
+
+@pytest.mark.parametrize("k", [-1, 7])
+def test_no_more_terms_can_be_asked_for_than_there_are(k):
+    """As of a rank."""
+    for refused in (lambda: from_metric(torch.ones(8, 6), k=k), lambda: METHODS["svd"](torch.ones(8, 6), None, k)):
+        with pytest.raises(ValueError, match=f"rank {k} of a 8 × 6 matrix: expected 0 to 6"):
+            refused()
+
+
+def test_a_ridge_leaves_the_moment_as_it_was():
+    """G + μ mean(diag G) I beside G, not in its place."""
+    G = layer(6, 8, 3).G
+    before = G.clone()
+    assert torch.equal(ridged(G, 0.5), before + 0.5 * before.diagonal().mean() * torch.eye(8))
+    assert torch.equal(G, before)

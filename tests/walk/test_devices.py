@@ -133,6 +133,8 @@ def decomposed(W: torch.Tensor, X: torch.Tensor, device: str) -> None:
         more |= {"k1": 0.5} if "k1" in nsvd.METHODS[method].options else {}
         value = nsvd.decompose(W.to(device), (X @ X.mT).to(device), method=method, k=4, **more)
         assert (value.left.device.type, value.right.dtype) == (device, torch.float32)
+        rows = nsvd.linalg.pivoted(value)
+        assert {part.device.type for part in (rows.C, rows.T, rows.order)} == {device}
 
 
 def test_no_report_needs_to_know_the_memory(monkeypatch):
