@@ -21,7 +21,7 @@ from nsvd.compression.strs import KEPT
 from nsvd.linalg import rank_for_ratio
 from nsvd.walk.decoder import longest_list
 from nsvd.walk.shelf import LIMIT
-from nsvd.walk.stream import BATCH
+from nsvd.walk.stream import windows_read
 from nsvd.walk.sums import CHUNK, STRIPS
 from nsvd.walk.targets import by_block, targets
 from nsvd.walk.text import LOGIT_BYTES, tokens_at_once
@@ -121,7 +121,7 @@ class _Sums:
 
     def moments(self, share: float) -> Stage:
         """A stream, and the second moments of the inputs of one block."""
-        leaders, batch = [one.d_in for one in self.largest if one.first], self._batch(BATCH)
+        leaders, batch = [one.d_in for one in self.largest if one.first], self._batch
         grams, largest = DOUBLE * sum(d * d for d in leaders), max(leaders)
         device = self._held + self._activations(batch) + grams + self._product(batch, largest, largest)
         host = min(LIMIT, share * self._stream) + grams + DOUBLE * largest**2
@@ -132,8 +132,7 @@ class _Sums:
     def gradients(self, ends: int) -> Stage:
         """Borders on the disk, one block's graph, and the second moments of the gradients at its outputs."""
         share, outputs = self.share, [one.d_out for one in self.largest]
-        windows = min(BATCH, max(1, self.logits // self.length))
-        batch, largest = self._batch(windows), max(outputs)
+        batch, largest = self._batch, max(outputs)
         H = DOUBLE * sum(d * d for d in outputs)
         graph = 2 * self._activations(batch) + H + self._product(batch, largest, largest)
         logits = 7 * min(LOGIT_BYTES, SINGLE * self.vocabulary * batch)  # in float32 and float64, and their gradients
@@ -163,7 +162,7 @@ class _Sums:
         share = sum(min(n, self.ask.search_count or n) * t for n, t in self.shapes) / self.tokens
         borders, passes = share * self._stream * len(self.blocks), share * (1 + len(KEPT) * len(self._every) / 2)
         logits = 3 * min(LOGIT_BYTES, SINGLE * self.vocabulary * self.tokens)
-        device = self._held + self._activations(self._batch(BATCH)) + logits
+        device = self._held + self._activations(max(self.length, self.logits)) + logits
         return Stage(device, min(LIMIT, borders), borders, passes, passes * self._forward)
 
     def in_order(self, ends: int) -> Stage:
@@ -173,7 +172,7 @@ class _Sums:
         places = self.hidden + sum(one.d_out if one.alone else one.d_in for one in groups)
         places -= self.hidden if single and single[-1] is groups[-1] else 0  # the last layer's is the end of the block
         remembered = self.hidden * max(0, len(single) - 1) + max((one.d_in for one in single), default=0)
-        batch = self._batch(FOLLOWED)
+        batch = FOLLOWED * self.length
         sums = DOUBLE * max(one.d_in**2 + one.d_in * max(one.d_in, one.d_out) for one in groups)
         wide = max(max(one.d_in, one.d_out) for one in groups)
         seen = self._product(batch, wide, wide) + SINGLE * batch * wide + self._activations(batch)
@@ -221,9 +220,10 @@ class _Sums:
         """Bytes of the factors."""
         return self.bytes * sum(one.rank * (one.d_out + one.d_in) for one in self._every)
 
-    def _batch(self, windows: int) -> int:
-        """Tokens of so many windows at a time."""
-        return windows * self.length
+    @property
+    def _batch(self) -> int:
+        """Tokens that are read at a time."""
+        return min(self.tokens, windows_read(self.length) * self.length)
 
     def _product(self, tokens: int, wide: int, high: int) -> float:
         """Bytes of a product of a batch with itself: some tokens in float32, and a strip of rows."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 def cache_in(args: tuple, kwargs: Mapping) -> Cache | None:
@@ -43,6 +43,37 @@ def caches_of(output: Mapping) -> dict[str, Cache]:
     if not found:
         raise ValueError(f"the model was run with use_cache, but its {type(output).__name__} holds no cache")
     return found
+
+
+class Reserved(DynamicLayer):
+    """A layer of a cache with room for so many tokens: a new one is written into it, and what is there stays where it is.
+
+    The layer that it stands for copies all that it holds at every token. It takes over what that one holds.
+    """
+
+    def __init__(self, layer: DynamicLayer, room: int):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self._rooms = [t.new_empty(*t.shape[:-2], room, t.shape[-1]) for t in (layer.keys, layer.values)]
+        self.update(layer.keys, layer.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Keys and values (count, heads, tokens, d) of all tokens, the new ones last."""
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., begin:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+        return self.keys, self.values
+
+
+def reserve(caches: Mapping[str, Cache], room: int) -> None:
+    """Make room for so many tokens in all layers that hold every token; those that forget, or hold states, stay as they are."""
+    for one in caches.values():
+        layers = getattr(one, "layers", [])
+        for index, layer in enumerate(layers):
+            if type(layer) is DynamicLayer and layer.get_seq_length():
+                layers[index] = Reserved(layer, room)
 
 
 def input_of(layer: nn.Module, args: tuple, kwargs: Mapping) -> Tensor | None:

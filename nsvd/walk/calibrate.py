@@ -25,7 +25,7 @@ from nsvd.walk.moments import (
 )
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.statistics import Statistics
-from nsvd.walk.stream import BATCH, Batch, Stream
+from nsvd.walk.stream import Batch, Stream, windows_read
 from nsvd.walk.sums import Sums
 from nsvd.walk.targets import targets
 
@@ -39,13 +39,14 @@ def calibrate(
     windows: Tensor,
     *,
     layers: Iterable[str] | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
     progress: bool = False,
 ) -> Statistics:
     """Second moments of the inputs of the named layers, by default all target layers.
 
-    The text goes through the model one block at a time, ``batch`` windows at once; the output head does not run. A model that
-    cannot be taken apart is run whole. Layers that read one and the same tensor share their sums, see ``nsvd.walk.sums``.
+    The text goes through the model one block at a time, ``batch`` windows at once, by default as many as ``stream.READ`` tokens
+    are; the output head does not run. A model that cannot be taken apart is run whole. Layers that read one and the same tensor
+    share their sums, see ``nsvd.walk.sums``.
 
     Raises:
         ValueError: if ``windows`` is empty or such as the model cannot read, or there is no such layer, or one that the text
@@ -84,13 +85,15 @@ class Walked(Mapping[str, Moments]):
         *,
         shelf: Shelf | None = None,
         at: int | None = None,
-        batch: int = BATCH,
+        batch: int | None = None,
         progress: bool = False,
     ):
         self.decoder, self.gradients = decoder, {}
         for ids in domains:
             check_windows(ids, decoder.model)
-        self.inputs, *others = [inputs_of(decoder.model, layers, ids, batch) for ids in domains]
+        self.inputs, *others = [
+            inputs_of(decoder.model, layers, ids, batch or windows_read(ids.shape[1])) for ids in domains
+        ]
         if any(other != self.inputs for other in others):
             raise ValueError("the statistics to mix are not of the same layers")
         self._block = {layer: decoder.index(layer) for layer in layers}
@@ -200,8 +203,9 @@ def walkable(model: nn.Module, layers: Iterable[str] = ()) -> Decoder | None:
     return decoder
 
 
-def _whole(model: nn.Module, windows: Tensor, names: Sequence[str], batch: int, progress: bool) -> Statistics:
+def _whole(model: nn.Module, windows: Tensor, names: Sequence[str], batch: int | None, progress: bool) -> Statistics:
     """``calibrate`` by whole passes: the sums of all layers at once."""
+    batch = batch or windows_read(windows.shape[1])
     inputs = inputs_of(model, names, windows, batch)
     running, overflown = {name: Sums() for name in dict.fromkeys(inputs.values())}, None
     with watch_inputs(model, running, lambda name, x: running[name].add(x)):

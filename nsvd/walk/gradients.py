@@ -8,10 +8,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from nsvd.linalg.precision import double
+from nsvd.linalg.precision import double, home
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating
 from nsvd.walk.moments import check_names, check_windows
@@ -19,8 +18,9 @@ from nsvd.walk.processes import gathered, summed, wait
 from nsvd.walk.sampling import index_at
 from nsvd.walk.shelf import Row, Shelf
 from nsvd.walk.stream import Batch, Stream, borders_of, in_order, numbered
+from nsvd.walk.sums import add_outer_, mirror_
 from nsvd.walk.targets import targets
-from nsvd.walk.text import tokens_at_once, windows_at_once
+from nsvd.walk.text import tokens_at_once
 
 BORDER, PULL = "border", "pull"  # on the shelf, behind the name of the walk
 
@@ -42,14 +42,13 @@ def fisher(
     The loss is the summed negative log-likelihood, in nats, of labels drawn from the model's own predictions at every
     position, which makes H the Fisher information of the outputs and not an accident of the text. One walk forward, one
     backward over the blocks, each of which runs a second time; no gradient of a parameter. Held are the hidden states before
-    every block, in the host's memory or in a temporary file, and the graph of one block and one batch. Products in float64
-    where the model is, sums in float64 on the CPU, averaged over tokens.
+    every block, in the host's memory or in a temporary file, the graph of one block and one batch, and the sums of one block.
+    Products are in float32, in float64 where the model is, sums in float64 where the model lies, averaged over tokens.
     ``diagonal=True`` keeps E[g²] only, (d_out,).
     With ``labels`` (count, length), such as ``drawn_labels`` of another model, these are taken. Where they are drawn from
     another model's predictions E[g] is the gradient of KL(other ‖ model), and H no Fisher information any more: it weighs the
     direction of the model's error, too.
-    ``batch`` windows are read at a time, by default 8, or as many as ``nsvd.walk.text`` allows logits for. The labels are the
-    same whatever it is.
+    ``batch`` windows are read at a time, by default as many as ``stream.READ`` tokens are. The labels are the same whatever it is.
 
     Raises:
         ValueError: if ``windows`` is empty or such as the model cannot read, a layer never runs or is in no block, or the model
@@ -88,7 +87,6 @@ def fisher_into(
     if all(name in found for name in names):
         _leave(shelf, walk)
         return
-    batch = batch or min([8, *(windows_at_once(model, ids.shape[1]) for ids in domains)])
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(_frozen(model))
@@ -108,9 +106,8 @@ def fisher_into(
                     with _watching(here, partial(_add, sums, tokens[item.domain], diagonal)):
                         hidden, gradient = (t.to(decoder.device) for t in (borders[i], gradients[i]))
                         gradients[i] = decoder.pull(index, hidden, item.calls[index], gradient)
-            sums = {name: summed(H) for name, H in sums.items()}
-            _check(sums)
-            for name, H in sums.items():
+            whole = {name: _whole(name, H) for name, H in sums.items()}
+            for name, H in whole.items():
                 found[name] = H
             if shelf.lasting:
                 shelf.own.put(f"{walk}-{PULL}/{index}", numbered(gradients))
@@ -131,15 +128,15 @@ def drawn_labels(
     found = {}
     with torch.no_grad(), evaluating(model):
         decoder = Decoder(model)
-        stream = Stream(decoder, [windows], batch=batch or min(8, windows_at_once(model, windows.shape[1])))
+        stream = Stream(decoder, [windows], batch=batch)
         while stream.at < len(decoder):
             stream.step()
         for item, hidden in zip(stream.batches, stream.hidden, strict=True):
-            uniform, parts = _uniform(item, seed, first), []
+            uniform, labels = _uniform(item, seed, first), torch.empty(item.ids.shape, dtype=torch.long)
             for part in _parts(decoder, item):
-                logits = decoder.logits(item.ids[:, part], hidden[:, part].to(decoder.device))
-                parts.append(_drawn(logits, uniform[:, part]).cpu())
-            found[item.first] = torch.cat(parts, dim=1)
+                logits = decoder.logits(item.ids[part], hidden[part].to(decoder.device))
+                labels[part] = _drawn(logits.float().softmax(-1), uniform[part]).cpu()
+            found[item.first] = labels
     found = {number: labels for those in gathered(found) for number, labels in those.items()}
     return torch.cat([found[number] for number in sorted(found)])
 
@@ -187,30 +184,36 @@ def _begin(
 
 def _epilogue(decoder: Decoder, item: Batch, hidden: Tensor, labels: Sequence[Tensor] | None, seed: int) -> Tensor:
     """The gradient of a batch's loss with respect to the hidden states behind the last block, some positions at a time."""
-    hidden, gradients = hidden.to(decoder.device), []
+    hidden = hidden.to(decoder.device)
+    gradient = torch.empty_like(hidden)
     uniform, given = _uniform(item, seed), None
     if labels is not None:
         rows = [row for windows in labels for row in windows]
         given = torch.stack(rows[item.first : item.first + len(item.ids)]).to(decoder.device)
     for part in _parts(decoder, item):
-        last = hidden[:, part].requires_grad_(True)
+        last = hidden[part].requires_grad_(True)
         with torch.enable_grad():
-            logits = decoder.logits(item.ids[:, part], last.clone())
-            wanted = _drawn(logits.detach(), uniform[:, part]) if given is None else given[:, part]
-            loss = cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="sum")
-            gradients += torch.autograd.grad(loss, last)
-    return torch.cat(gradients, dim=1)
+            logits = decoder.logits(item.ids[part], last.clone())
+        slope = logits.detach().float().softmax(-1)  # of the loss, once 1 is taken off at the labels
+        wanted = (_drawn(slope, uniform[part]) if given is None else given[part])[..., None]
+        slope.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
+        gradient[part] = torch.autograd.grad(logits, last, slope.to(logits.dtype))[0]
+    return gradient
 
 
-@torch.no_grad()
-def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
-    """A token (n, length) at every position, drawn from what the logits predict."""
-    return index_at(logits.float().flatten(0, 1).softmax(-1), uniform.reshape(-1, 1)).view(logits.shape[:2])
+def _drawn(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """A token (n, length) at every position, drawn from what is predicted there."""
+    return index_at(probabilities.flatten(0, 1), uniform.reshape(-1, 1)).view(uniform.shape)
 
 
-def _parts(decoder: Decoder, item: Batch) -> tuple[Tensor, ...]:
-    """Positions of a batch, as many at a time as there is room for their logits."""
-    return torch.arange(item.ids.shape[1]).split(max(1, tokens_at_once(decoder.model) // len(item.ids)))
+def _parts(decoder: Decoder, item: Batch) -> Iterator[tuple[slice, slice]]:
+    """Windows and positions of a batch, as many at a time as there is room for their logits."""
+    (count, length), most = item.ids.shape, tokens_at_once(decoder.model)
+    rows = min(count, most)
+    columns = most // rows
+    for row in range(0, count, rows):
+        for column in range(0, length, columns):
+            yield slice(row, row + rows), slice(column, column + columns)
 
 
 def _uniform(item: Batch, seed: int, first: int = 0) -> Tensor:
@@ -222,18 +225,25 @@ def _uniform(item: Batch, seed: int, first: int = 0) -> Tensor:
     return torch.stack(rows)
 
 
-def _add(sums: dict[str, Tensor | None], scale: float, diagonal: bool, name: str, gradient: Tensor) -> None:
-    g = double(gradient.reshape(-1, gradient.shape[-1]))
-    new = (g.square().sum(0) if diagonal else g.mT @ g).mul_(scale).cpu()
-    sums[name] = new if sums[name] is None else sums[name].add_(new)
+def _add(sums: dict[str, Tensor | None], weight: float, diagonal: bool, name: str, gradient: Tensor) -> None:
+    g = gradient.reshape(-1, gradient.shape[-1])
+    if sums[name] is None:
+        shape = g.shape[1:] if diagonal else 2 * g.shape[1:]
+        sums[name] = torch.zeros(shape, dtype=torch.float64, device=home(g))
+    if diagonal:
+        sums[name] += weight * double(g).square().sum(0)
+    else:
+        add_outer_(sums[name], g, weight)
 
 
-def _check(sums: Mapping[str, Tensor | None]) -> None:
-    for name, H in sums.items():
-        if H is None:
-            raise ValueError(f"no gradient reached layer {name}")
-        if not H.isfinite().all():
-            raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
+def _whole(name: str, H: Tensor | None) -> Tensor:
+    """The sum of all processes, on the CPU, the lower half of a matrix filled in."""
+    H = summed(H)
+    if H is None:
+        raise ValueError(f"no gradient reached layer {name}")
+    if not H.isfinite().all():
+        raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
+    return (mirror_(H) if H.ndim == 2 else H).cpu()
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def check_names(model: nn.Module, layers: Iterable[str]) -> None:
             raise ValueError(f"the model has no layer {name!r}")
 
 
-def inputs_of(model: nn.Module, names: Sequence[str], windows: Tensor, batch: int = 8) -> dict[str, str]:
+def inputs_of(model: nn.Module, names: Sequence[str], windows: Tensor, batch: int) -> dict[str, str]:
     """As ``readers``, on the windows; raises ``ValueError`` if none of them reaches a layer."""
     inputs = readers(model, names, (windows[:1, :8], *windows.split(batch)))
     silent = [name for name in names if name not in inputs]

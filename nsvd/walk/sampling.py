@@ -7,15 +7,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nsvd.linalg.precision import double
+from nsvd.linalg.precision import double, home
 from nsvd.stored.checkpoint import check_unwrapped
-from nsvd.walk.caches import caches_of
+from nsvd.walk.caches import caches_of, reserve
 from nsvd.walk.hooks import evaluating
 from nsvd.walk.processes import gathered, in_turn, mine, share
 from nsvd.walk.text import check_length
 
 CACHE_BYTES = 8 * 2**30  # of a batch of windows while they are sampled
 MOST_TOKENS = 2**27  # of text that is made up, 1 GiB of ids
+DRAWN = 256  # tokens drawn at a time: their probabilities are added up in float64
 OPENING, OPENING_TOKENS = 1.5, 10  # own text begins at this temperature, and is down at 1 after so many tokens
 
 
@@ -119,13 +120,19 @@ def _uniform(count: int, generator: torch.Generator) -> Tensor:
 def _sample(
     model: PreTrainedModel, draws: Float[Tensor, "n steps"], temperatures: list[float], start: int, device: torch.device
 ) -> Tensor:
-    ids, held = torch.full((len(draws), 1), start, device=device), {}
-    for u, temperature in zip(draws.split(1, dim=1), temperatures, strict=True):
-        output = model(input_ids=ids[:, -1:], use_cache=True, **held)
+    ids, held = torch.full((len(draws), draws.shape[1] + 1), start, device=device), {}
+    total = torch.zeros(
+        (), device=device
+    )  # NaN or Inf once a prediction is; looked at in the end, for that waits for the device
+    for step, (u, temperature) in enumerate(zip(draws.to(home(ids)).split(1, dim=1), temperatures, strict=True)):
+        output = model(input_ids=ids[:, step : step + 1], use_cache=True, **held)
         logits, held = output.logits[:, -1].float(), caches_of(output)
-        if not logits.isfinite().all():
-            raise FloatingPointError("the model predicts NaN or Inf, so no text can be sampled from it")
-        ids = torch.cat([ids, index_at((logits / temperature).softmax(-1), u)], dim=1)
+        if step == 0:
+            reserve(held, draws.shape[1])
+        total += logits.sum()
+        ids[:, step + 1 : step + 2] = index_at((logits / temperature).softmax(-1), u)
+    if not total.isfinite():
+        raise FloatingPointError("the model predicts NaN or Inf, so no text can be sampled from it")
     return ids
 
 
@@ -134,9 +141,12 @@ def index_at(probabilities: Float[Tensor, "n vocabulary"], u: Float[Tensor, "n 1
 
     Several times as fast as ``torch.multinomial`` on a CPU.
     """
-    steps = double(probabilities).cumsum(-1)
-    found = torch.searchsorted(steps, u.to(steps.device) * steps[:, -1:], right=True).clamp(max=steps.shape[1] - 1)
-    return found.to(probabilities.device)
+    found = []
+    for rows, shares in zip(probabilities.split(DRAWN), u.split(DRAWN), strict=True):
+        steps = double(rows).cumsum(-1)
+        index = torch.searchsorted(steps, shares.to(steps.device) * steps[:, -1:], right=True)
+        found.append(index.clamp(max=steps.shape[1] - 1))
+    return torch.cat(found).to(probabilities.device)
 
 
 def random_tokens(

@@ -12,7 +12,7 @@ from nsvd.walk.decoder import Call, Decoder, Entered
 from nsvd.walk.processes import count, gathered, rank, share, wait
 from nsvd.walk.shelf import Shelf
 
-BATCH = 8  # windows read at a time
+READ = 8192  # tokens read at a time, or one window where it is longer
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Stream:
         decoder: Decoder,
         domains: Sequence[Tensor],
         *,
-        batch: int = BATCH,
+        batch: int | None = None,
         dealt: bool = True,
         scratch: Shelf | None = None,
     ):
@@ -47,7 +47,7 @@ class Stream:
         self.hidden = (scratch or Shelf()).row("hidden")
         self.hidden.fill(self._entered(domains, batch, dealt))
 
-    def _entered(self, domains: Sequence[Tensor], batch: int, dealt: bool) -> Iterator[Tensor]:
+    def _entered(self, domains: Sequence[Tensor], batch: int | None, dealt: bool) -> Iterator[Tensor]:
         entered: Entered | None = None
         for domain, first, ids in batches(domains, batch, dealt=dealt):
             entered = self.decoder.enter(ids, like=entered)
@@ -85,14 +85,23 @@ class Stream:
                 shelf.own.drop(name)
 
 
-def batches(domains: Sequence[Tensor], most: int, *, dealt: bool = True) -> Iterator[tuple[int, int, Tensor]]:
-    """Windows that are read at a time, ``most`` at the most: the number of their domain, that of the first of them, and their ids.
+def windows_read(length: int) -> int:
+    """How many windows of so many tokens are read at a time: ``READ`` tokens, but one window at least."""
+    return max(1, READ // length)
 
-    Of several processes each gets its share, unless not ``dealt``; with fewer windows than processes some get none.
+
+def batches(
+    domains: Sequence[Tensor], most: int | None = None, *, dealt: bool = True
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Windows that are read at a time: the number of their domain, that of the first of them, and their ids.
+
+    They are ``most`` at the most, by default ``windows_read``. Of several processes each gets its share, unless not ``dealt``;
+    with fewer windows than processes some get none.
     """
-    most, first, turn = share(sum(map(len, domains)), most) if dealt else most, 0, 0
+    total, first, turn = sum(map(len, domains)), 0, 0
     for domain, windows in enumerate(domains):
-        for ids in windows.split(most):
+        here = most or windows_read(windows.shape[1])
+        for ids in windows.split(share(total, here) if dealt else here):
             if not dealt or turn % count() == rank():
                 yield domain, first, ids
             first, turn = first + len(ids), turn + 1

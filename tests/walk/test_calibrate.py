@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nsvd
+from nsvd.walk import stream
 from nsvd.walk.calibrate import Walked, walkable
 from nsvd.walk.hooks import watch_inputs
 from tests.tiny import FAMILIES, LATE_WINDOW, Q, assert_same, poison, state, tiny_model, token_ids
@@ -97,3 +98,17 @@ def test_compression_needs_them_once_and_gives_the_same_model():
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert given.table.equals(taken.table)
     assert taken.calibration == given.calibration
+
+
+def test_batches_are_of_tokens_and_change_nothing(monkeypatch):
+    """As many windows as ``READ`` tokens are, of every domain; the moments are the same but for rounding."""
+    model = tiny_model(dtype=torch.float64)
+    names, seen = list(nsvd.targets(model)), []
+    whole = Walked(walkable(model), [IDS, OTHER], names)
+    monkeypatch.setattr(stream, "READ", 40)
+    parts = Walked(walkable(model), [IDS, OTHER], names)
+    model.model.layers[0].register_forward_pre_hook(lambda _m, args: seen.append(tuple(args[0].shape[:2])))
+    for name in names:
+        torch.testing.assert_close(parts[name].G, whole[name].G, rtol=1e-9, atol=1e-12)
+    assert seen[:9] == 6 * [(3, 12)] + [(1, 12), (5, 7), (4, 7)]
+    assert [stream.windows_read(length) for length in (1, 20, 41, 1000)] == [40, 2, 1, 1]

@@ -6,6 +6,7 @@ import torch
 import nsvd
 from nsvd.cache.latent import bytes_per_token
 from nsvd.walk import sampling
+from nsvd.walk.caches import Reserved
 from nsvd.walk.loss import window_losses
 from nsvd.walk.sampling import OPENING_TOKENS, index_at
 from tests.tiny import FAMILIES, assert_same, poison, state, tiny_model
@@ -187,3 +188,19 @@ def test_random_tokens_are_of_no_domain():
     assert ((counts - 400).abs() <= 5 * 20).all()
     assert torch.equal(ids, nsvd.random_tokens(50, 40, 500, seed=1))
     assert not torch.equal(ids, nsvd.random_tokens(50, 40, 500, seed=2))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "opt"])
+def test_keys_and_values_stay_where_they_are(family, monkeypatch):
+    """Room for the whole window is taken once; layers that forget keep their own way; the same text."""
+    model, seen = tiny_model(family), []
+    ids = nsvd.sample(model, 3, 20, seed=2)
+    model.register_forward_hook(lambda _m, _a, out: seen.append(list(out.past_key_values.layers)))
+    assert torch.equal(nsvd.sample(model, 3, 20, seed=2), ids)
+    rooms = [layer for layer in seen[-1] if type(layer) is Reserved]
+    assert len(rooms) == (1 if family == "gemma2" else 2)  # every second one of Gemma 2 looks back over a window
+    for layer in rooms:
+        assert layer.keys.shape[-2] == layer.get_seq_length() == 19
+        assert layer.keys.data_ptr() == layer._rooms[0].data_ptr()
+    monkeypatch.setattr(sampling, "reserve", lambda _caches, _room: None)
+    assert torch.equal(nsvd.sample(model, 3, 20, seed=2), ids)
