@@ -7,7 +7,7 @@ from nsvd.cache.compress import CacheReport, compress_kv_
 from nsvd.cache.latent import cache_bytes
 from nsvd.compression.compress import Report, compress_
 from nsvd.compression.measure import prepare
-from nsvd.compression.recipes import RECIPES
+from nsvd.compression.request import RECIPES
 from nsvd.compression.strs import Sensitivity, sensitivity
 from nsvd.lab.calibration import domains
 from nsvd.lab.compress import compress

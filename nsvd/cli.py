@@ -62,7 +62,7 @@ def run(chosen: argparse.Namespace) -> int:
 def compress(chosen: argparse.Namespace) -> None:
     """Compress a model into a folder."""
     import nsvd
-    from nsvd.compression.recipes import RECIPES, base_method
+    from nsvd.compression.request import RECIPES, base_method
     from nsvd.lab.compress import compressed
     from nsvd.walk.processes import rank, together
 

@@ -4,9 +4,15 @@ import ast
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+import nsvd
+from nsvd.compression.ranks import check_allocation
+from nsvd.walk.processes import once
+from tests.tiny import tiny_model, token_ids
 
 PACKAGE = Path(__file__).parents[1] / "nsvd"
 # Words of a longer text count only as a whole where they are short enough to occur inside others (options, graphics).
@@ -121,3 +127,46 @@ def test_the_rules_let_pass_what_is_allowed():
     for _, rule, _ in RULES:
         assert rule(ast.parse(allowed)) == []
     assert upward("walk")(ast.parse("import torch\nfrom nsvd.stored.layers import LAYERS")) == []
+
+
+def traced(work: Callable[[], object]) -> tuple[set[str], set[tuple[str, str]]]:
+    """The files of the package that take part in some work, and the calls from one room into a later one, as pairs of files."""
+    files, upward = set(), set()
+
+    def inside(frame) -> str | None:
+        file = Path(frame.f_code.co_filename)
+        return file.relative_to(PACKAGE).as_posix() if file.is_relative_to(PACKAGE) else None
+
+    def note(frame, event: str, _value) -> None:
+        if event != "call" or (file := inside(frame)) is None or "/" not in file:
+            return
+        files.add(file)
+        caller = frame.f_back
+        while caller is not None and (inside(caller) is None or "/" not in inside(caller)):
+            caller = caller.f_back
+        if caller is not None and ROOMS.index(inside(caller).split("/")[0]) < ROOMS.index(file.split("/")[0]):
+            upward.add((inside(caller), file))
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return files, upward
+
+
+def test_the_way_of_best_is_short_and_goes_one_way():
+    """From the call to the last exchanged layer: eight files of the room at most, and no other room calls back."""
+    model, ids = tiny_model(), token_ids(40, 9)
+    files, upward = traced(lambda: nsvd.compress_(model, method="best", ratio=0.4, windows=ids))
+    room = {file for file in files if file.startswith("compression/")}
+    assert {"compression/compress.py", "compression/ordered.py"} <= room
+    assert len(room) <= 8
+    assert upward == set()
+
+
+def test_a_call_back_is_noticed():
+    """Where a walk is handed a function of a later room."""
+    files, upward = traced(lambda: once(partial(check_allocation, "uniform", 0.2, None, [])))
+    assert upward == {("walk/processes.py", "compression/ranks.py")}
+    assert files >= {"walk/processes.py", "compression/ranks.py"}

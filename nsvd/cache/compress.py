@@ -29,8 +29,8 @@ from nsvd.cache.attention import by_kind, examine, key_value_layers
 from nsvd.cache.latent import DIGITS, attach, bytes_per_token, latent_layers
 from nsvd.cache.pairs import Factoring, Pair
 from nsvd.compression.measure import check_gradients, check_statistics, naming, take_statistics
-from nsvd.compression.recipes import RECIPES, recipe
 from nsvd.compression.report import Clock, peak_memory, relative_errors, versions
+from nsvd.compression.request import RECIPES, recipe
 from nsvd.linalg import matrix_method
 from nsvd.linalg.methods import check_finite
 from nsvd.linalg.precision import double, home

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nsvd.compression.dealing import is_mine, owners, told
 from nsvd.compression.distill import distill_
-from nsvd.compression.measure import naming, prepare_layer
+from nsvd.compression.measure import is_mine, naming, owners, prepare_layer
 from nsvd.compression.ordered import OURS, Arrived, FollowedBlock, followed
 from nsvd.compression.refine import refine_block_
 from nsvd.compression.report import Clock, relative_errors
@@ -30,7 +29,7 @@ from nsvd.stored.layers import CompressedLayer, stand_in
 from nsvd.walk.calibrate import Walked
 from nsvd.walk.decoder import longest_list
 from nsvd.walk.lazy import held, read_from, revert, settle
-from nsvd.walk.processes import gathered
+from nsvd.walk.processes import count, gathered, same
 from nsvd.walk.shelf import Kept, Shelf
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import by_block
@@ -235,3 +234,27 @@ class Exchange:
         if H is None or len(H) != stream.shape[-1]:
             return None
         return H.to(stream.device, torch.float32)
+
+
+@torch.no_grad()
+def told(
+    made: Mapping[str, nn.Module], owner: Mapping[str, int], dense: Mapping[str, nn.Linear]
+) -> dict[str, nn.Module]:
+    """What takes the place of each ``dense`` layer, from the process that owns it and has ``made`` it."""
+    if count() == 1:
+        return dict(made)
+    new = {}
+    for name, layer in dense.items():
+        spec, state = same(_packed(made[name]) if name in made else None, owner[name])
+        new[name] = made[name] if name in made else _unpacked(name, layer, spec, state)
+    return new
+
+
+def _packed(layer: CompressedLayer) -> tuple[dict, dict[str, Tensor]]:
+    return describe(layer), {name: value.cpu().clone() for name, value in layer.state_dict().items()}
+
+
+def _unpacked(name: str, layer: nn.Linear, spec: dict, state: dict[str, Tensor]) -> CompressedLayer:
+    new = empty_layer(name, layer, spec).requires_grad_(layer.weight.requires_grad)
+    new.load_state_dict(state)
+    return new.train(layer.training)

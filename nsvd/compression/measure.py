@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nsvd.compression.dealing import is_mine, owners
 from nsvd.compression.prepared import Prepared, describing
 from nsvd.compression.report import Clock
 from nsvd.compression.sola_blocks import blocks
@@ -23,7 +22,7 @@ from nsvd.walk.decoder import longest_list
 from nsvd.walk.gradients import fisher_into
 from nsvd.walk.lazy import held
 from nsvd.walk.moments import mix
-from nsvd.walk.processes import gathered, same
+from nsvd.walk.processes import dealt, gathered, rank, same
 from nsvd.walk.roles import roles
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values
@@ -217,6 +216,25 @@ def check_gradients(layers: Iterable[str], stats: Statistics | None, who: str) -
             raise ValueError(
                 f"{who} weighs the outputs of layer {name} by the loss: pass windows=, or stats with gradients"
             )
+
+
+def owners(model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, int]:
+    """The process that decomposes each layer: every block is dealt by itself, as blocks come one after the other."""
+    found: dict[str, int] = {}
+    for names in by_block(model, layers).values():
+        found |= dealt({name: _cost(layers[name]) for name in names})
+    return found
+
+
+def is_mine(owner: Mapping[str, int], name: str) -> bool:
+    """Whether this process has the layer to do."""
+    return owner[name] == rank()
+
+
+def _cost(layer: nn.Linear) -> float:
+    """Of a decomposition, in proportion."""
+    d_out, d_in = layer.weight.shape
+    return float(d_out * d_in * (d_out + d_in))
 
 
 class naming:

@@ -10,13 +10,12 @@ trying, not by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
 from nsvd.linalg import Moments
@@ -33,6 +32,7 @@ from nsvd.walk.settled import completion, remembering, settled_parts
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.stream import batches as dealt_batches
 from nsvd.walk.sums import Sums
+from nsvd.walk.waiting import Waiting
 
 STREAMS = "ordered-streams"  # on the shelf
 DENSE, OURS, INPUT = (
@@ -40,38 +40,6 @@ DENSE, OURS, INPUT = (
     "ours",
     "input",
 )  # of a batch: the two streams, and inputs of a layer that is exchanged just now
-
-
-class Waiting(MutableMapping):
-    """Tensors, or nests of them, by name: they wait on a shelf and come back to the device where the block computes."""
-
-    def __init__(self, shelf: Shelf, key: str, device: torch.device):
-        self.shelf, self.key, self.device, self._forms = shelf, key, device, {}
-
-    def __setitem__(self, name: str, value: object) -> None:
-        leaves, form = tree_flatten(value)
-        tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        self.shelf.put(f"{self.key}/{name}", tensors)
-        self._forms[name] = form, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def __getitem__(self, name: str) -> object:
-        form, leaves = self._forms[name]
-        found = self.shelf.get(f"{self.key}/{name}")
-        leaves = [found[str(i)].to(self.device) if str(i) in found else leaf for i, leaf in enumerate(leaves)]
-        return tree_unflatten(leaves, form)
-
-    def __delitem__(self, name: str) -> None:
-        del self._forms[name]
-        self.shelf.drop(f"{self.key}/{name}")
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._forms
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._forms))
-
-    def __len__(self) -> int:
-        return len(self._forms)
 
 
 class Batch:

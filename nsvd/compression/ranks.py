@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
-import torch
 from torch import Tensor, nn
 
 from nsvd.compression.measure import naming
 from nsvd.compression.prepared import Prepared, check_step
-from nsvd.compression.strs import Sensitivity, losses_with, measured
+from nsvd.compression.strs import measured, strs
 from nsvd.linalg import Decomposition, matrix_method, rank_for_ratio
-from nsvd.linalg.budget import cut, cut_where, spectrum_steps, strs_steps
+from nsvd.linalg.budget import cut, spectrum_steps
 from nsvd.linalg.factors import check_ratio
 from nsvd.walk.statistics import Statistics
-from nsvd.walk.targets import targets
+from nsvd.walk.targets import shapes, targets
 
 ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher")
 SOLA_ALLOCATIONS = ("sola", "uniform", "spectrum")
@@ -66,11 +63,6 @@ def searched(
     return strs(model, table, ratio, factors), table.tokens
 
 
-def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of every target layer."""
-    return {name: tuple(layer.weight.shape) for name, layer in targets(model).items()}
-
-
 def uniform(model: nn.Module, ratio: float, factors: str = "plain") -> dict[str, int]:
     """The same fraction of parameters removed from every layer; none at ratio 0."""
     ranks = {}
@@ -78,12 +70,6 @@ def uniform(model: nn.Module, ratio: float, factors: str = "plain") -> dict[str,
         with naming(name):
             ranks[name] = rank_for_ratio(*shape, ratio, factors)
     return ranks
-
-
-def strs(model: nn.Module, table: Sensitivity, ratio: float, factors: str = "plain") -> dict[str, int]:
-    """The ASVD paper's rank search, from its table: see ``nsvd.linalg.budget``."""
-    sizes = shapes(model)
-    return cut(strs_steps(table.scores, sizes, factors), sizes, ratio, factors)
 
 
 def spectrum(
@@ -135,31 +121,3 @@ def _spectra(
 
 def _mean_square(H: Tensor) -> Tensor:
     return (H if H.ndim == 1 else H.diagonal()).mean()
-
-
-@torch.no_grad()
-def strs_within(
-    model: nn.Module,
-    table: Sensitivity,
-    prepared: Prepared,
-    windows: Tensor,
-    perplexity: float,
-    *,
-    method: str,
-    **options: float,
-) -> dict[str, int]:
-    """STRS with the paper's other target: the most steps that keep the perplexity on ``windows`` at most this high.
-
-    The model is measured about log₂(steps) times and left as it was.
-
-    Raises:
-        ValueError: if the target is out of reach, or ``prepared`` is of another outer step, other options or weights.
-    """
-    chosen = matrix_method(method)
-    check_step(prepared, targets(model), chosen, options)
-
-    def admissible(ranks: dict[str, int]) -> bool:
-        factors = {name: chosen.cut(prepared[name], k, **options) for name, k in ranks.items()}
-        return fmean(losses_with(model, factors, windows)) <= math.log(perplexity)
-
-    return cut_where(strs_steps(table.scores, shapes(model)), admissible)

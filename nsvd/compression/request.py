@@ -1,17 +1,46 @@
-"""The arguments of ``compress_``: what was left open filled in, what cannot be refused before anything is computed."""
+"""The arguments of ``compress_``: recipes by name, what was left open filled in, what cannot be refused at once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from nsvd.compression.ranks import ALLOCATIONS, SOLA_ALLOCATIONS, check_allocation
-from nsvd.compression.recipes import RECIPES, base_method, recipe
-from nsvd.linalg import Method, SplitMethod
+from nsvd.linalg import METHODS, Method, SplitMethod, by_name
 from nsvd.linalg.factors import check_factors
 from nsvd.walk.moments import check_mixture, check_windows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method, and the arguments of ``compress_`` and ``compress_kv_`` that go with it; each can be overridden."""
+
+    method: str
+    weights: dict = field(default_factory=dict)
+    cache: dict = field(default_factory=dict)
+
+
+RECIPES: dict[str, Recipe] = {
+    "best": Recipe(
+        "kfac",
+        weights={"allocation": "fisher", "factors": "pivoted", "shifted": True},
+        cache={"allocation": "fisher", "joint": True},
+    ),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name, or that of nothing but a method; raises ``ValueError`` with the known names."""
+    if name not in RECIPES and name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; the methods are {', '.join((*METHODS, *RECIPES))}")
+    return RECIPES.get(name) or Recipe(name)
+
+
+def base_method(name: str) -> Method | SplitMethod:
+    """The method of that name, or the one that a recipe is built on."""
+    return by_name(recipe(name).method)
 
 
 @dataclass(frozen=True)

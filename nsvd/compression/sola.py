@@ -11,9 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nsvd.compression.dealing import is_mine, told
-from nsvd.compression.exchange import Exchange
-from nsvd.compression.measure import check_statistics, decompositions, naming
+from nsvd.compression.exchange import Exchange, told
+from nsvd.compression.measure import check_statistics, decompositions, is_mine, naming
 from nsvd.compression.report import relative_errors
 from nsvd.compression.sola_blocks import blocks
 from nsvd.compression.whole_layers import Result

@@ -1,4 +1,4 @@
-"""What the truncation of one layer alone does to the model: the table that STRS searches.
+"""STRS: a table of what the truncation of one layer alone does to the model, and the search for ranks in it.
 
 ASVD paper, arXiv 2312.05821, section 3.4, "sensitivity-based truncation rank searching". Losses are mean negative
 log-likelihoods, log-perplexities, on a calibration text.
@@ -6,6 +6,7 @@ log-likelihoods, log-perplexities, on a calibration text.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nsvd.compression.dealing import is_mine, owners
-from nsvd.compression.measure import check_statistics, naming, prepare_layer
-from nsvd.compression.prepared import Prepared, check_prepared
+from nsvd.compression.measure import check_statistics, is_mine, naming, owners, prepare_layer
+from nsvd.compression.prepared import Prepared, check_prepared, check_step
 from nsvd.linalg import Decomposition, LowRank, Method, matrix_method, rank_for_ratio
+from nsvd.linalg.budget import cut, cut_where, strs_steps
 from nsvd.linalg.precision import home
 from nsvd.stored.files import fingerprint
 from nsvd.stored.layers import LowRankLinear
@@ -33,7 +34,7 @@ from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.stream import Stream, in_order, numbered
-from nsvd.walk.targets import targets
+from nsvd.walk.targets import shapes, targets
 from nsvd.walk.text import windows_at_once
 
 COLUMNS = ["layer", "kept", "rank", "loss", "losses", "tokens", "seconds"]
@@ -163,6 +164,40 @@ def measured(
     place = {name: number for number, name in enumerate(layers)}
     rows = sorted((row for found in gathered(rows) for row in found), key=lambda row: place[row["layer"]])
     return Sensitivity(pd.DataFrame(rows, columns=COLUMNS), dense)
+
+
+def strs(model: nn.Module, table: Sensitivity, ratio: float, factors: str = "plain") -> dict[str, int]:
+    """The ASVD paper's rank search, from its table: see ``nsvd.linalg.budget``."""
+    sizes = shapes(model)
+    return cut(strs_steps(table.scores, sizes, factors), sizes, ratio, factors)
+
+
+@torch.no_grad()
+def strs_within(
+    model: nn.Module,
+    table: Sensitivity,
+    prepared: Prepared,
+    windows: Tensor,
+    perplexity: float,
+    *,
+    method: str,
+    **options: float,
+) -> dict[str, int]:
+    """STRS with the paper's other target: the most steps that keep the perplexity on ``windows`` at most this high.
+
+    The model is measured about log₂(steps) times and left as it was.
+
+    Raises:
+        ValueError: if the target is out of reach, or ``prepared`` is of another outer step, other options or weights.
+    """
+    chosen = matrix_method(method)
+    check_step(prepared, targets(model), chosen, options)
+
+    def admissible(ranks: dict[str, int]) -> bool:
+        factors = {name: chosen.cut(prepared[name], k, **options) for name, k in ranks.items()}
+        return fmean(losses_with(model, factors, windows)) <= math.log(perplexity)
+
+    return cut_where(strs_steps(table.scores, shapes(model)), admissible)
 
 
 class _Text:

@@ -13,7 +13,7 @@ from torch import Tensor
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import AVERAGED, BOTH, check_gradients, decompositions, gradient_texts
 from nsvd.compression.ranks import searched
-from nsvd.compression.recipes import recipe
+from nsvd.compression.request import recipe
 from nsvd.linalg import Decomposition
 from nsvd.walk.gradients import drawn_labels, fisher_into
 from nsvd.walk.processes import same

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 from nsvd.cache.absorption import multiplications
 from nsvd.cache.compress import compress_kv_
 from nsvd.cache.latent import attach, bytes_per_token, cache_bytes, latent_layers
-from nsvd.compression.recipes import base_method
+from nsvd.compression.request import base_method
 from nsvd.lab.records import Records
 from nsvd.lab.sweep import DENSE, measure
 from nsvd.stored.files import fingerprint

@@ -21,9 +21,8 @@ from nsvd.cache.compress import CacheReport, compress_kv_
 from nsvd.compression.compress import carry_out
 from nsvd.compression.cost import cost
 from nsvd.compression.measure import statistics_of
-from nsvd.compression.recipes import RECIPES, base_method
 from nsvd.compression.report import Report
-from nsvd.compression.request import Request, resolve
+from nsvd.compression.request import RECIPES, Request, base_method, resolve
 from nsvd.lab.calibration import begins_with_bos, domains
 from nsvd.lab.models import check_apart, embedded_models, load, named, place_of
 from nsvd.lab.records import origin

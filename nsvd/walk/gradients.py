@@ -16,11 +16,12 @@ from nsvd.walk.hooks import evaluating
 from nsvd.walk.moments import check_names, check_windows
 from nsvd.walk.processes import gathered, summed, wait
 from nsvd.walk.sampling import index_at
-from nsvd.walk.shelf import Row, Shelf
+from nsvd.walk.shelf import Shelf
 from nsvd.walk.stream import Batch, Stream, borders_of, in_order, numbered
 from nsvd.walk.sums import add_outer_, mirror_
 from nsvd.walk.targets import targets
 from nsvd.walk.text import tokens_at_once
+from nsvd.walk.waiting import Row
 
 BORDER, PULL = "border", "pull"  # on the shelf, behind the name of the walk
 
@@ -94,7 +95,7 @@ def fisher_into(
         inside = {name: decoder.index(name) for name in names}
         scratch = shelf.scratch(walk)
         stream = Stream(decoder, domains, batch=batch, scratch=scratch)
-        gradients = scratch.row("gradients")
+        gradients = Row(scratch, "gradients")
         tokens = [share / ids.numel() for ids, share in zip(domains, shares, strict=True)]
         at = _begin(gradients, stream, shelf, walk, labels, seed, progress)
         for index in _counted(range(at)[::-1], len(decoder), progress):

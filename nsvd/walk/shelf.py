@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -125,10 +125,6 @@ class Shelf:
         """A mapping whose values lie on this shelf under ``name``."""
         return Kept(self, name)
 
-    def row(self, name: str) -> Row:
-        """Tensors in a row that lie on this shelf under ``name``."""
-        return Row(self, name)
-
     def keys(self, prefix: str) -> list[str]:
         """The keys that begin with ``prefix/``, in order."""
         here = [key for key in self._held if key.startswith(f"{prefix}/")]
@@ -181,33 +177,6 @@ class Shelf:
                 raise self._damaged(key)
             self._ours.add(key)
         return tensors, note
-
-
-class Row(Sequence):
-    """Tensors by number, on a shelf; every one is read when it is asked for."""
-
-    def __init__(self, shelf: Shelf, name: str):
-        self.shelf, self.name, self._count = shelf, name, 0
-
-    def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        return self.shelf.get(f"{self.name}/{index}")[""]
-
-    def __setitem__(self, index: int, tensor: Tensor) -> None:
-        self.shelf.put(f"{self.name}/{index}", {"": tensor})
-
-    def __len__(self) -> int:
-        return self._count
-
-    def fill(self, tensors: Iterable[Tensor]) -> None:
-        """These in the place of what was there."""
-        count, before = 0, self._count
-        for count, tensor in enumerate(tensors, 1):
-            self[count - 1] = tensor
-        self._count = count
-        for index in range(count, before):
-            self.shelf.drop(f"{self.name}/{index}")
 
 
 class Kept(MutableMapping):

@@ -11,6 +11,7 @@ from torch import Tensor
 from nsvd.walk.decoder import Call, Decoder, Entered
 from nsvd.walk.processes import count, gathered, rank, share, wait
 from nsvd.walk.shelf import Shelf
+from nsvd.walk.waiting import Row
 
 READ = 8192  # tokens read at a time, or one window where it is longer
 
@@ -44,7 +45,7 @@ class Stream:
     ):
         self.decoder, self.at = decoder, 0
         self.batches: list[Batch] = []
-        self.hidden = (scratch or Shelf()).row("hidden")
+        self.hidden = Row(scratch or Shelf(), "hidden")
         self.hidden.fill(self._entered(domains, batch, dealt))
 
     def _entered(self, domains: Sequence[Tensor], batch: int | None, dealt: bool) -> Iterator[Tensor]:

@@ -57,6 +57,11 @@ def by_block(model: nn.Module, names: Iterable[str]) -> dict[int, list[str]]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
+def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of every target layer."""
+    return {name: tuple(layer.weight.shape) for name, layer in targets(model).items()}
+
+
 def is_plain(layer: nn.Linear) -> bool:
     """Whether a layer computes W x + b, to rounding, and holds nothing else: known of ``nn.Linear`` itself, else tried."""
     if {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())} - {"weight", "bias"}:

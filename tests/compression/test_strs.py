@@ -108,7 +108,7 @@ def test_what_was_prepared_for_something_else_is_refused(stats):
             lambda prepared, model: nsvd.sensitivity(model, stats, TEXT, prepared=prepared, **FAST),
             [dict(ours), another],
         ),
-        (lambda prepared, model: allocation.strs_within(model, table, prepared, TEXT, 9.0, **how), [dict(ours)]),
+        (lambda prepared, model: module.strs_within(model, table, prepared, TEXT, 9.0, **how), [dict(ours)]),
         (lambda prepared, model: allocation.spectrum(model, prepared, 0.3, **how), []),
         (lambda prepared, model: allocation.by_loss(model, stats, prepared, 0.3, **how), []),
     ]
@@ -356,14 +356,14 @@ def test_a_perplexity_target_is_kept(stats):
     before, dense = state(model), nsvd.perplexity(model, TEXT)
     prepared = nsvd.prepare(model, stats, "asvd-1")
     measured, target = nsvd.sensitivity(model, stats, TEXT, prepared=prepared, **FAST), 1.02 * dense
-    ranks = allocation.strs_within(model, measured, prepared, TEXT, target, method="asvd-1")
+    ranks = module.strs_within(model, measured, prepared, TEXT, target, method="asvd-1")
     assert_same(before, model)
     assert 0 < total(ranks, allocation.shapes(model)) < total({}, allocation.shapes(model))
     changed = copy.deepcopy(model)
     nsvd.compress_(changed, stats, method="asvd-1", ranks=ranks)
     assert nsvd.perplexity(changed, TEXT) <= target
     with pytest.raises(ValueError, match="not even the dense model"):
-        allocation.strs_within(model, measured, prepared, TEXT, 0.9 * dense, method="asvd-1")
+        module.strs_within(model, measured, prepared, TEXT, 0.9 * dense, method="asvd-1")
 
 
 @pytest.mark.parametrize(

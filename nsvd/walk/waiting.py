@@ -1,0 +1,70 @@
+"""Tensors that wait on a shelf, in a row or by name, and are read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from nsvd.walk.shelf import Shelf
+
+
+class Row(Sequence):
+    """Tensors by number, under a name on a shelf."""
+
+    def __init__(self, shelf: Shelf, name: str):
+        self.shelf, self.name, self._count = shelf, name, 0
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self.shelf.get(f"{self.name}/{index}")[""]
+
+    def __setitem__(self, index: int, tensor: Tensor) -> None:
+        self.shelf.put(f"{self.name}/{index}", {"": tensor})
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fill(self, tensors: Iterable[Tensor]) -> None:
+        """These in the place of what was there."""
+        count, before = 0, self._count
+        for count, tensor in enumerate(tensors, 1):
+            self[count - 1] = tensor
+        self._count = count
+        for index in range(count, before):
+            self.shelf.drop(f"{self.name}/{index}")
+
+
+class Waiting(MutableMapping):
+    """Tensors, or nests of them, by name: they wait on a shelf and come back to the device where the block computes."""
+
+    def __init__(self, shelf: Shelf, key: str, device: torch.device):
+        self.shelf, self.key, self.device, self._forms = shelf, key, device, {}
+
+    def __setitem__(self, name: str, value: object) -> None:
+        leaves, form = tree_flatten(value)
+        tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        self.shelf.put(f"{self.key}/{name}", tensors)
+        self._forms[name] = form, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def __getitem__(self, name: str) -> object:
+        form, leaves = self._forms[name]
+        found = self.shelf.get(f"{self.key}/{name}")
+        leaves = [found[str(i)].to(self.device) if str(i) in found else leaf for i, leaf in enumerate(leaves)]
+        return tree_unflatten(leaves, form)
+
+    def __delitem__(self, name: str) -> None:
+        del self._forms[name]
+        self.shelf.drop(f"{self.key}/{name}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._forms
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._forms))
+
+    def __len__(self) -> int:
+        return len(self._forms)
