@@ -11,9 +11,15 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nsvd.linalg import LowRank, Pivoted, pivoted
 from nsvd.linalg.sola import COLUMNS, ROWS, Split
+
+# How many products take as long as it takes to move one number of an output, in float32 and in formats of two bytes: measured
+# on one core with 512 tokens; a GPU has more of them.
+REORDERED = (64, 256)
 
 
 class CompressedLayer(nn.Module, ABC):
@@ -86,6 +92,12 @@ class CompressedLayer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, " + ", ".join(f"{k} {v}" for k, v in self.spec().items())
+
+
+def _bare(layer: nn.Module) -> bool:
+    """Whether to call the layer is to multiply by a weight of numbers: no adapter, hook, wrapped forward or quantized tensor."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is nn.Linear and not watched and not is_traceable_wrapper_subclass(layer.weight)
 
 
 def _exact(*factors: Tensor) -> tuple[Tensor, ...]:
@@ -165,10 +177,25 @@ class PivotedLinear(CompressedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.down(x)
+        if self._one_product(z):
+            unit = torch.eye(self.rank, device=z.device, dtype=z.dtype)
+            rows = torch.cat([unit, self.up.weight]).index_select(0, self.order)
+            return F.linear(z, rows, self.bias)
         y = torch.cat([z, self.up(z)], dim=-1)
         rows = y.view(-1, self.out_features)  # in two dimensions several times as fast
         y = rows.index_select(1, self.order).view_as(y)
         return y if self.bias is None else y + self.bias
+
+    def _one_product(self, z: Tensor) -> bool:
+        """Whether z is multiplied by all rows, those of the identity among them, and nothing is reordered but the rows.
+
+        That multiplies by k² numbers more and reorders k numbers an output in place of one a token and output: it pays for
+        more tokens than k, up to a rank that depends on how fast the device multiplies beside how fast it moves numbers.
+        Not where gradients are needed, where a compiler fuses the reordering, or where ``up`` is more than its weight.
+        """
+        pays = z.numel() >= self.rank**2 > 0 and self.rank**2 <= REORDERED[z.element_size() <= 2] * self.out_features
+        usual = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return pays and usual and _bare(self.up) and z.dtype == self.up.weight.dtype
 
     def spec(self) -> dict[str, int]:
         return {"rank": self.rank}

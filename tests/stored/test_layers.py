@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import nsvd
 from nsvd.linalg import LowRank, pivoted
@@ -45,6 +46,39 @@ def test_the_order_of_the_outputs_matters():
     said = made(x)
     made.order.copy_(made.order.flip(0))
     assert not torch.allclose(made(x), said, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_tokens_are_multiplied_by_all_rows_at_once(bias, dtype, monkeypatch):
+    """What they give is what one token after the other gives; the products of ``up`` alone are not asked for."""
+    layer = linear(40, 24, bias, dtype)
+    made, x = stand_in(layer, factors(layer.double(), 6), "pivoted").to(dtype), torch.randn(2, 9, 24, dtype=dtype)
+    with torch.no_grad():
+        each = torch.stack([torch.cat([made(token[None]) for token in part]) for part in x])
+        tolerance = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+        torch.testing.assert_close(made(x), each, **tolerance)
+        monkeypatch.setattr(
+            nn.Linear, "forward", lambda self, x: F.linear(x, self.weight) if self is made.down else None
+        )
+        torch.testing.assert_close(made(x), each, **tolerance)
+
+
+def test_what_is_more_than_a_weight_is_called():
+    """An adapter or hook in the place of ``up`` sees its input, and a gradient reaches the weights, for many tokens too."""
+    layer = linear(40, 24)
+    made, x, seen = stand_in(layer, factors(layer, 6), "pivoted"), torch.randn(18, 24, dtype=torch.float64), []
+    with torch.no_grad():
+        said = made(x)
+        hook = made.up.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+        torch.testing.assert_close(made(x), said, rtol=0, atol=1e-12)
+        hook.remove()
+        made.up = nn.Sequential(made.up)
+        made.up.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+        torch.testing.assert_close(made(x), said, rtol=0, atol=1e-12)
+    assert seen == [(18, 6), (18, 6)]
+    made(x).sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
 
 
 def test_some_outputs_are_computed_as_they_were():

@@ -1,0 +1,51 @@
+"""What a measurement was made on, and medians of functions that take turns."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+
+import nsvd
+
+
+def described(device: str | torch.device) -> dict:
+    """The machine and the versions: what goes into every line of results."""
+    device = torch.device(device)
+    told = {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+    told |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    told |= {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    told |= {"load": [round(value, 2) for value in os.getloadavg()]} if hasattr(os, "getloadavg") else {}
+    versions = {"nsvd": nsvd.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return told | {"python": platform.python_version()} | versions
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def seconds(function: Callable[[], object], device: str | torch.device) -> float:
+    """How long one call takes, the work it leaves to a GPU included."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def medians(functions: Mapping[str, Callable[[], object]], repeat: int, device: str | torch.device) -> dict[str, float]:
+    """Median seconds of each function over ``repeat`` rounds, in which they take turns, after a round that is not counted."""
+    rounds = [{name: seconds(one, device) for name, one in functions.items()} for _ in range(repeat + 1)][1:]
+    return {name: statistics.median(one[name] for one in rounds) for name in functions}
