@@ -9,6 +9,7 @@ from jaxtyping import TypeCheckError
 from nsvd.linalg import (
     METHODS,
     Decomposition,
+    LowRank,
     NumericalWarning,
     Oblique,
     Orthogonal,
@@ -19,9 +20,10 @@ from nsvd.linalg import (
     spectral,
 )
 from nsvd.linalg.asvd import ridged
+from nsvd.linalg.decomposition import leading
 from nsvd.linalg.nsvd import nid, nsvd
 from nsvd.linalg.whiteners import Diagonal
-from tests.linalg.reference import MATRIX, is_close, law, layer, layers, naive, spectrum
+from tests.linalg.reference import MATRIX, is_close, law, layer, layers, naive, spectrum, truncate
 
 OUTER = [name for name in MATRIX if METHODS[name].nest is None]
 
@@ -280,6 +282,25 @@ def test_singular_values_alone_need_no_vectors(method, monkeypatch):
     assert torch.equal(alone.truncate(0).dense(), torch.zeros(6, 8))
     with pytest.raises(TypeError):
         METHODS[method].prepare(x.W, x.moments, k=1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("k", [0, 1, 5, 6, 40])
+def test_the_leading_part_is_the_truncated_svd_whichever_way_it_is_found(k, tied, monkeypatch):
+    """Few vectors are found without the others (5 of 40), many with them (6): the same error, on orthonormal columns."""
+    rows = torch.linalg.qr(torch.randn(60, 40))[0].mT
+    residual = LowRank(
+        torch.linalg.qr(torch.randn(50, 40))[0], rows if tied else torch.logspace(0, -2, 40)[:, None] * rows
+    )
+    whole = residual.dense()
+    if 0 < k <= 5:
+        monkeypatch.setattr(torch.linalg, "eigh", None)
+    value = leading(residual, k)
+    least = spectrum(whole, 40)[k:].square().sum()
+    assert abs((whole - value.dense()).square().sum() - least) <= 1e-12 * whole.square().sum()
+    assert is_close(value.left.mT @ value.left, torch.eye(k), 1e-12)
+    assert tied or is_close(value.dense(), truncate(whole, k), 1e-10)
+    assert k in (0, 40) or (whole - value.dense()[:, torch.randperm(60)]).square().sum() > 1.01 * least
 
 
 @pytest.mark.parametrize("k", [-1, 7])
