@@ -155,7 +155,7 @@ class _Sums:
         disk = self._measured + self._judged * self._outer + self._exchanged
         disk += DOUBLE * sum(self._pieces(one) for one in every) * keeps
         work = count * sum(self._operations(one) for one in every)
-        return Stage(self._held + peak, max(metric + 2 * largest, pivots), disk, decompositions=work)
+        return Stage(self._held + max(peak, pivots), metric + 2 * largest, disk, decompositions=work)
 
     def search(self) -> Stage:
         """STRS: every layer at every fraction, from its block on; the borders of all blocks wait."""
@@ -176,14 +176,17 @@ class _Sums:
         sums = DOUBLE * max(one.d_in**2 + one.d_in * max(one.d_in, one.d_out) for one in groups)
         wide = max(max(one.d_in, one.d_out) for one in groups)
         seen = self._product(batch, wide, wide) + SINGLE * batch * wide + self._activations(batch)
-        device = self._held + sums + max(seen, *map(self._decomposed, self.largest))
+        device = self._held + sums + max(seen, *map(self._decomposed, self.largest), *map(self._pivoted, self.largest))
         waiting = self.tokens * self.bytes * (places + self.hidden + remembered)
         metric = DOUBLE * max(one.d_out for one in self.largest) ** 2 * self._judged
-        host = min(LIMIT, waiting) + max(metric, *map(self._pivoted, self.largest))
+        host = min(LIMIT, waiting) + metric
         disk = self._measured + self._judged * self._outer + ends * self._exchanged + 4 * self._stream
         disk += max(0, waiting - LIMIT)
         products = 2 * self.tokens * sum(one.d_in * (one.d_in + one.d_out) for one in self._every if one.first)
-        work = sum(self._operations(one) + one.d_in**3 / 3 + 2 * one.d_out * one.d_in**2 for one in self._every)
+        work = sum(self._operations(one) + 2 * one.d_out * one.d_in**2 for one in self._every)
+        work += sum(
+            one.d_in**3 / 3 + 2 * one.d_in**3 for one in self._every if one.first
+        )  # factored once for all that read it
         return Stage(device, host, disk, 2, 2 * self._forward + products, work)
 
     def distillation(self) -> Stage:
@@ -269,15 +272,15 @@ class _Sums:
         return min(one.d_out, one.d_in) * (one.d_out + one.d_in)
 
     def _pivoted(self, one: Layer) -> float:
-        """Bytes of QR with column pivoting, in the host's memory."""
-        return 6 * DOUBLE * one.rank * one.d_out * (self.ask.factors == "pivoted")
+        """Bytes of the factors, of LU of the left one twice, and of what the other rows are in terms of the chosen ones."""
+        return DOUBLE * one.rank * (6 * one.d_out + one.d_in) * (self.ask.factors == "pivoted")
 
     def _operations(self, one: Layer) -> float:
         """Of a decomposition, and of pivoting."""
         m, d_out, d_in = min(one.d_out, one.d_in), one.d_out, one.d_in
         work = EIGH * m**3 + 2 * m * d_in**2 + 4 * m * m * d_in + 2 * d_out * m * m + 4 * d_out * m * m * (d_out > d_in)
         work += (d_out**3 / 3 + 2 * d_out**2 * d_in + d_out**2 * m) * self._judged
-        return work + 4 * one.rank**2 * d_out * (self.ask.factors == "pivoted")
+        return work + 6 * one.rank**2 * d_out * (self.ask.factors == "pivoted")
 
 
 def _layers(names: Sequence[str], layers: dict[str, nn.Linear], hidden: int, ask: Request) -> list[Layer]:
