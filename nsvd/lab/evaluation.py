@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from nsvd.lab.tokens import bytes_per_token
+from nsvd.linalg.precision import double
 from nsvd.walk.loss import check_text, window_losses
 from nsvd.walk.text import predictions, windows_at_once
 
@@ -75,12 +76,14 @@ def divergence(model: nn.Module, dense: nn.Module, windows: Tensor, *, batch: in
     """
     for one in (model, dense):
         check_text(one, windows)
-    device, total = next(model.parameters()).device, 0.0
+    device, found = next(model.parameters()).device, []
     for ids in windows.split(batch or windows_at_once(model, windows.shape[1])):
         both = (predictions(one, ids.to(next(one.parameters()).device)) for one in (model, dense))
-        for ours, theirs in zip(*both, strict=True):
-            ours, theirs = ours.float().log_softmax(-1), theirs.to(device).float().log_softmax(-1)
-            total += kl_div(ours, theirs, reduction="sum", log_target=True).item()
+        for parts in zip(*both, strict=True):
+            for ours, theirs in zip(*parts, strict=True):  # a window at a time: what is made of logits is as large
+                ours, theirs = (logits.to(device).float().log_softmax(-1) for logits in (ours, theirs))
+                found.append(double(kl_div(ours, theirs, reduction="sum", log_target=True)))
+    total = torch.stack(found).sum().item()
     if not math.isfinite(total):
         raise FloatingPointError("the divergence from the dense model is NaN or Inf")
     return total / (len(windows) * (windows.shape[1] - 1))

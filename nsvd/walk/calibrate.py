@@ -26,7 +26,7 @@ from nsvd.walk.moments import (
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.stream import Batch, Stream, windows_read
-from nsvd.walk.sums import Sums
+from nsvd.walk.sums import Sums, finite
 from nsvd.walk.targets import targets
 
 STREAM = "moments-stream"  # on the shelf
@@ -160,19 +160,21 @@ class Walked(Mapping[str, Moments]):
         """Take the next block's moments, and go on behind it."""
         stream, model = self._stream, self.decoder.model
         here = [leader for leader in dict.fromkeys(self.inputs.values()) if self._block[leader] == stream.at]
-        parts = [{leader: Sums() for leader in here} for _ in self._shares]
+        parts, sound = [{leader: Sums() for leader in here} for _ in self._shares], []
         with evaluating(model), self.decoder.held(stream.at):
             for index, batch in enumerate(stream.batches):
                 sums = parts[batch.domain]
                 with watch_inputs(model, here, lambda name, x, sums=sums: sums[name].add(x)):
-                    stream.hidden[index] = stream.through(batch, stream.hidden[index])
+                    hidden = stream.through(batch, stream.hidden[index])
+                sound.append(self._sound(batch, hidden))
+                stream.hidden[index] = hidden
         for sums in parts:
             for one in sums.values():
                 one.join()
             check_sums(model, sums)
         stream.at += 1
-        for batch, hidden in zip(stream.batches, stream.hidden, strict=True):
-            if not self._sound(batch, hidden):
+        for batch, fine in zip(stream.batches, sound, strict=True):
+            if not fine:
                 raise overflow(model, batch.ids)
         self._moments = {}
         for leader in here:
@@ -182,11 +184,13 @@ class Walked(Mapping[str, Moments]):
         if stream.at == len(self.decoder):
             self._bar.close()
 
-    def _sound(self, batch: Batch, hidden: Tensor) -> bool:
-        """Whether hidden states are finite, those behind the last block also as the body of the model gives them out."""
-        if self._stream.at < len(self.decoder):
-            return bool(hidden.isfinite().all())
-        return bool(self.decoder.ended(batch.ids, hidden.to(self.decoder.device)).isfinite().all())
+    def _sound(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Whether hidden states behind the block are finite, those behind the last one as the body of the model gives them out.
+
+        The answer is on the device: to look at it is to wait for it.
+        """
+        last = self._stream.at + 1 == len(self.decoder)
+        return finite(self.decoder.ended(batch.ids, hidden) if last else hidden)
 
 
 def walkable(model: nn.Module, layers: Iterable[str] = ()) -> Decoder | None:
@@ -210,7 +214,7 @@ def _whole(model: nn.Module, windows: Tensor, names: Sequence[str], batch: int |
     running, overflown = {name: Sums() for name in dict.fromkeys(inputs.values())}, None
     with watch_inputs(model, running, lambda name, x: running[name].add(x)):
         for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
-            if overflown is None and not body_forward(model, ids).isfinite().all():
+            if not finite(body_forward(model, ids)) and overflown is None:
                 overflown = ids
     check_sums(model, running)
     if overflown is not None:

@@ -242,7 +242,7 @@ def _whole(name: str, H: Tensor | None) -> Tensor:
     H = summed(H)
     if H is None:
         raise ValueError(f"no gradient reached layer {name}")
-    if not H.isfinite().all():
+    if not (H.diagonal() if H.ndim == 2 else H).isfinite().all():
         raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
     return (mirror_(H) if H.ndim == 2 else H).cpu()
 

@@ -32,11 +32,13 @@ def window_losses(
         ids, parts, done = ids.to(device), [], 1
         for logits in predictions(model, ids):
             wanted = ids[:, done : done + logits.shape[1]]
-            token_losses = cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="none")
-            parts.append(double(token_losses.view(len(ids), -1)))
+            each = zip(
+                logits, wanted, strict=True
+            )  # a window at a time: what is made of logits is as large as they are
+            parts.append(torch.stack([double(cross_entropy(row.float(), w, reduction="none")) for row, w in each]))
             done += logits.shape[1]
-        losses.append(torch.cat(parts, 1).mean(1).cpu())
-    losses = torch.cat(losses)
+        losses.append(torch.cat(parts, 1).mean(1))
+    losses = torch.cat(losses).cpu()
     if not losses.isfinite().all():
         raise FloatingPointError(f"the loss of window {int((~losses.isfinite()).nonzero()[0])} is NaN or Inf")
     return losses

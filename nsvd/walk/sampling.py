@@ -12,6 +12,7 @@ from nsvd.stored.checkpoint import check_unwrapped
 from nsvd.walk.caches import caches_of, reserve
 from nsvd.walk.hooks import evaluating
 from nsvd.walk.processes import gathered, in_turn, mine, share
+from nsvd.walk.sums import finite
 from nsvd.walk.text import check_length
 
 CACHE_BYTES = 8 * 2**30  # of a batch of windows while they are sampled
@@ -121,17 +122,15 @@ def _sample(
     model: PreTrainedModel, draws: Float[Tensor, "n steps"], temperatures: list[float], start: int, device: torch.device
 ) -> Tensor:
     ids, held = torch.full((len(draws), draws.shape[1] + 1), start, device=device), {}
-    total = torch.zeros(
-        (), device=device
-    )  # NaN or Inf once a prediction is; looked at in the end, for that waits for the device
+    sound = torch.ones((), dtype=torch.bool, device=device)  # looked at in the end, for that waits for the device
     for step, (u, temperature) in enumerate(zip(draws.to(home(ids)).split(1, dim=1), temperatures, strict=True)):
         output = model(input_ids=ids[:, step : step + 1], use_cache=True, **held)
         logits, held = output.logits[:, -1].float(), caches_of(output)
         if step == 0:
             reserve(held, draws.shape[1])
-        total += logits.sum()
+        sound &= finite(logits)
         ids[:, step + 1 : step + 2] = index_at((logits / temperature).softmax(-1), u)
-    if not total.isfinite():
+    if not sound:
         raise FloatingPointError("the model predicts NaN or Inf, so no text can be sampled from it")
     return ids
 

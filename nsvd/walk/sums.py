@@ -65,6 +65,11 @@ class Sums:
         return Moments(G, mean_abs, self.n)
 
 
+def finite(x: Tensor) -> Tensor:
+    """Whether no number is NaN or Inf, as a tensor on the device of x: told by the sum, in one pass."""
+    return x.sum(dtype=_least(x)).isfinite()
+
+
 def add_outer_(total: Float[Tensor, "d d"], x: Float[Tensor, "n d"], weight: float = 1.0) -> None:
     """Add weight · Σ x xᵀ to the upper half of a float64 matrix; ``mirror_`` makes it whole."""
     for part in _chunks(x):

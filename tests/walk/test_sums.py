@@ -8,7 +8,7 @@ import torch
 from nsvd.linalg.decomposition import from_metric
 from nsvd.linalg.errors import calibration_loss
 from nsvd.walk import sums as module
-from nsvd.walk.sums import Sums, add_outer_, mirror_
+from nsvd.walk.sums import Sums, add_outer_, finite, mirror_
 from tests.pretend import pretending
 
 
@@ -119,3 +119,15 @@ def test_they_lie_where_the_inputs_do_or_where_there_is_float64(device):
         ours.add(x.to(device), y.to(device))
         assert {t.device.type for t in (ours.outer, ours.cross)} == {"cpu" if device == "mps" else device}
         assert ours.result().G.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found(dtype, value):
+    """Beside another infinity, too; numbers whose sum is too large for their own dtype are finite."""
+    x = torch.full((300, 400), 60_000.0).to(dtype)
+    assert finite(x)
+    x[7, 9] = value
+    assert not finite(x)
+    x[8, 8] = float("inf")
+    assert not finite(x)
