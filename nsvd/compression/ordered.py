@@ -127,7 +127,7 @@ def followed(
             raise ValueError(
                 f"layer {lost[0]} is in none of the blocks {decoder.name}, so it cannot be compressed in their order"
             )
-        waiting, batches, entered = shelf.scratch(STREAMS), [], None
+        waiting, batches, entered = shelf.scratch(), [], None
         for d, first, ids in dealt_batches(domains, batch):
             entered = decoder.enter(ids, like=entered)
             batches.append(Batch(d, len(domains) * weights[d], first, entered, waiting))

@@ -102,7 +102,7 @@ class Walked(Mapping[str, Moments]):
         self.origin = origins[0] if len(origins) == 1 else {"mixed": origins, "weights": self._shares}
         self._moments: dict[str, Moments] = {}
         self._shelf = shelf if shelf is not None and shelf.lasting else None
-        scratch = None if shelf is None else shelf.scratch(STREAM)
+        scratch = None if shelf is None else shelf.scratch()
         with torch.no_grad(), evaluating(decoder.model):
             self._stream = Stream(decoder, domains, batch=batch, scratch=scratch)
         if self._shelf is not None:

@@ -93,7 +93,7 @@ def fisher_into(
         stack.enter_context(_frozen(model))
         decoder = Decoder(model)
         inside = {name: decoder.index(name) for name in names}
-        scratch = shelf.scratch(walk)
+        scratch = shelf.scratch()
         stream = Stream(decoder, domains, batch=batch, scratch=scratch)
         gradients = Row(scratch, "gradients")
         tokens = [share / ids.numel() for ids, share in zip(domains, shares, strict=True)]

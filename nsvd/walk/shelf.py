@@ -6,12 +6,11 @@ import dataclasses
 import json
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import mkstemp
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,9 +31,10 @@ _KINDS = {kind.__name__: kind for kind in (Moments, Orthogonal, Oblique, Spectru
 class Shelf:
     """Groups of tensors by key, with a note each (whatever JSON holds).
 
-    Without a folder they are kept in memory up to ``limit`` bytes, and after that in a temporary folder that goes with the
-    shelf. With a ``folder`` every group is a file there: it appears whole or not at all, and a later shelf on the same folder
-    finds it. What such a shelf finds is compared with its sum when it is first read.
+    Without a folder they are kept in memory up to ``limit`` bytes. What comes later goes to files that are mapped into memory and
+    have no name any more: the system frees them with the tensors, also of a process that is killed. With a ``folder``
+    every group is a file there: it appears whole or not at all, and a later shelf on the same folder finds it. What such a
+    shelf finds is compared with its sum when it is first read.
 
     Several processes that work ``together`` share a folder. All of them put and drop the same, process 0 does it, and when
     they go on all see it. What each of them has for itself is on the shelf ``own``.
@@ -42,8 +42,8 @@ class Shelf:
 
     def __init__(self, folder: Path | None = None, *, limit: int = LIMIT, common: bool = True):
         self.lasting, self.limit, self._folder = folder is not None, limit, folder
-        self._common = common and self.lasting
-        self._held: dict[str, tuple[dict[str, Tensor], dict]] = {}
+        self._common, self._spill = common and self.lasting, None  # a folder for files without a name
+        self._held: dict[str, tuple[dict[str, Tensor], dict, int]] = {}  # tensors, note, bytes of memory
         self._bytes, self._ours = 0, set()
 
     @cached_property
@@ -53,13 +53,10 @@ class Shelf:
             return self
         return Shelf(self._folder / f"rank-{processes.rank()}-of-{processes.count()}", common=False)
 
-    def scratch(self, name: str) -> Shelf:
+    def scratch(self) -> Shelf:
         """An empty shelf for what is of no use to a later run. Its files, where it needs any, lie in the folder of this one."""
         new = Shelf(limit=self.limit)
-        if self.lasting:
-            new._folder = self.own._folder / f"scratch-{name}"
-            shutil.rmtree(new._folder, ignore_errors=True)  # an interrupted run may have left something
-            weakref.finalize(new, shutil.rmtree, new._folder, ignore_errors=True)
+        new._spill = self.own._folder if self.lasting else self._spill
         return new
 
     def put(self, key: str, tensors: Mapping[str, Tensor], **note) -> None:
@@ -73,9 +70,8 @@ class Shelf:
         self.drop(key)
         size = _size(tensors)
         if self._bytes + size > self.limit:
-            self._write(key, tensors, note)
-            return
-        self._held[key], self._bytes = (tensors, note), self._bytes + size
+            tensors, size = _mapped(tensors, self._spill), 0
+        self._held[key], self._bytes = (tensors, note, size), self._bytes + size
 
     def get(self, key: str) -> dict[str, Tensor]:
         """The tensors of a group, on the CPU.
@@ -94,31 +90,28 @@ class Shelf:
             return json.loads(stored.metadata()["note"])
 
     def __contains__(self, key: str) -> bool:
-        return key in self._held or (self._folder is not None and self.file(key).is_file())
+        return key in self._held or (self.lasting and self.file(key).is_file())
 
     def drop(self, key: str) -> None:
         """Forget a group, if it is there."""
         if key in self._held:
-            self._bytes -= _size(self._held.pop(key)[0])
-        elif self._folder is not None:
+            self._bytes -= self._held.pop(key)[2]
+        elif self.lasting:
             self._once(lambda: self.file(key).unlink(missing_ok=True))
 
     def begun(self, *apart: str) -> bool:
         """Whether there is any group in the folder but those."""
-        files = () if self._folder is None else self._folder.rglob(f"*{_ENDING}")
+        files = self._folder.rglob(f"*{_ENDING}") if self.lasting else ()
         return any(file.relative_to(self._folder).as_posix().removesuffix(_ENDING) not in apart for file in files)
 
     def clear(self) -> None:
         """Forget all groups."""
         self._held, self._bytes, self._ours = {}, 0, set()
-        if self._folder is not None:
+        if self.lasting:
             self._once(lambda: shutil.rmtree(self._folder, ignore_errors=True))
 
     def file(self, key: str) -> Path:
-        """Where a group is, or would be, in the folder."""
-        if self._folder is None:
-            self._folder = Path(mkdtemp(prefix="nsvd-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        """Where a group is, or would be, in the folder of a shelf that lasts."""
         return self._folder / f"{key}{_ENDING}"
 
     def kept(self, name: str) -> Kept:
@@ -128,7 +121,7 @@ class Shelf:
     def keys(self, prefix: str) -> list[str]:
         """The keys that begin with ``prefix/``, in order."""
         here = [key for key in self._held if key.startswith(f"{prefix}/")]
-        folder = None if self._folder is None else self._folder / prefix
+        folder = self._folder / prefix if self.lasting else None
         if folder is not None and folder.is_dir():
             here += [f"{prefix}/{file.name.removesuffix(_ENDING)}" for file in folder.glob(f"*{_ENDING}")]
         return sorted(here)
@@ -142,7 +135,7 @@ class Shelf:
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[safe_open]:
-        if self._folder is None or not self.file(key).is_file():
+        if not self.lasting or not self.file(key).is_file():
             raise KeyError(f"nothing is kept under {key}")
         try:
             with safe_open(self.file(key), "pt") as stored:
@@ -157,22 +150,18 @@ class Shelf:
         file = self.file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.part")
-        about = {"note": json.dumps(note), "sum": _sum(tensors, note) if self.lasting else ""}
-        try:
-            save_file(tensors, part, metadata=about)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {file}: {error}") from error
+        _save(tensors, part, {"note": json.dumps(note), "sum": _sum(tensors, note)})
         os.replace(part, file)
         self._ours.add(key)
 
     def _read(self, key: str) -> tuple[dict[str, Tensor], dict]:
         if key in self._held:
-            return self._held[key]
+            return self._held[key][:2]
         with self._opened(key) as stored:
             about = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         note = json.loads(about["note"])
-        if self.lasting and key not in self._ours:
+        if key not in self._ours:
             if about["sum"] != _sum(tensors, note):
                 raise self._damaged(key)
             self._ours.add(key)
@@ -226,6 +215,28 @@ def _filled(parts: dict, tensors: dict[str, Tensor]) -> dict:
     """The parts of a value that are no tensors of their own: numbers, None, and other names of one tensor."""
     same = lambda part: isinstance(part, str) and part.startswith("= ")  # noqa: E731
     return {name: tensors[part[2:]] if same(part) else part for name, part in parts.items()}
+
+
+def _mapped(tensors: Mapping[str, Tensor], folder: Path | None) -> dict[str, Tensor]:
+    """The same tensors in a file, of the folder or of the system's temporary one, which loses its name at once."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    place, name = mkstemp(prefix="nsvd-", dir=folder)
+    os.close(place)
+    try:
+        _save(tensors, Path(name), {})
+        with safe_open(name, "pt") as stored:
+            return {key: stored.get_tensor(key) for key in tensors}
+    finally:
+        with suppress(PermissionError):  # Windows keeps the name of a file in use
+            os.unlink(name)
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, about: dict[str, str]) -> None:
+    try:
+        save_file(dict(tensors), file, metadata=about)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error}") from error
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:

@@ -1,6 +1,9 @@
 """What is put on a shelf comes back as it was, from memory or from files, in this process or a later one."""
 
 import gc
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,21 +61,34 @@ def test_groups_come_back_to_the_bit_with_their_notes(shelf):
     assert shelf.keys("x") == []
 
 
-def test_memory_is_used_up_to_the_limit_only():
-    """What comes later goes to a temporary folder, which goes with the shelf; room that is given back is used again."""
+@pytest.mark.skipif(sys.platform != "linux", reason="told by /proc")
+def test_memory_is_used_up_to_the_limit_only(tmp_path, monkeypatch):
+    """What comes later goes to files that have no name; room that is given back is used again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     size = sum(t.numel() * t.element_size() for t in tensors().values())
-    shelf = Shelf(limit=2 * size)
-    for number in range(4):
-        shelf.put(f"x/{number}", tensors(number))
-    folder = shelf.file("x/2").parents[1]
-    assert sorted(file.name for file in folder.rglob("*.safetensors")) == ["2.safetensors", "3.safetensors"]
-    assert all(equal(shelf.get(f"x/{number}"), tensors(number)) for number in range(4))
-    shelf.drop("x/0")
-    shelf.put("x/4", tensors(4))
-    assert not shelf.file("x/4").exists()
-    del shelf
-    gc.collect()
-    assert not folder.exists()
+    for shelf in (Shelf(limit=2 * size), Shelf(tmp_path / "kept", limit=2 * size).scratch()):
+        for number in range(4):
+            shelf.put(f"x/{number}", tensors(number))
+        assert mapped(tmp_path) == 2
+        assert all(equal(shelf.get(f"x/{number}"), tensors(number)) for number in range(4))
+        shelf.drop("x/0")
+        shelf.put("x/4", tensors(4))
+        assert mapped(tmp_path) == 2
+        shelf.drop("x/2")
+        gc.collect()
+        assert mapped(tmp_path) == 1
+        shelf.clear()
+        assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+        del shelf
+        gc.collect()
+        assert mapped(tmp_path) == 0
+
+
+def mapped(folder) -> int:
+    """How many files of a folder are mapped into memory that have no name any more."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return len({line.split()[5] for line in lines if str(folder) in line and line.endswith("(deleted)")})
 
 
 def test_a_later_shelf_finds_what_was_kept(tmp_path):
