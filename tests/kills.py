@@ -43,12 +43,12 @@ class Run:
     start: float
 
     @classmethod
-    def begin(cls, folder: Path, ratio: float, method: str = "svd") -> Run:
+    def begin(cls, folder: Path, ratio: float, method: str = "svd", source: str = "folder") -> Run:
         process = os.fork()
         if process == 0:
             code = 3
             try:
-                code = compress(folder, ratio, method)
+                code = SOURCES[source](folder, ratio, method)
             except BaseException:
                 traceback.print_exc(file=sys.__stderr__)
             finally:
@@ -86,6 +86,18 @@ def compress(folder: Path, ratio: float, method: str = "svd", *, out: str = "out
     how = ["--method", method, "--ratio", str(ratio), *text]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return nsvd_command(["compress", f"{folder}/model", f"{folder}/{out}", *how])
+
+
+def compress_resident(folder: Path, ratio: float, method: str, *, out: str = "out") -> int:
+    """The same on a model in memory, which is not resumed: every run begins anew."""
+    model, tokenizer = nsvd.load(folder / "model", device="cpu")
+    windows = nsvd.domains(f"{folder}/model/text.txt", model, tokenizer, length=32, count=24)
+    report = nsvd.compress_(model, method=method, ratio=ratio, windows=windows)
+    nsvd.save(model, tokenizer, folder / out, report=report.as_dict())
+    return 0
+
+
+SOURCES = {"folder": compress, "resident": compress_resident}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -136,7 +148,9 @@ def kills(folder: Path, count: int, seed: int = 0) -> Counter:
     return seen
 
 
-def resumed(folder: Path, method: str, count: int, seed: int = 0, ratio: float = 0.3) -> Counter:
+def resumed(
+    folder: Path, method: str, count: int, seed: int = 0, ratio: float = 0.3, source: str = "folder"
+) -> Counter:
     """How many runs were killed, and how many models they have written in the end; every third kill lets the next run end.
 
     Raises:
@@ -147,10 +161,10 @@ def resumed(folder: Path, method: str, count: int, seed: int = 0, ratio: float =
     (folder / "model" / "text.txt").write_text(" ".join(f"word {n} of {n * n}" for n in range(2500)))
     (folder / "model" / "nsvd_manifest.json").unlink()
     begin = time.perf_counter()
-    assert compress(folder, ratio, method, out="whole") == 0
+    assert SOURCES[source](folder, ratio, method, out="whole") == 0
     lasting, whole = time.perf_counter() - begin, contents(folder / "whole")
     while seen["kills"] < count:
-        run = Run.begin(folder, ratio, method)
+        run = Run.begin(folder, ratio, method, source)
         time.sleep(draw.uniform(0, lasting))
         if run.kill():
             seen["kills"] += 1
@@ -158,7 +172,7 @@ def resumed(folder: Path, method: str, count: int, seed: int = 0, ratio: float =
                 assert contents(out) == whole
             if seen["kills"] % 3:
                 continue
-            Run.begin(folder, ratio, method).end()
+            Run.begin(folder, ratio, method, source).end()
         assert contents(out) == whole, f"after kill {seen['kills']} {out} is not what an undisturbed run writes"
         assert sorted(os.listdir(folder)) == ["model", "out", "whole"]
         nsvd.load(out, device="cpu")
@@ -173,12 +187,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", help="kill runs by this method on their way, and let them go on")
+    parser.add_argument(
+        "--source", choices=SOURCES, default="folder", help="of these runs: block by block, or in memory"
+    )
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
     with TemporaryDirectory() as folder:
         if chosen.method:
-            seen = resumed(Path(folder), chosen.method, chosen.count, chosen.seed)
+            seen = resumed(Path(folder), chosen.method, chosen.count, chosen.seed, source=chosen.source)
         else:
             seen = kills(Path(folder), chosen.count, chosen.seed)
     print(", ".join(f"{name}: {number}" for name, number in seen.items()), f"({time.perf_counter() - begin:.0f} s)")

@@ -25,3 +25,7 @@ def test_a_killed_compression_leaves_the_old_or_the_new_model():
 @pytest.mark.parametrize("method", ["asvd-1", "best"])
 def test_a_killed_compression_goes_on_and_ends_in_the_same_bytes(method):
     assert "kills: 6" in seen("--count", "6", "--method", method)
+
+
+def test_a_killed_compression_in_memory_leaves_nothing_either():
+    assert "kills: 3" in seen("--count", "3", "--method", "best", "--source", "resident")

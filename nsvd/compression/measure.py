@@ -24,12 +24,15 @@ from nsvd.walk.lazy import held
 from nsvd.walk.moments import mix
 from nsvd.walk.processes import dealt, gathered, rank, same
 from nsvd.walk.roles import roles
-from nsvd.walk.shelf import Shelf
+from nsvd.walk.shelf import Kept, Shelf
 from nsvd.walk.soundness import check_values
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import by_block, targets
 
-BOTH, AVERAGED = "gradients-both", "gradients-done"  # on the shelf: gradients of both ends, and that they are all there
+DRAFT, ENDS = (
+    "gradients-draft",
+    "gradients-of-both-ends",
+)  # on the shelf: gradients of the compressed end; that it has those of both
 GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gradients, where that leaves sixteen
 
 
@@ -135,15 +138,26 @@ def take_statistics(
         stats = statistics_of(model, domains, weights, ratio=ratio, layers=layers, shelf=shelf, progress=progress)
         clock.lap("calibrate")
     if (method.needs_gradients or allocation == "fisher") and stats is not None and not stats.gradients and domains:
-        if shelf is not None and AVERAGED in shelf:  # an earlier run has come further
-            return stats.with_gradients(shelf.kept(BOTH))
-        texts = gradient_texts(domains)
-        found = {} if shelf is None else shelf.kept("gradients")
+        found, texts = {} if shelf is None else shelf.kept("gradients"), gradient_texts(domains)
+        if shelf is not None and ENDS in shelf:  # an earlier run has come further
+            return stats.with_gradients(averaged(found, shelf))
         how = {"layers": layers, "seed": seed, "shelf": shelf, "progress": progress}
         fisher_into(found, model, texts, stats.shares(len(domains)), **how)
         stats = stats.with_gradients(found)
         clock.lap("gradients")
     return stats
+
+
+def averaged(known: Mapping[str, Tensor], shelf: Shelf) -> Mapping[str, Tensor]:
+    """The means of gradients that are known and those of the other end, which are on the shelf: they leave it one by one."""
+    mean, there = shelf.kept("gradients-mean"), shelf.kept(DRAFT)
+    for name in list(there):
+        if name not in mean:
+            mean[name] = (there[name] + known[name].to(there[name])) / 2
+        del there[name]
+        if isinstance(known, Kept):
+            del known[name]
+    return mean
 
 
 def statistics_of(

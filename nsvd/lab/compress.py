@@ -144,7 +144,7 @@ def compressed(
             windows, about = _windows(model, tokenizer, source, text, ask, shelf)
             _check_text(shelf, windows, tell)
             request = _request(ask, windows)
-            if windows and not request.splits:
+            if windows:
                 tell(_plan(model, request))
             report = carry_out(model, request, shelf=shelf)
             done = Outcome(report, None, _told(about, report))
@@ -154,6 +154,8 @@ def compressed(
     windows, about = _windows(model, tokenizer, source, text, ask, Shelf(), cache_ratio is not None)
     request = None if ratio is None else _request(ask, windows)
     tell(f"the model is loaded whole: {why}")
+    if request is not None and windows:
+        tell(_plan(model, request))
     done = _in_memory(model, request, windows, about, ask, cache_ratio, joint)
     once(lambda: save(model, tokenizer, out, report=_as_json(source, done)))
     return done

@@ -187,7 +187,9 @@ def test_what_needs_the_whole_model_says_so(dense):
     """And is the same as in memory."""
     out, said = dense.parent / "out", []
     nsvd.compress(dense, out, method="asvd-1", ratio=0.3, distill=2, tell=said.append, **cut(dense))
-    assert said == ["the model is loaded whole: distillation changes all factors at once"]
+    assert said[0] == "the model is loaded whole: distillation changes all factors at once"
+    assert len(said) == 2
+    assert " passes over " in said[1]
     assert json.loads((out / "nsvd_report.json").read_text())["distill"] == 2
 
 
