@@ -4,7 +4,8 @@ python benchmarks/scale.py --preset small|tokens|width|1b|7b-block [--out FILE] 
 
 Every job runs in a process of its own on a random LLaMA in bfloat16, which is written to a folder first and kept there. Its
 resident memory is read from outside every 50 ms. Files that are mapped into memory are counted apart: the system takes that
-memory back when it is short of it. Results are JSON lines, bytes and seconds.
+memory back when it is short of it. Results are JSON lines, bytes and seconds, with what ``nsvd.compression.cost`` had told
+beside what was measured. From two depths a line is made for a third one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SEVEN |= {"vocab_size": 32_000}
 WIDE = SMALL | {"hidden_size": 512, "intermediate_size": 1376}
 BOTH = ("resident", "folder")
 
+WHOLE = {"7b-block": 32}  # blocks of the model that two depths stand for
 # shape, depths, (count, length) of the windows, methods, sources
 PRESETS = {
     "small": (SMALL, (12, 48), ((64, 256),), ("best",), BOTH),
@@ -72,6 +74,33 @@ def built(models_folder: Path, shape: dict, depth: int) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     config.save_pretrained(folder)  # at last: a folder without it is not whole
     return folder
+
+
+def accounted(folder: str, job: dict) -> dict[str, float]:
+    """What the work is said to take, from the sizes alone: bytes, and passes over the text."""
+    from nsvd.compression.cost import cost
+    from nsvd.compression.request import resolve
+
+    config = LlamaConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config).to(torch.bfloat16)
+    names = ("ranks", "allocation", "factors", "shifted", "search_count")
+    rest = {"weights": "uniform", "refine": 0, "distill": 0, "seed": 0, "progress": False}
+    windows = torch.zeros(job["count"], job["length"], dtype=torch.long)
+    takes = cost(empty, resolve(job["method"], {}, ratio=job["ratio"], windows=windows, **dict.fromkeys(names) | rest))
+    return {name: getattr(takes, name) for name in ("device", "host", "disk", "passes", "forward", "decompositions")}
+
+
+def extrapolated(lines: list[dict], depth: int) -> dict:
+    """What a model of so many blocks takes, on a line through two depths: seconds grow with depth, memory should not."""
+    few, many = lines[0], lines[-1]
+    step = (depth - few["depth"]) / (many["depth"] - few["depth"])
+    along = lambda a, b: a + step * (b - a)  # noqa: E731
+    found = {"wall": along(few["wall"], many["wall"]), "disk": along(few["peak"]["disk"], many["peak"]["disk"])}
+    if "device_peak" in many:
+        found |= {"device_peak": many["device_peak"]}
+    same = ("preset", "method", "source", "count", "length", "ratio", "device", "shape")
+    return {n: many[n] for n in same} | {"depth": depth, "from_depths": [few["depth"], many["depth"]]} | found
 
 
 def work(job: dict) -> None:
@@ -156,6 +185,7 @@ def main() -> None:
     if chosen.child:
         return work(json.loads(chosen.child))
     shape, depths, texts, methods, sources = PRESETS[chosen.preset]
+    measurements: dict[tuple, list[dict]] = {}
     if chosen.count or chosen.length:
         texts = [(chosen.count or texts[0][0], chosen.length or texts[0][1])]
     for depth in chosen.depths or depths:
@@ -167,12 +197,22 @@ def main() -> None:
                     job |= {"source": source, "count": count, "length": length, "ratio": chosen.ratio}
                     job |= {"device": chosen.device, "scratch": chosen.scratch}
                     line = {n: v for n, v in job.items() if n not in ("model", "scratch")} | {"shape": shape}
-                    line |= {"model_bytes": disk(folder)} | measured(job)
-                    with open(chosen.out, "a", encoding="utf-8") as out:
-                        out.write(json.dumps(line) + "\n")
+                    line |= {"model_bytes": disk(folder), "told": accounted(str(folder), job)} | measured(job)
+                    added(chosen.out, line)
+                    measurements.setdefault((method, source, count, length), []).append(line)
                     peak = line["peak"]["anonymous"] / 2**20
                     what = f"{depth} blocks, {count} × {length}, {method}, {source}"
                     print(f"{what}: {peak:.0f} MiB, {line['wall']:.0f} s", flush=True)
+    for lines in measurements.values():
+        if len(lines) > 1 and chosen.preset in WHOLE:
+            whole = extrapolated(lines, WHOLE[chosen.preset])
+            added(chosen.out, whole)
+            print(f"{whole['depth']} blocks, {whole['method']}: {whole['wall']:.0f} s, on a line through two depths")
+
+
+def added(file: str, line: dict) -> None:
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,12 +69,29 @@ def all_cases(out: Path) -> None:
 
 
 def assert_equal(one: dict, other: dict) -> None:
-    """Ranks are the same, losses to 1e-10, factors to 1e-8."""
+    """Ranks are the same, losses to 1e-10, factors to 1e-8: in bfloat16 they differ by one unit in the last place at most."""
     pd.testing.assert_frame_equal(one["table"], other["table"], rtol=1e-8, atol=1e-12)
     assert one["losses"] == pytest.approx(other["losses"], rel=1e-10)
     assert one["tensors"].keys() == other["tensors"].keys()
     for key, value in one["tensors"].items():
         torch.testing.assert_close(value, other["tensors"][key], rtol=1e-8, atol=1e-8, msg=key)
+        if value.is_floating_point():
+            assert units_apart(value, other["tensors"][key]) <= 1, key
+
+
+def units_apart(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many numbers of bfloat16 lie between two tensors after rounding, at most; those below 1e-6 are not looked at."""
+    places = [t.to(torch.bfloat16).view(torch.int16).int() for t in (one, other)]
+    steps = [torch.where(place < 0, -(place & 0x7FFF), place) for place in places]  # in the order of the numbers
+    return int(torch.where(one.abs() > 1e-6, steps[0] - steps[1], 0).abs().max())
+
+
+def test_units_in_the_last_place_are_counted():
+    one = torch.tensor([1.0, -1.0, 1e-7], dtype=torch.float64)
+    assert units_apart(one, one) == 0
+    assert units_apart(one, one * (1 + 2**-7)) == 1
+    assert units_apart(one, one * (1 - 2**-6)) == 4
+    assert units_apart(one, -one) > 1000
 
 
 @pytest.fixture(scope="module")
