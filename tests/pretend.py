@@ -80,6 +80,8 @@ def _run(func, args: tuple, kwargs: dict):
     if func is Tensor.register_hook:
         tensor, hook = args
         return func(tensor, lambda g: hook(_tag(g, _place(tensor))))
+    if func is torch.autograd.grad:  # of inputs wherever they lie
+        return _gradients(*args, **kwargs)
     name = getattr(func, "__name__", str(func))
     place = _place_of_call(func, name, args, kwargs)
     if "device" in kwargs and kwargs["device"] is not None:
@@ -89,6 +91,13 @@ def _run(func, args: tuple, kwargs: dict):
     before = {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
     out = func(*args, **kwargs)
     return tree_map_only(Tensor, lambda x: x if id(x) in before else _tag(x, place), out)
+
+
+def _gradients(outputs, inputs, *args, **kwargs) -> tuple[Tensor, ...]:
+    """``torch.autograd.grad``: every gradient lies beside its input."""
+    found = torch.autograd.grad(outputs, inputs, *args, **kwargs)
+    many = isinstance(inputs, list | tuple)
+    return tuple(_tag(g, _place(x)) for g, x in zip(found, inputs if many else [inputs], strict=True))
 
 
 def _place_of_call(func, name: str, args: tuple, kwargs: dict) -> torch.device:

@@ -55,8 +55,8 @@ class Batch:
             weight,
             first,
         )  # the weight is 1 on average; the number of the first window
-        self.calls, device = entered.calls, entered.hidden.device
-        parts = [Waiting(shelf, f"{first}/{part}", device) for part in ("hidden", "landmarks", "outputs")]
+        self.calls = entered.calls
+        parts = [Waiting(shelf, f"{first}/{part}") for part in ("hidden", "landmarks", "outputs")]
         self.hidden, self.landmarks, self.outputs = parts
         self.hidden[DENSE] = self.hidden[OURS] = entered.hidden
 
@@ -134,7 +134,7 @@ def followed(
         kept = shelf.own.get(f"{STREAMS}/{begin}") if begin else {}
         for name, tensor in kept.items():
             stream, _, number = name.partition(" ")
-            batches[int(number)].hidden[stream] = tensor
+            batches[int(number)].hidden[stream] = tensor.to(entered.hidden.device)
         counted = {"total": len(decoder), "initial": begin, "disable": not progress, "leave": False}
         for index in tqdm(range(begin, len(decoder)), "shifted", **counted):
             with decoder.held(index):
@@ -240,7 +240,7 @@ class FollowedBlock:
                 completion(self.block, part, layer) as found,
             ):
                 have = value_at(module, self.block, item.hidden[OURS], item.calls[self.index])
-            sums[item.domain].add(seen[0], item.wanted(place) - have)
+            sums[item.domain].add(seen[0], (item.wanted(place) - have).to(seen[0].device))
             rest.append(found[0] if found else None)
             if found:
                 item.hidden[INPUT] = seen[0]

@@ -74,7 +74,7 @@ def landmark(block: nn.Module, layer: nn.Module, hidden: Tensor, call: Call) -> 
     for place in reversed(plain):
         if place in moved and plain[place].shape[-1] == moves[0].shape[-1] and plain[place].numel() == moves[0].numel():
             step = (moved[place] - plain[place]).reshape(moves[0].shape)  # some blocks lay all tokens in one row
-            if (step - moves[0]).norm() <= close:
+            if (step.to(moves[0].device) - moves[0]).norm() <= close:
                 return place
     return layer
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -39,21 +38,21 @@ class Row(Sequence):
 
 
 class Waiting(MutableMapping):
-    """Tensors, or nests of them, by name: they wait on a shelf and come back to the device where the block computes."""
+    """Tensors, or nests of them, by name: they wait on a shelf, and each comes back to the device that it came from."""
 
-    def __init__(self, shelf: Shelf, key: str, device: torch.device):
-        self.shelf, self.key, self.device, self._forms = shelf, key, device, {}
+    def __init__(self, shelf: Shelf, key: str):
+        self.shelf, self.key, self._forms = shelf, key, {}
 
     def __setitem__(self, name: str, value: object) -> None:
         leaves, form = tree_flatten(value)
         tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         self.shelf.put(f"{self.key}/{name}", tensors)
-        self._forms[name] = form, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._forms[name] = form, [leaf.device if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def __getitem__(self, name: str) -> object:
         form, leaves = self._forms[name]
         found = self.shelf.get(f"{self.key}/{name}")
-        leaves = [found[str(i)].to(self.device) if str(i) in found else leaf for i, leaf in enumerate(leaves)]
+        leaves = [found[str(i)].to(leaf) if str(i) in found else leaf for i, leaf in enumerate(leaves)]
         return tree_unflatten(leaves, form)
 
     def __delitem__(self, name: str) -> None:

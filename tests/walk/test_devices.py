@@ -54,10 +54,10 @@ CACHES = {
 
 
 @functools.cache
-def on_the_cpu(what: str, way: str):
+def on_the_cpu(what: str, way: str, blocks: int = 1):
     """What is expected: the model compressed where there is no other device, and the report."""
-    compress, ways, size = (nsvd.compress_, WAYS, SMALL) if what == "weights" else (nsvd.compress_kv_, CACHES, TWO)
-    model = tiny_model(**size)
+    compress, ways = (nsvd.compress_, WAYS) if what == "weights" else (nsvd.compress_kv_, CACHES)
+    model = tiny_model(**SMALL | {"num_hidden_layers": blocks})
     return model, compress(model, **({"windows": IDS} | ways[way]))
 
 
@@ -87,7 +87,7 @@ def test_weights_are_compressed_where_they_lie(way, device):
 @pytest.mark.parametrize("way", CACHES)
 def test_a_cache_of_latents_lies_with_its_model(way, device):
     """Made there, filled there, attended to there."""
-    theirs, expected = on_the_cpu("cache", way)
+    theirs, expected = on_the_cpu("cache", way, blocks=2)
     with pretending(device):
         ours = moved(tiny_model(**TWO), device)
         report = nsvd.compress_kv_(ours, **({"windows": IDS} | CACHES[way]))
