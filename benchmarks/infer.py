@@ -20,8 +20,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import nsvd
-from benchmarks.machine import described, seconds
+from benchmarks.machine import described
 from benchmarks.scale import BILLION, SEVEN
+from nsvd.lab.speed import seconds
 from nsvd.linalg.factors import FACTORS, rank_for_ratio
 from nsvd.stored.layers import KINDS
 from nsvd.walk.caches import caches_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import transformers
 
 import nsvd
+from nsvd.lab.speed import seconds
 
 
 def described(device: str | torch.device) -> dict:
@@ -33,16 +33,6 @@ def _processor() -> str:
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-
-
-def seconds(function: Callable[[], object], device: str | torch.device) -> float:
-    """How long one call takes, the work it leaves to a GPU included."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - start
 
 
 def medians(functions: Mapping[str, Callable[[], object]], repeat: int, device: str | torch.device) -> dict[str, float]:

@@ -14,6 +14,7 @@ from nsvd.lab.compress import compress
 from nsvd.lab.corpora import EMBEDDED, documents, windows
 from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
+from nsvd.lab.speed import faster, speed
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
 from nsvd.stored.checkpoint import CheckpointError, save
 from nsvd.stored.files import replacing
@@ -53,6 +54,7 @@ __all__ = [
     "domains",
     "embedded_models",
     "evaluate",
+    "faster",
     "fisher",
     "load",
     "mix",
@@ -64,6 +66,7 @@ __all__ = [
     "sample",
     "save",
     "sensitivity",
+    "speed",
     "targets",
     "windows",
 ]

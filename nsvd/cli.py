@@ -165,12 +165,14 @@ def info(chosen: argparse.Namespace) -> None:
     from nsvd.stored.checkpoint import describe
     from nsvd.stored.layers import CompressedLayer
 
-    model, _ = nsvd.load(chosen.model, device="cpu")
+    model, _ = nsvd.load(chosen.model, device="auto" if chosen.speed else "cpu")
     total, size = model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{chosen.model}: {type(model).__name__}, {total:,} parameters, {size / 2**20:.1f} MiB, {model.dtype}")
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         print("dense")
+        if chosen.speed:
+            _speed(model)
         return
     about = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     reached = about.get("ratio_reached")
@@ -190,6 +192,29 @@ def info(chosen: argparse.Namespace) -> None:
         if isinstance(module, CompressedLayer):
             about = ", ".join(f"{key} {value}" for key, value in describe(module).items())
             print(f"  {name}: {module.out_features} × {module.in_features}, {about}")
+    if chosen.speed:
+        _speed(model)
+
+
+def _speed(model) -> None:
+    """Measure up to which rank factors are no slower than the dense layer; name the layers beyond it, and those that are dense."""
+    from nsvd.lab.speed import dense, slower, speed
+    from nsvd.linalg.factors import n_params
+
+    table = speed(model)
+    print(f"times as fast as the dense layer, measured on {model.device.type} in {model.dtype}:")
+    ratios = [column for column in table if isinstance(column, float)]
+    for row in table.to_dict("records"):
+        shape, read = f"{row['d_out']} × {row['d_in']}", f"{row['tokens']} token{'s' * (row['tokens'] > 1)}"
+        times = ", ".join(f"{row[ratio]:.2f} at {ratio:.0%} removed" for ratio in ratios)
+        removed = 1 - n_params(row["d_out"], row["d_in"], row["rank"], row["factors"]) / (row["d_out"] * row["d_in"])
+        up_to = (
+            f"no slower up to rank {row['rank']} ({removed:.0%} removed)" if row["rank"] else "slower at all of them"
+        )
+        print(f"  {shape} ({row['layers']}), {row['factors']}, {read}: {times}; {up_to}")
+    for names, what in ((slower(model, table), "compressed and slower here than dense"), (list(dense(model)), "dense")):
+        if names:
+            print(f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} others' * (len(names) > 6)}")
 
 
 def _flush() -> None:
@@ -323,6 +348,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(info)
     sub.add_argument("model", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")
+    sub.add_argument(
+        "--speed", action="store_true", help="measure up to which rank factors are no slower than dense layers here"
+    )
     return parser
 
 

@@ -177,13 +177,15 @@ class PivotedLinear(CompressedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.down(x)
-        if self._one_product(z):
+        if z.numel() >= self.rank**2 and self._one_product(z):
             unit = torch.eye(self.rank, device=z.device, dtype=z.dtype)
             rows = torch.cat([unit, self.up.weight]).index_select(0, self.order)
             return F.linear(z, rows, self.bias)
         y = torch.cat([z, self.up(z)], dim=-1)
-        rows = y.view(-1, self.out_features)  # in two dimensions several times as fast
-        y = rows.index_select(1, self.order).view_as(y)
+        if y.numel() == self.out_features:  # one token: a view takes longer than the reordering
+            y = y.index_select(-1, self.order)
+        else:
+            y = y.view(-1, self.out_features).index_select(1, self.order).view_as(y)  # so several times as fast
         return y if self.bias is None else y + self.bias
 
     def _one_product(self, z: Tensor) -> bool:
@@ -193,7 +195,7 @@ class PivotedLinear(CompressedLayer):
         more tokens than k, up to a rank that depends on how fast the device multiplies beside how fast it moves numbers.
         Not where gradients are needed, where a compiler fuses the reordering, or where ``up`` is more than its weight.
         """
-        pays = z.numel() >= self.rank**2 > 0 and self.rank**2 <= REORDERED[z.element_size() <= 2] * self.out_features
+        pays = self.rank**2 <= REORDERED[z.element_size() <= 2] * self.out_features
         usual = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return pays and usual and _bare(self.up) and z.dtype == self.up.weight.dtype
 
