@@ -17,7 +17,7 @@ from nsvd.walk.text import check_length
 
 CACHE_BYTES = 8 * 2**30  # of a batch of windows while they are sampled
 MOST_TOKENS = 2**27  # of text that is made up, 1 GiB of ids
-DRAWN = 256  # tokens drawn at a time: their probabilities are added up in float64
+DRAWN = 16  # tokens drawn at a time: what is made of their probabilities in float64 is to stay near the processor
 OPENING, OPENING_TOKENS = 1.5, 10  # own text begins at this temperature, and is down at 1 after so many tokens
 
 
