@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from nsvd.linalg.precision import double, home
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating
+from nsvd.walk.memory import room_on
 from nsvd.walk.moments import check_names, check_windows
 from nsvd.walk.processes import gathered, summed, wait
 from nsvd.walk.sampling import index_at
@@ -95,7 +96,7 @@ def fisher_into(
         inside = {name: decoder.index(name) for name in names}
         scratch = shelf.scratch()
         stream = Stream(decoder, domains, batch=batch, scratch=scratch)
-        gradients = Row(scratch, "gradients")
+        gradients = Row(scratch, "gradients", room=room_on(decoder.device))
         tokens = [share / ids.numel() for ids, share in zip(domains, shares, strict=True)]
         at = _begin(gradients, stream, shelf, walk, labels, seed, progress)
         for index in _counted(range(at)[::-1], len(decoder), progress):

@@ -7,12 +7,24 @@ import os
 import sys
 from functools import cache
 
+import torch
+
 # Of so many matrix products oneDNN, and its wrapper in torch, keep the code, some 0.4 MB each. They would keep 1024, and every
 # compressed layer has shapes of its own.
 SHAPES = 64
 
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read when the first product is taken
     os.environ.setdefault(_name, str(SHAPES))
+
+
+WAITING = 2**33  # bytes of a GPU that hidden states may wait in
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes of a device that hidden states may wait in: at most a quarter of what is free on a GPU, none elsewhere."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return min(WAITING, torch.cuda.mem_get_info(device)[0] // 4)
 
 
 def give_back() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsvd.walk.decoder import Call, Decoder, Entered
+from nsvd.walk.memory import room_on
 from nsvd.walk.processes import count, gathered, rank, share, wait
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.waiting import Row
@@ -30,8 +31,8 @@ class Batch:
 class Stream:
     """All windows of all domains before block ``at``; of several processes each has its share of them, unless not ``dealt``.
 
-    ``hidden`` has the states (count, length, d) of every batch, in a row on a ``scratch`` shelf. ``step`` takes them through
-    the next block. Where a walk was interrupted, ``restore`` begins at a border that was kept.
+    ``hidden`` has the states (count, length, d) of every batch, in a row on a ``scratch`` shelf, or on the GPU where that has
+    room. ``step`` takes them through the next block. Where a walk was interrupted, ``restore`` begins at a border that was kept.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Stream:
     ):
         self.decoder, self.at = decoder, 0
         self.batches: list[Batch] = []
-        self.hidden = Row(scratch or Shelf(), "hidden")
+        self.hidden = Row(scratch or Shelf(), "hidden", room=room_on(decoder.device))
         self.hidden.fill(self._entered(domains, batch, dealt))
 
     def _entered(self, domains: Sequence[Tensor], batch: int | None, dealt: bool) -> Iterator[Tensor]:

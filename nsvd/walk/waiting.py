@@ -11,18 +11,23 @@ from nsvd.walk.shelf import Shelf
 
 
 class Row(Sequence):
-    """Tensors by number, under a name on a shelf."""
+    """Tensors by number, under a name on a shelf; as many as there is ``room`` for, in bytes, stay on the GPU where they are."""
 
-    def __init__(self, shelf: Shelf, name: str):
+    def __init__(self, shelf: Shelf, name: str, *, room: int = 0):
         self.shelf, self.name, self._count = shelf, name, 0
+        self._room, self._here = room, {}
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return self.shelf.get(f"{self.name}/{index}")[""]
+        return self._here[index] if index in self._here else self.shelf.get(f"{self.name}/{index}")[""]
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        self.shelf.put(f"{self.name}/{index}", {"": tensor})
+        self._drop(index)
+        if tensor.device.type != "cpu" and tensor.nbytes <= self._room:
+            self._here[index], self._room = tensor.detach(), self._room - tensor.nbytes
+        else:
+            self.shelf.put(f"{self.name}/{index}", {"": tensor})
 
     def __len__(self) -> int:
         return self._count
@@ -34,6 +39,12 @@ class Row(Sequence):
             self[count - 1] = tensor
         self._count = count
         for index in range(count, before):
+            self._drop(index)
+
+    def _drop(self, index: int) -> None:
+        if index in self._here:
+            self._room += self._here.pop(index).nbytes
+        else:
             self.shelf.drop(f"{self.name}/{index}")
 
 

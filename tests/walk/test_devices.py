@@ -10,6 +10,7 @@ import torch
 
 import nsvd
 from nsvd.cache.latent import latent_layers
+from nsvd.walk import stream
 from nsvd.walk.loss import window_losses
 from tests.linalg.reference import MATRIX
 from tests.pretend import assert_on, moved, pretending
@@ -176,3 +177,24 @@ def test_the_pretended_device_refuses_what_a_real_one_refuses():
         for double in (lambda: a.to("mps").double(), lambda: torch.zeros(2, device="mps", dtype=torch.float64)):
             with pytest.raises(TypeError, match="float64"):
                 double()
+
+
+@pytest.mark.parametrize("room", [0, 3 * 10 * 32 * 4, 2**20])
+def test_hidden_states_wait_on_a_gpu_that_has_room(room, monkeypatch):
+    """All of them, those that there is room for, or none; the moments and the gradients are the same."""
+    model, places = tiny_model(**TWO), []
+    expected = statistics(model, IDS)
+    monkeypatch.setattr(stream, "READ", 30)  # three windows
+    monkeypatch.setattr(stream, "room_on", lambda _device: room)
+    step = stream.Stream.through
+    with pretending("cuda"):
+        there = moved(tiny_model(**TWO), "cuda")
+        monkeypatch.setattr(
+            stream.Stream, "through", lambda self, b, x: places.append(x.device.type) or step(self, b, x)
+        )
+        found = statistics(there, IDS)
+    stay = {0: 0, 2**20: 2}.get(room, 1)  # of two batches
+    assert places == 4 * (stay * ["cuda"] + (2 - stay) * ["cpu"])
+    for name in expected:
+        torch.testing.assert_close(found[name].G, expected[name].G, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[name].H, expected[name].H, rtol=1e-4, atol=1e-6)
