@@ -1,4 +1,4 @@
-"""What the statistics pass and the decompositions cost, as ratios measured side by side in one run.
+"""What the statistics pass costs, as a ratio measured side by side in one run.
 
 python benchmarks/costs.py [--model mini-llama] [--repeat 5]
 """
@@ -47,37 +47,8 @@ def main() -> None:
         for ids in windows.split(8):
             model(input_ids=ids.to(device), use_cache=False)
 
-    stats = nsvd.calibrate(model, windows)
-    prepared = nsvd.prepare(model, stats, "asvd-1")
-    method, layers = nsvd.METHODS["nsvd-1"], nsvd.targets(model)
-    ratios, splits = (0.1, 0.2, 0.3, 0.4, 0.5), (0.95, 0.9, 0.8)
-
-    def ranks(layer):
-        return [nsvd.linalg.rank_for_ratio(*layer.weight.shape, ratio) for ratio in ratios]
-
-    def every_cell(start_again: bool):
-        for name, layer in layers.items():
-            W = layer.weight.detach().double()
-            for k in ranks(layer):
-                for k1 in splits:
-                    outer = method.prepare(W, stats[name].to(W.device)) if start_again else prepared[name]
-                    method.cut(outer, k, k1=k1)
-
-    seconds = median_seconds(
-        {
-            "forward": forward,
-            "statistics": lambda: nsvd.calibrate(model, windows),
-            "decompose once": lambda: nsvd.prepare(model, stats, "asvd-1"),
-            "15 cells, decomposed once": lambda: every_cell(False),
-            "15 cells, decomposed each time": lambda: every_cell(True),
-        },
-        chosen.repeat,
-    )
-    shared = seconds["decompose once"] + seconds["15 cells, decomposed once"]
-    ratios = {
-        "statistics pass / forward pass of the same tokens": seconds["statistics"] / seconds["forward"],
-        "5 ratios × 3 splits: decomposing each time / once": seconds["15 cells, decomposed each time"] / shared,
-    }
+    seconds = median_seconds({"forward": forward, "statistics": lambda: nsvd.calibrate(model, windows)}, chosen.repeat)
+    ratios = {"statistics pass / forward pass of the same tokens": seconds["statistics"] / seconds["forward"]}
     print(
         json.dumps(
             {"device": str(device), "threads": torch.get_num_threads(), "seconds": seconds, "ratios": ratios}, indent=1

@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsvd.linalg.factors import LowRank
-from nsvd.linalg.whiteners import Whitener, check_semidefinite
+from nsvd.linalg.whiteners import CLEARLY, Whitener, check_semidefinite
 
-FEW = 1 / 8  # of all eigenvectors: up to here LAPACK's evr, which makes no others, takes 0.6 of the time of its evd
+STRIP = 512  # rows of a product of which half is wanted
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,16 @@ class Spectrum:
 class Decomposition:
     """The first k terms of W = U · coords, in order: the first of them up to j are the rank-j answer. m = min(d_out, d_in).
 
-    ``U`` (d_out, k) has columns of unit length; ``s`` (m,) falls, and Σ_{i>j} s_i² is the error of rank j in the method's own
+    ``U`` (d_out, k) has columns of unit length; ``s`` falls, and Σ_{i>j} s_i² of all m is the error of rank j in the method's own
     norm; ``coords`` (k, d_in) are the coordinates of W in the columns of U; ``right`` (k, d_in) are the right factors, ``coords``
-    itself unless the pseudo-inverse of a singular S has removed directions from them. ``s`` has all its values for any k.
+    itself unless the pseudo-inverse of a singular S has removed directions from them. Without vectors (k = 0) or with all of
+    them ``s`` has all m values, else the first k at least.
 
     What U is depends on the metric: see ``Orthogonal`` and ``Oblique``.
     """
 
     U: Float[Tensor, "d_out k"]
-    s: Float[Tensor, " m"]
+    s: Float[Tensor, " values"]
     coords: Float[Tensor, "k d_in"]
     right: Float[Tensor, "k d_in"]
 
@@ -58,7 +59,7 @@ class Decomposition:
         Raises:
             ValueError: if there are fewer.
         """
-        self.check_rank(len(self.s))
+        self.check_rank(min(len(self.U), self.right.shape[1]))
         if self.right is self.coords:
             return LowRank(self.U[:, k:], self.coords[k:])
         return LowRank(self.U, torch.cat([self.coords[:k] - self.right[:k], self.coords[k:]]))
@@ -104,14 +105,14 @@ def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None, k: int 
     """
     Q, core, k = *_smaller_side(W), _terms(W, k)
     weighted = core if M is None else core * M if M.ndim == 1 else core @ M
-    A = weighted @ core.mT
-    eigenvalues, V = torch.linalg.eigh(A) if k else (torch.linalg.eigvalsh(A), A[:, :0])
-    check_semidefinite("W M Wᵀ", eigenvalues)
-    eigenvalues = eigenvalues.flip(0)
+    A = _lower(weighted, core)
+    eigenvalues, V = _leading_pairs(A, k)
+    _check_semidefinite(A, eigenvalues)
     seen = int((eigenvalues > max(W.shape) * torch.finfo(W.dtype).eps * eigenvalues[0]).sum())
-    blind, V = V[:, : len(A) - seen], V[:, len(A) - k :].flip(1)
     if k > seen:  # where M is blind, W Wᵀ gives the order, as a vanishing ridge would
-        V = torch.cat([V[:, :seen], leading(LowRank(blind, blind.mT @ core), k - seen).left], dim=1)
+        V = V[:, :seen]
+        blind = torch.linalg.qr(V, mode="complete").Q[:, seen:]
+        V = torch.cat([V, leading(LowRank(blind, blind.mT @ core), k - seen).left], dim=1)
     coords = V.mT @ core
     return Orthogonal(_times(Q, V), eigenvalues.clamp(min=0).sqrt(), coords, coords)
 
@@ -130,18 +131,48 @@ def from_whitener(W: Float[Tensor, "d_out d_in"], S: Whitener, k: int | None = N
 
 def leading(residual: LowRank, k: int) -> LowRank:
     """Best rank-k approximation in the Frobenius norm of a matrix given as orthonormal columns times rows."""
-    V = _leading_vectors(residual.right @ residual.right.mT, k)
+    _, V = _leading_pairs(_lower(residual.right, residual.right), k)
     return LowRank(residual.left @ V, V.mT @ residual.right)
 
 
-def _leading_vectors(A: Float[Tensor, "m m"], k: int) -> Float[Tensor, "m k"]:
-    """Eigenvectors of the k largest eigenvalues of a symmetric matrix, the largest first."""
-    if A.device.type == "cpu" and 0 < k <= FEW * len(A):
-        some = (len(A) - k, len(A) - 1)
-        V = torch.from_numpy(scipy.linalg.eigh(A.numpy(), subset_by_index=some, driver="evr", check_finite=False)[1])
+def _leading_pairs(A: Float[Tensor, "m m"], k: int) -> tuple[Float[Tensor, " values"], Float[Tensor, "m k"]]:
+    """Eigenvalues, falling, the first k at least, and k eigenvectors of a symmetric matrix; only its lower triangle is read."""
+    m = len(A)
+    if k == 0:
+        return torch.linalg.eigvalsh(A).flip(0), A[:, :0]
+    if A.device.type == "cpu" and k <= _few(m):
+        how = {"subset_by_index": (m - k, m - 1), "driver": "evr", "check_finite": False}
+        eigenvalues, V = map(torch.from_numpy, scipy.linalg.eigh(A.numpy(), **how))
     else:
-        V = torch.linalg.eigh(A).eigenvectors[:, len(A) - k :]
-    return V.flip(1)
+        eigenvalues, V = torch.linalg.eigh(A)
+    return eigenvalues.flip(0), V[:, V.shape[1] - k :].flip(1)
+
+
+def _few(m: int) -> float:
+    """As many of m eigenvectors take LAPACK's evr, which makes no others, the time that evd takes for all; measured on a CPU.
+
+    A fifth for m = 1000, half for m = 4000, where evd waits for the memory.
+    """
+    return min(0.1 + m / 8192, 0.6) * m
+
+
+def _check_semidefinite(A: Float[Tensor, "m m"], eigenvalues: Float[Tensor, " values"]) -> None:
+    """``check_semidefinite`` of A with these eigenvalues, falling; where the last of them are not known Cholesky tells."""
+    if len(eigenvalues) == len(A):
+        return check_semidefinite("W M Wᵀ", eigenvalues.flip(0))
+    raised = A.clone()
+    raised.diagonal().add_(CLEARLY * eigenvalues[0].abs())
+    if eigenvalues[0] != 0 and torch.linalg.cholesky_ex(raised).info:
+        raise torch.linalg.LinAlgError("W M Wᵀ is not positive semidefinite: it has a negative eigenvalue")
+
+
+def _lower(A: Float[Tensor, "m n"], B: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
+    """The lower triangle of A Bᵀ, a symmetric matrix, strip by strip; what is above it is not to be read."""
+    product = A.new_zeros(len(A), len(A))
+    for first in range(0, len(A), STRIP):
+        rows = slice(first, first + STRIP)
+        product[rows, : first + STRIP] = A[rows] @ B[: first + STRIP].mT
+    return product
 
 
 def _terms(W: Tensor, k: int | None) -> int:

@@ -43,6 +43,34 @@ def test_one_elimination_alone_may_leave_large_coefficients(monkeypatch):
     assert spanning_rows(A)[1].abs().max() > 1000
 
 
+def rounded(A: torch.Tensor, right: torch.Tensor, order: torch.Tensor, T: torch.Tensor) -> float:
+    """Relative error of A · right on the chosen rows after these and T went through bfloat16."""
+    rows = (A @ right)[order]
+    C, T = (part.bfloat16().double() for part in (rows[: A.shape[1]], T))
+    return ((torch.cat([C, T @ C]) - rows).norm() / rows.norm()).item()
+
+
+def rows_by_qr(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What LAPACK's QR with column pivoting of the orthonormalised columns chooses."""
+    k, Q = A.shape[1], torch.linalg.qr(A)[0]
+    _, R, order = scipy.linalg.qr(Q.mT.numpy(), mode="economic", pivoting=True)
+    return torch.from_numpy(order).long(), torch.from_numpy(scipy.linalg.solve_triangular(R[:k, :k], R[:k, k:])).mT
+
+
+def test_the_rows_are_as_good_as_those_of_a_pivoted_qr(monkeypatch):
+    """Through bfloat16 they lose a tenth more on the average of twelve draws; after one elimination alone a third more."""
+
+    def ratio(k: int, fall: float) -> float:
+        A = torch.linalg.qr(torch.randn(300, k))[0] * torch.logspace(0, fall, k)
+        right = torch.logspace(0, -1 - fall, k)[:, None] * torch.randn(k, 200)
+        return rounded(A, right, *spanning_rows(A)) / rounded(A, right, *rows_by_qr(A))
+
+    draws = [(k, fall) for k in (20, 80, 160) for fall in (0, -3)] * 2
+    assert sum(ratio(*draw) for draw in draws) / 12 < 1.2
+    monkeypatch.setattr(pivots, "BOUND", float("inf"))
+    assert sum(ratio(*draw) for draw in draws) / 12 > 1.25
+
+
 def test_rows_with_nan_end_the_search():
     """They are for somebody else to refuse."""
     assert spanning_rows(torch.full((5, 2), float("nan")))[1].isnan().any()
