@@ -151,7 +151,7 @@ def _leading_pairs(A: Float[Tensor, "m m"], k: int) -> tuple[Float[Tensor, " val
 def _few(m: int) -> float:
     """As many of m eigenvectors take LAPACK's evr, which makes no others, the time that evd takes for all; measured on a CPU.
 
-    A fifth for m = 1000, half for m = 4000, where evd waits for the memory.
+    A fifth for m = 1000, more than half for m = 4000, where evd waits for the memory.
     """
     return min(0.1 + m / 8192, 0.6) * m
 
