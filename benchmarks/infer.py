@@ -41,14 +41,17 @@ def loaded(name: str, device: str, blocks: int | None) -> nn.Module:
         return LlamaForCausalLM(config).eval()
 
 
+@torch.no_grad()
 def factored(model: nn.Module, ratio: float, factors: str) -> nn.Module:
     """The same model with random factors; what is not compressed is shared with it."""
     made = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for name, layer in nsvd.targets(model).items():
         k = rank_for_ratio(*layer.weight.shape, ratio, factors)
         new = LAYER[factors].like(layer, rank=k).requires_grad_(False)
-        for buffer in new.buffers():  # the order of the outputs
-            buffer.copy_(torch.randperm(len(buffer)))
+        for bias in (p for p in new.parameters() if p.ndim == 1):
+            bias.copy_(layer.bias)
+        for order in new.buffers():
+            order.copy_(torch.randperm(len(order)))
         made.set_submodule(name, new)
     return made
 
