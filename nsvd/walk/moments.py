@@ -172,7 +172,7 @@ def check_sums(model: nn.Module, running: Mapping[str, Sums]) -> None:
     for name, sums in running.items():
         if not sums.n:
             raise ValueError(f"layer {name} saw no input: take a text that reaches it")
-        if not sums.outer.diagonal().isfinite().all():  # it is what overflows first
+        if not sums.squares.isfinite().all():
             broken = [key for key, value in model.named_parameters() if not (value.is_meta or value.isfinite().all())]
             cause = f"; so does the parameter {broken[0]}" if broken else ""
             raise FloatingPointError(f"the input of layer {name} holds NaN or Inf on the calibration text{cause}")

@@ -14,7 +14,7 @@ from nsvd.linalg import Moments
 from nsvd.linalg.precision import double, home
 from nsvd.walk.processes import gathered, summed
 
-CHUNK = 4096  # tokens whose products are one sum in float32
+CHUNK, PIECE = 4096, 256  # tokens whose products are one sum in float32; whose absolute values are
 STRIPS, NARROWEST = 8, 128  # strips of rows that a product is taken in, and rows of a strip at least
 
 
@@ -36,6 +36,11 @@ class Sums:
         """Σ x xᵀ, exactly symmetric; None before the first input."""
         return None if self._upper is None else mirror_(self._upper)
 
+    @property
+    def squares(self) -> Float[Tensor, " d_in"]:
+        """Σ x², of every channel: NaN or Inf where an input is, or a product too large."""
+        return self._upper.diagonal()
+
     def add(self, x: Float[Tensor, "... d_in"], y: Float[Tensor, "... d_out"] | None = None) -> None:
         """Take in inputs, and what goes with each of them."""
         x = x.reshape(-1, x.shape[-1])
@@ -48,7 +53,8 @@ class Sums:
             self.cross = torch.zeros(y.shape[1], x.shape[1], **place)
         for part, beside in zip(_chunks(x), x.split(CHUNK) if y is None else _chunks(y), strict=True):
             _add_product_(self._upper, part, part, half=True)
-            self.absolute += double(part.abs().sum(0, dtype=_least(part)))
+            pieces = [piece.abs().sum(0, dtype=_least(part)) for piece in part.split(PIECE)]
+            self.absolute += double(torch.stack(pieces)).sum(0)
             if y is not None:
                 _add_product_(self.cross, beside, part)
         self.n += len(x)
