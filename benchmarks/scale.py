@@ -1,6 +1,6 @@
 """Peak memory and time of a compression against depth, width and tokens, as the operating system sees them.
 
-python benchmarks/scale.py --preset small|tokens|width|1b|7b-block [--out FILE] [--models FOLDER] [--methods asvd-1 best]
+python -m benchmarks.scale --preset small|tokens|width|1b|7b-block|quick [--out FILE] [--models FOLDER] [--methods asvd-1 best]
 
 Every job runs in a process of its own on a random LLaMA in bfloat16, which is written to a folder first and kept there. Its
 resident memory is read from outside every 50 ms. Files that are mapped into memory are counted apart: the system takes that
@@ -24,6 +24,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import nsvd
+from benchmarks.machine import described
+from nsvd.compression.cost import cost
+from nsvd.compression.request import resolve
+
 SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8, "num_key_value_heads": 8}
 SMALL |= {"vocab_size": 2048}
 BILLION = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
@@ -33,9 +38,10 @@ SEVEN |= {"vocab_size": 32_000}
 WIDE = SMALL | {"hidden_size": 512, "intermediate_size": 1376}
 BOTH = ("resident", "folder")
 
-WHOLE = {"7b-block": 32}  # blocks of the model that two depths stand for
+WHOLE = {"7b-block": 32, "quick": 4}  # blocks of the model that two depths stand for
 # shape, depths, (count, length) of the windows, methods, sources
 PRESETS = {
+    "quick": (SMALL | {"hidden_size": 64, "intermediate_size": 96}, (1, 2), ((4, 32),), ("asvd-1",), ("folder",)),
     "small": (SMALL, (12, 48), ((64, 256),), ("best",), BOTH),
     "tokens": (SMALL, (12,), ((32, 256), (128, 256)), ("asvd-1", "best"), BOTH),
     "width": (WIDE, (12,), ((64, 256),), ("asvd-1", "best"), BOTH),
@@ -76,12 +82,8 @@ def built(models_folder: Path, shape: dict, depth: int) -> Path:
     return folder
 
 
-def accounted(folder: str, job: dict) -> dict[str, float]:
+def accounted(config: LlamaConfig, job: dict) -> dict[str, float]:
     """What the work is said to take, from the sizes alone: bytes, and passes over the text."""
-    from nsvd.compression.cost import cost
-    from nsvd.compression.request import resolve
-
-    config = LlamaConfig.from_pretrained(folder)
     with torch.device("meta"):
         empty = LlamaForCausalLM(config).to(torch.bfloat16)
     names = ("ranks", "allocation", "factors", "shifted", "search_count")
@@ -99,14 +101,12 @@ def extrapolated(lines: list[dict], depth: int) -> dict:
     found = {"wall": along(few["wall"], many["wall"]), "disk": along(few["peak"]["disk"], many["peak"]["disk"])}
     if "device_peak" in many:
         found |= {"device_peak": many["device_peak"]}
-    same = ("preset", "method", "source", "count", "length", "ratio", "device", "shape")
+    same = ("preset", "method", "source", "count", "length", "ratio", "device", "shape", "machine")
     return {n: many[n] for n in same} | {"depth": depth, "from_depths": [few["depth"], many["depth"]]} | found
 
 
 def work(job: dict) -> None:
     """What a child does: one compression, with a line of JSON at the end."""
-    import nsvd
-
     begun, cpu = time.perf_counter(), time.process_time()
     print(json.dumps({"begin": True}), flush=True)
     how, text = {"method": job["method"], "ratio": job["ratio"]}, {"count": job["count"], "length": job["length"]}
@@ -147,7 +147,7 @@ def disk(folder: Path) -> int:
 def measured(job: dict) -> dict:
     """Run a job in a child; what it told, and its peaks of memory and disk, before it began and at the highest."""
     with tempfile.TemporaryDirectory(prefix="nsvd-scale-", dir=job["scratch"]) as scratch:
-        command = [sys.executable, __file__, "--child", json.dumps(job | {"out": f"{scratch}/out"})]
+        command = [sys.executable, "-m", "benchmarks.scale", "--child", json.dumps(job | {"out": f"{scratch}/out"})]
         environment = os.environ | {"TMPDIR": scratch}  # what does not fit in memory goes there, too
         told, peaks, before, looks = Path(scratch) / "told", {}, {}, 0
         with told.open("w", encoding="utf-8") as out:
@@ -185,6 +185,7 @@ def main() -> None:
     if chosen.child:
         return work(json.loads(chosen.child))
     shape, depths, texts, methods, sources = PRESETS[chosen.preset]
+    device = nsvd.default_device() if chosen.device == "auto" else chosen.device
     measurements: dict[tuple, list[dict]] = {}
     if chosen.count or chosen.length:
         texts = [(chosen.count or texts[0][0], chosen.length or texts[0][1])]
@@ -197,7 +198,8 @@ def main() -> None:
                     job |= {"source": source, "count": count, "length": length, "ratio": chosen.ratio}
                     job |= {"device": chosen.device, "scratch": chosen.scratch}
                     line = {n: v for n, v in job.items() if n not in ("model", "scratch")} | {"shape": shape}
-                    line |= {"model_bytes": disk(folder), "told": accounted(str(folder), job)} | measured(job)
+                    line |= {"model_bytes": disk(folder), "told": accounted(LlamaConfig.from_pretrained(folder), job)}
+                    line |= measured(job) | {"machine": described(device)}
                     added(chosen.out, line)
                     measurements.setdefault((method, source, count, length), []).append(line)
                     peak = line["peak"]["anonymous"] / 2**20
