@@ -54,8 +54,8 @@ def compress_(
 ) -> Report:
     """Replace every target layer by rank-k factors, in place, and report.
 
-    All layers are decomposed, in float64, before the first is exchanged (with ``shifted`` those already exchanged are put
-    back): when something raises, the model is unchanged. A layer whose factors would not be smaller than its weight stays
+    Layers are decomposed in float64 and exchanged block by block. When something raises, all are put back: the model is
+    unchanged. A layer whose factors would not be smaller than its weight stays
     dense and is reported so; the model's dtype is kept.
 
     Args:

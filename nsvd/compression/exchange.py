@@ -105,12 +105,15 @@ class Exchange:
                     made = {name: self._fitted(name, arrived, ranks[name]) for name in owner if is_mine(owner, name)}
                     for name, layer in told(made, owner, arrived.dense).items():
                         self.model.set_submodule(name, layer)
+                    del arrived  # its matrices are not to stay beside those of the next input
                 names = inside.get(block.index, ())
                 if ask.refine and names:
                     self._refine(block, names)
                 block.step()
                 self.clock.lap("follow")
                 self.put(block.index, {name: self.model.get_submodule(name) for name in names})
+        for name in ranks:  # they were made while the model was in evaluation mode
+            self.model.get_submodule(name).train(self.layers[name].training)
 
     def _fitted(self, name: str, arrived: Arrived, k: int) -> CompressedLayer:
         """The stand-in of a layer for the inputs that arrive at it."""
@@ -142,7 +145,7 @@ class Exchange:
         settle(self.blocks[index], self._file(index))
         errors = {name: self.errors[name] for name in new if name in self.errors}
         kinds = {name: describe(layer) for name, layer in new.items() if isinstance(layer, CompressedLayer)}
-        file = self._file(index)  # of a block in memory there is none, and it is not taken up
+        file = self._file(index)  # a block in memory has none, and so cannot be resumed
         told = {"layers": kinds, "errors": errors, "at": at, "sum": sha256(file) if file.is_file() else None}
         self.shelf.put(f"{self.stage}/{index}", {}, **told)
         if isinstance(self.stats, Walked):
@@ -228,8 +231,11 @@ class Exchange:
         return {} if self.stats is None else self.stats.gradients
 
     def _stream_metric(self, last: str, block: FollowedBlock) -> Tensor | None:
-        """H of the block's last layer, what the loss makes of errors there; None where it is not known, or no H of the stream."""
-        H = self._gradients.get(last) if block.batches else None
+        """H of the block's last layer, what the loss makes of errors there.
+
+        None where it is not known, or the block changes that output before it gives it out (a norm).
+        """
+        H = self._gradients.get(last) if block.batches and last not in block.within else None
         stream = None if H is None else block.batches[0].hidden[OURS]
         if H is None or len(H) != stream.shape[-1]:
             return None

@@ -29,10 +29,8 @@ from nsvd.walk.soundness import check_values
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import by_block, targets
 
-DRAFT, ENDS = (
-    "gradients-draft",
-    "gradients-of-both-ends",
-)  # on the shelf: gradients of the compressed end; that it has those of both
+DRAFT = "gradients-draft"  # on the shelf: gradients at the compressed end
+ENDS = "gradients-of-both-ends"  # a mark that those of both ends are complete
 GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gradients, where that leaves sixteen
 
 
@@ -68,7 +66,7 @@ def decompositions(
     only_ranks: bool = False,
     progress: bool = False,
 ) -> None:
-    """Put them into a mapping, but those that are there; with ``only_ranks`` no more than their singular values.
+    """Decompose each layer that ``found`` lacks, and put it there; with ``only_ranks`` no more than their singular values.
 
     Several processes deal the layers; of those that another has decomposed each has the singular values.
     """
@@ -108,7 +106,7 @@ def prepare_layer(
     part: Block = WHOLE,
     k: int | None = None,
 ) -> Decomposition:
-    """The same for one layer, or a block of it, up to rank ``k`` where one is given; what raises names the layer."""
+    """The outer decomposition of one layer, or a block of it, up to rank ``k`` where one is given; what raises names the layer."""
     W, moments = part.take(double(layer.weight)), None
     if method.needs_moments:
         moments = part.moments(stats[name].to(W.device))
@@ -130,7 +128,7 @@ def take_statistics(
     ratio: float | None = None,
     shelf: Shelf | None = None,
 ) -> Statistics | None:
-    """The given ones, or those of the windows for these layers or all; with gradients where asked for and not there yet.
+    """``stats`` where given, else those of the windows, of these layers or all; with gradients where they are asked for.
 
     On a ``shelf`` they do not fill the memory.
     """
@@ -216,11 +214,11 @@ def check_moments(layers: Iterable[str], stats: Statistics) -> None:
     known = set()
     for name in layers:
         if name in stats:
-            one = stats[name]
-            for letter, values in (("G", one.G), ("mean_abs", one.mean_abs), ("H", one.H)):
-                if values is not None and id(values) not in known:
+            one, leader = stats[name], stats.inputs[name]
+            for letter, values, place in (("G", one.G, leader), ("mean_abs", one.mean_abs, leader), ("H", one.H, name)):
+                if values is not None and (letter, place) not in known:
                     check_finite(f"{letter} of layer {name} in the statistics", values)
-                    known.add(id(values))
+                    known.add((letter, place))
 
 
 def check_gradients(layers: Iterable[str], stats: Statistics | None, who: str) -> None:

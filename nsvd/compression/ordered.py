@@ -35,11 +35,8 @@ from nsvd.walk.sums import Sums
 from nsvd.walk.waiting import Waiting
 
 STREAMS = "ordered-streams"  # on the shelf
-DENSE, OURS, INPUT = (
-    "dense",
-    "ours",
-    "input",
-)  # of a batch: the two streams, and inputs of a layer that is exchanged just now
+DENSE, OURS = "dense", "ours"  # the two streams of a batch
+INPUT = "input"  # and the inputs of a layer that is exchanged just now
 
 
 class Batch:
@@ -50,11 +47,8 @@ class Batch:
     """
 
     def __init__(self, domain: int, weight: float, first: int, entered: Entered, shelf: Shelf):
-        self.domain, self.weight, self.first = (
-            domain,
-            weight,
-            first,
-        )  # the weight is 1 on average; the number of the first window
+        self.domain, self.weight = domain, weight  # the weight is 1 on average
+        self.first = first  # the number of the first window
         self.calls = entered.calls
         parts = [Waiting(shelf, f"{first}/{part}") for part in ("hidden", "landmarks", "outputs")]
         self.hidden, self.landmarks, self.outputs = parts
@@ -122,11 +116,10 @@ def followed(
     check_every_token(model, leaders, domains[0][:1, :8])
     with evaluating(model):
         decoder = Decoder(model)
-        lost = [layer for layer in names if layer not in leaders or not layer.startswith(f"{decoder.name}.")]
-        if lost:
-            raise ValueError(
-                f"layer {lost[0]} is in none of the blocks {decoder.name}, so it cannot be compressed in their order"
-            )
+        for layer in names:
+            decoder.index(layer)
+            if layer not in leaders:
+                raise ValueError(f"layer {layer} saw no input: take a text that reaches it")
         waiting, batches, entered = shelf.scratch(), [], None
         for d, first, ids in dealt_batches(domains, batch):
             entered = decoder.enter(ids, like=entered)
@@ -164,6 +157,7 @@ class FollowedBlock:
         self._model, self._prefix = decoder.model, f"{decoder.name}.{index}."
         self._weights, self._mu, self._unsettled, self._shelf = weights, mu, unsettled, shelf
         self._settled: list[str] = []
+        self.within: set[str] = set()  # layers that do not end in what the block gives out, once ``inputs`` has begun
         self._groups: dict[str, list[str]] = {}
         for layer in leaders:  # in forward order
             if layer.startswith(self._prefix):
@@ -173,6 +167,7 @@ class FollowedBlock:
     def inputs(self) -> Iterator[Arrived]:
         """What arrives at each input of the block's layers."""
         places = self._landmarks()
+        self.within = {leader for leader, place in places.items() if place is not None}
         self._through_dense(set(places.values()))
         for leader, group in self._groups.items():
             before, now = self._settled, settled_parts(self.block, self._prefix, self._groups, leader)
@@ -228,8 +223,8 @@ class FollowedBlock:
     def _measured(self, leader: str, layer: nn.Module, place: str | None, part: str | None) -> tuple[list[Sums], list]:
         """Sums over what arrives at an input and what is missing at the landmark, by domain.
 
-        Where the ``part`` gives out the very output of the layer, its last, the layer's inputs are kept, and returned is, for every
-        batch, how the part's output is made from the layer's.
+        If the ``part`` gives out the output of its last layer as it is, the layer's inputs are kept, and for every batch a function
+        is returned that makes the part's output from the layer's.
         """
         sums, rest = [Sums() for _ in self._weights], []
         module = None if place is None else self.block.get_submodule(place)

@@ -88,8 +88,8 @@ def _both_ends(job: Exchange, ranks: Mapping[str, int], prepared: Mapping[str, D
     """The statistics, their gradients averaged with those of the model compressed without following the inputs.
 
     The loss bends differently at the two ends of the way from the dense to the compressed model: the mean is the trapezoid
-    rule. The compressed model learns its labels from the dense one, so that directions in which it already errs weigh more:
-    not the bending alone, but a little better on three of our models than its own labels (0.2 points of what ASVD-I loses).
+    rule. Labels at the compressed end are drawn from the dense model. So errors that are already made weigh more, which was a
+    little better on three of our models (0.2 points of what ASVD-I loses).
     """
     ask, stats, known, shelf = job.ask, job.stats, job.stats.gradients, job.shelf
     if ENDS not in shelf:

@@ -83,6 +83,10 @@ def fisher_into(
     the windows."""
     for ids in domains:
         check_windows(ids, model)
+    for ids, wanted in zip(domains, domains if labels is None else labels, strict=True):
+        if wanted.shape != ids.shape:
+            raise ValueError(f"labels {tuple(wanted.shape)} for windows {tuple(ids.shape)}: every token has one")
+        check_windows(wanted, model)
     names = list(targets(model) if layers is None else layers)
     check_names(model, names)
     shelf = Shelf() if shelf is None else shelf
@@ -166,6 +170,7 @@ def _begin(
     decoder = stream.decoder
     if shelf.lasting and (done := borders_of(shelf, f"{walk}-{PULL}")):
         gradients.fill(in_order(shelf.own.get(f"{walk}-{PULL}/{min(done)}")))
+        stream.hidden.fill([])
         return min(done)
     if shelf.lasting:
         stream.restore(shelf, f"{walk}-{BORDER}")

@@ -1,4 +1,4 @@
-"""Places inside a block: what arrives there, and where in the block a layer's output can still be told.
+"""Places inside a block: what arrives there, and the last place where a layer's output arrives unchanged as a summand.
 
 The *landmark* of a layer is the last place in the block that moves by exactly what the layer's output is moved by. For a projection
 that is added to the residual stream this is the stream after the addition, for others the layer's own output. Landmarks are
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 
+import torch
 from torch import Tensor, nn
 
 from nsvd.walk.decoder import Call, run_block
@@ -60,7 +61,7 @@ def landmark(block: nn.Module, layer: nn.Module, hidden: Tensor, call: Call) -> 
     call = Call(as_float32(call.args), as_float32(call.kwargs))
 
     def move(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:
-        moves.append(out.flip(-1))  # some direction of the output's own size
+        moves.append(out.flip(-1) if out.any() else torch.ones_like(out))  # some direction of the output's own size
         return out + moves[0]
 
     with in_float32(block):
@@ -88,7 +89,7 @@ def arrivals(
 
     def observe(name: str, args: tuple, _kwargs: dict) -> None:
         if args and isinstance(args[0], Tensor):
-            inputs[inner[name]] = args[0]
+            inputs.setdefault(inner[name], args[0])  # the first, where a module runs again
 
     with watch_calls(block, inner, observe):
         out = run_block(block, hidden, call)

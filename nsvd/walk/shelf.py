@@ -32,11 +32,11 @@ class Shelf:
     """Groups of tensors by key, with a note each (whatever JSON holds).
 
     Without a folder they are kept in memory up to ``limit`` bytes. What comes later goes to files that are mapped into memory and
-    have no name any more: the system frees them with the tensors, also of a process that is killed. With a ``folder``
+    have no name once they are written: the system frees them with the tensors, also of a process that is killed. With a ``folder``
     every group is a file there: it appears whole or not at all, and a later shelf on the same folder finds it. What such a
     shelf finds is compared with its sum when it is first read.
 
-    Several processes that work ``together`` share a folder. All of them put and drop the same, process 0 does it, and when
+    Several processes that work ``together`` share a folder. All of them make the same calls, and only process 0 writes; when
     they go on all see it. What each of them has for itself is on the shelf ``own``.
     """
 
@@ -84,10 +84,7 @@ class Shelf:
 
     def note(self, key: str) -> dict:
         """What ``put`` was told beside the tensors; raises as ``get``."""
-        if key in self._held:
-            return self._held[key][1]
-        with self._opened(key) as stored:
-            return json.loads(stored.metadata()["note"])
+        return self._read(key)[1]
 
     def __contains__(self, key: str) -> bool:
         return key in self._held or (self.lasting and self.file(key).is_file())

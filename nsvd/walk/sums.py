@@ -44,7 +44,9 @@ class Sums:
     def add(self, x: Float[Tensor, "... d_in"], y: Float[Tensor, "... d_out"] | None = None) -> None:
         """Take in inputs, and what goes with each of them."""
         x = x.reshape(-1, x.shape[-1])
-        y = None if y is None else y.reshape(-1, y.shape[-1])
+        if y is not None:
+            common = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(common), y.reshape(-1, y.shape[-1]).to(common)
         place = {"dtype": torch.float64, "device": home(x)}
         if self._upper is None:
             self._upper = torch.zeros(x.shape[1], x.shape[1], **place)

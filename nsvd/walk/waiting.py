@@ -78,3 +78,8 @@ class Waiting(MutableMapping):
 
     def __len__(self) -> int:
         return len(self._forms)
+
+    def clear(self) -> None:
+        """Drop all of them, unread."""
+        for name in list(self._forms):
+            del self[name]

@@ -374,6 +374,38 @@ def test_layers_outside_the_blocks_are_left_alone():
         nsvd.compress_(tiny_model("opt", word_embed_proj_dim=16), method="svd", ranks={"model.decoder.project_in": 3})
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_layers_that_end_inside_the_block_are_told(family):
+    """Where a norm follows the last layer its output is not what the block gives out."""
+    model = tiny_model(family)
+    names = list(nsvd.targets(model))
+    with torch.no_grad(), closing(followed(model, [IDS], names, mu=0.1)) as blocks:
+        block = next(blocks)
+        next(block.inputs())
+        last = [name for name in names if name.startswith("model.layers.0.")][-1]
+        assert (last in block.within) == (family == "gemma2")
+
+
+def test_a_layer_of_zeros_has_the_landmark_of_any_other():
+    """Its output is moved by something else than itself."""
+    model = tiny_model(dtype=torch.float64)
+    with torch.no_grad():
+        for layer in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+            item = entered(model, IDS)
+            here = model.model.layers[0], layer, item.hidden[DENSE], item.calls[0]
+            before = landmark(*here)
+            for parameter in layer.parameters():
+                parameter.zero_()
+            assert landmark(*here) is before
+
+
+def test_stand_ins_are_in_the_mode_of_their_layers():
+    """A model that is being trained is so afterwards, with all its parts."""
+    model = tiny_model().train()
+    nsvd.compress_(model, windows=IDS, method="asvd-1", ratio=0.3, shifted=True)
+    assert all(module.training for module in model.modules())
+
+
 def test_a_model_without_blocks_is_refused():
     """There is no order to go in."""
     with pytest.raises(ValueError, match="no list of blocks"):

@@ -200,3 +200,11 @@ def test_it_predicts_what_a_small_change_of_one_layer_does_to_the_predictions():
     logs, unweighted = torch.tensor(ratios).log(), torch.tensor(plain).log()
     assert abs(logs.mean().item()) < 0.3
     assert logs.std() < 0.5 * unweighted.std()  # without H the layers' changes are not even comparable
+
+
+@pytest.mark.parametrize("cut", [(slice(None), slice(1, None)), (slice(1, None), slice(None))])
+def test_labels_of_another_shape_are_refused(cut):
+    """A label for every token of every window, or a sentence with both shapes."""
+    model, ids = tiny_model(), token_ids()
+    with pytest.raises(ValueError, match="every token has one"):
+        nsvd.fisher(model, ids, labels=ids[cut])
