@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import scipy.linalg
 import torch
 from jaxtyping import Float
+from scipy.linalg import lapack
 from torch import Tensor
 
 from nsvd.linalg.factors import LowRank
-from nsvd.linalg.whiteners import CLEARLY, Whitener, check_semidefinite
+from nsvd.linalg.whiteners import Whitener, check_semidefinite
 
 STRIP = 512  # rows of a product of which half is wanted
 
@@ -35,16 +37,15 @@ class Spectrum:
 class Decomposition:
     """The first k terms of W = U · coords, in order: the first of them up to j are the rank-j answer. m = min(d_out, d_in).
 
-    ``U`` (d_out, k) has columns of unit length; ``s`` falls, and Σ_{i>j} s_i² of all m is the error of rank j in the method's own
+    ``U`` (d_out, k) has columns of unit length; ``s`` falls, and Σ_{i>j} s_i² is the error of rank j in the method's own
     norm; ``coords`` (k, d_in) are the coordinates of W in the columns of U; ``right`` (k, d_in) are the right factors, ``coords``
-    itself unless the pseudo-inverse of a singular S has removed directions from them. Without vectors (k = 0) or with all of
-    them ``s`` has all m values, else the first k at least.
+    itself unless the pseudo-inverse of a singular S has removed directions from them. ``s`` (m,) has all its values for any k.
 
     What U is depends on the metric: see ``Orthogonal`` and ``Oblique``.
     """
 
     U: Float[Tensor, "d_out k"]
-    s: Float[Tensor, " values"]
+    s: Float[Tensor, " m"]
     coords: Float[Tensor, "k d_in"]
     right: Float[Tensor, "k d_in"]
 
@@ -105,9 +106,8 @@ def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None, k: int 
     """
     Q, core, k = *_smaller_side(W), _terms(W, k)
     weighted = core if M is None else core * M if M.ndim == 1 else core @ M
-    A = _lower(weighted, core)
-    eigenvalues, V = _leading_pairs(A, k)
-    _check_semidefinite(A, eigenvalues)
+    eigenvalues, V = _leading_pairs(_upper(weighted, core), k)
+    check_semidefinite("W M Wᵀ", eigenvalues.flip(0))
     seen = int((eigenvalues > max(W.shape) * torch.finfo(W.dtype).eps * eigenvalues[0]).sum())
     if k > seen:  # where M is blind, W Wᵀ gives the order, as a vanishing ridge would
         V = V[:, :seen]
@@ -131,47 +131,52 @@ def from_whitener(W: Float[Tensor, "d_out d_in"], S: Whitener, k: int | None = N
 
 def leading(residual: LowRank, k: int) -> LowRank:
     """Best rank-k approximation in the Frobenius norm of a matrix given as orthonormal columns times rows."""
-    _, V = _leading_pairs(_lower(residual.right, residual.right), k)
+    _, V = _leading_pairs(_upper(residual.right, residual.right), k)
     return LowRank(residual.left @ V, V.mT @ residual.right)
 
 
-def _leading_pairs(A: Float[Tensor, "m m"], k: int) -> tuple[Float[Tensor, " values"], Float[Tensor, "m k"]]:
-    """Eigenvalues, falling, the first k at least, and k eigenvectors of a symmetric matrix; only its lower triangle is read."""
+def _leading_pairs(A: Float[Tensor, "m m"], k: int) -> tuple[Float[Tensor, " m"], Float[Tensor, "m k"]]:
+    """All eigenvalues and k eigenvectors of a symmetric matrix, the largest first; its upper triangle is read, and used up."""
     m = len(A)
     if k == 0:
-        return torch.linalg.eigvalsh(A).flip(0), A[:, :0]
-    if A.device.type == "cpu" and k <= _few(m):
-        how = {"subset_by_index": (m - k, m - 1), "driver": "evr", "check_finite": False}
-        eigenvalues, V = map(torch.from_numpy, scipy.linalg.eigh(A.numpy(), **how))
+        return torch.linalg.eigvalsh(A, UPLO="U").flip(0), A[:, :0]
+    if A.device.type == "cpu" and A.dtype == torch.float64 and k <= _few(m):
+        eigenvalues, V = map(torch.from_numpy, _few_pairs(A.numpy().T, k))
     else:
-        eigenvalues, V = torch.linalg.eigh(A)
+        eigenvalues, V = torch.linalg.eigh(A, UPLO="U")
     return eigenvalues.flip(0), V[:, V.shape[1] - k :].flip(1)
 
 
 def _few(m: int) -> float:
-    """As many of m eigenvectors take LAPACK's evr, which makes no others, the time that evd takes for all; measured on a CPU.
+    """Up to so many of m eigenvectors ``_few_pairs`` takes no longer than LAPACK's evd for all; measured on a CPU.
 
     A fifth for m = 1000, more than half for m = 4000, where evd waits for the memory.
     """
     return min(0.1 + m / 8192, 0.6) * m
 
 
-def _check_semidefinite(A: Float[Tensor, "m m"], eigenvalues: Float[Tensor, " values"]) -> None:
-    """``check_semidefinite`` of A with these eigenvalues, falling; where the last of them are not known Cholesky tells."""
-    if len(eigenvalues) == len(A):
-        return check_semidefinite("W M Wᵀ", eigenvalues.flip(0))
-    raised = A.clone()
-    raised.diagonal().add_(CLEARLY * eigenvalues[0].abs())
-    if eigenvalues[0] != 0 and torch.linalg.cholesky_ex(raised).info:
-        raise torch.linalg.LinAlgError("W M Wᵀ is not positive semidefinite: it has a negative eigenvalue")
+def _few_pairs(A: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """All eigenvalues and the eigenvectors of the k largest, ascending, of a symmetric matrix of which the lower triangle is read.
+
+    A is in Fortran's order, and used up. Of its tridiagonal form MRRR (LAPACK's stemr) makes these vectors and no others, in k m
+    operations, and they are turned back.
+    """
+    m = len(A)
+    work = int(lapack.dsytrd_lwork(m, lower=1)[0])
+    reflectors, diagonal, beside, tau, _ = lapack.dsytrd(A, lower=1, lwork=work, overwrite_a=1)
+    eigenvalues = scipy.linalg.eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")
+    some = {"select": "i", "select_range": (m - k, m - 1), "lapack_driver": "stemr"}
+    V = scipy.linalg.eigh_tridiagonal(diagonal, beside, **some)[1]
+    how = ("L", "N", np.asfortranarray(reflectors[1:, :-1]), tau, np.asfortranarray(V[1:]))  # the first row stays
+    V[1:] = lapack.dormqr(*how, int(lapack.dormqr(*how, -1)[1][0]))[0]
+    return eigenvalues, V
 
 
-def _lower(A: Float[Tensor, "m n"], B: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
-    """The lower triangle of A Bᵀ, a symmetric matrix, strip by strip; what is above it is not to be read."""
+def _upper(A: Float[Tensor, "m n"], B: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
+    """The upper triangle of A Bᵀ, a symmetric matrix, strip by strip; what is below it is not to be read."""
     product = A.new_zeros(len(A), len(A))
     for first in range(0, len(A), STRIP):
-        rows = slice(first, first + STRIP)
-        product[rows, : first + STRIP] = A[rows] @ B[: first + STRIP].mT
+        product[first : first + STRIP, first:] = A[first : first + STRIP] @ B[first:].mT
     return product
 
 

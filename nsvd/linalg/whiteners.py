@@ -64,7 +64,6 @@ class Spectral:
         return (M * inverse) @ self.P.mT
 
 
-CLEARLY = 1e-6  # of the largest eigenvalue: what is further below zero is no rounding
 Whitener = Diagonal | Cholesky | Spectral
 
 
