@@ -102,6 +102,8 @@ def compress_(
     return carry_out(model, ask, stats, prepared)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def carry_out(
     model: nn.Module,
     ask: Request,

@@ -140,7 +140,7 @@ def _leading_pairs(A: Float[Tensor, "m m"], k: int) -> tuple[Float[Tensor, " m"]
     m = len(A)
     if k == 0:
         return torch.linalg.eigvalsh(A, UPLO="U").flip(0), A[:, :0]
-    if A.device.type == "cpu" and A.dtype == torch.float64 and k <= _few(m):
+    if A.device.type == "cpu" and A.dtype == torch.float64 and k <= _few(m) and not A.requires_grad:
         eigenvalues, V = map(torch.from_numpy, _few_pairs(A.numpy().T, k))
     else:
         eigenvalues, V = torch.linalg.eigh(A, UPLO="U")

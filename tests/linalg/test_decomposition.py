@@ -14,6 +14,7 @@ from nsvd.linalg import (
     Oblique,
     Orthogonal,
     cholesky,
+    decompose,
     from_metric,
     from_whitener,
     scaled_rotation,
@@ -348,3 +349,12 @@ def test_a_ridge_leaves_the_moment_as_it_was():
     before = G.clone()
     assert torch.equal(ridged(G, 0.5), before + 0.5 * before.diagonal().mean() * torch.eye(8))
     assert torch.equal(G, before)
+
+
+def test_a_weight_that_learns_has_few_terms_as_well():
+    """With a graph or without: the same numbers, and a gradient where one is asked for."""
+    W, G = torch.nn.Parameter(torch.randn(40, 24, dtype=torch.float64)), torch.eye(24, dtype=torch.float64)
+    value = decompose(W, G, method="asvd-1", k=2).dense()
+    torch.testing.assert_close(value, decompose(W.detach(), G, method="asvd-1", k=2).dense())
+    value.square().sum().backward()
+    assert W.grad.isfinite().all()
