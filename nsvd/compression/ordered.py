@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,15 @@ from nsvd.walk.settled import completion, remembering, settled_parts
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.stream import batches as dealt_batches
 from nsvd.walk.sums import Sums
+from nsvd.walk.text import trial
 from nsvd.walk.waiting import Waiting
 
 STREAMS = "ordered-streams"  # on the shelf
 DENSE, OURS = "dense", "ours"  # the two streams of a batch
 INPUT = "input"  # and the inputs of a layer that is exchanged just now
+PROBE = (
+    -1
+)  # the number of a batch of a few tokens, on which landmarks are looked for: all inputs of a block are held there
 
 
 class Batch:
@@ -124,15 +129,27 @@ def followed(
         for d, first, ids in dealt_batches(domains, batch):
             entered = decoder.enter(ids, like=entered)
             batches.append(Batch(d, len(domains) * weights[d], first, entered, waiting))
+        probe = Batch(0, 0.0, PROBE, decoder.enter(trial(model)), waiting)
+        device = probe.hidden[DENSE].device
         kept = shelf.own.get(f"{STREAMS}/{begin}") if begin else {}
         for name, tensor in kept.items():
             stream, _, number = name.partition(" ")
-            batches[int(number)].hidden[stream] = tensor.to(entered.hidden.device)
+            item = probe if int(number) == PROBE else batches[int(number)]
+            item.hidden[stream] = tensor.to(device)
         counted = {"total": len(decoder), "initial": begin, "disable": not progress, "leave": False}
         for index in tqdm(range(begin, len(decoder)), "shifted", **counted):
             with decoder.held(index):
-                yield FollowedBlock(decoder, index, leaders, batches, weights, mu, unsettled, shelf)
+                yield FollowedBlock(decoder, index, leaders, batches, probe, _Terms(weights, mu, unsettled, shelf))
             shelf.own.drop(f"{STREAMS}/{index}")
+
+
+class _Terms(NamedTuple):
+    """What holds for all blocks; see ``followed``."""
+
+    weights: Sequence[float]
+    mu: float
+    unsettled: bool
+    shelf: Shelf
 
 
 class FollowedBlock:
@@ -148,14 +165,12 @@ class FollowedBlock:
         index: int,
         leaders: Mapping[str, str],
         batches: Sequence[Batch],
-        weights: Sequence[float],
-        mu: float,
-        unsettled: bool,
-        shelf: Shelf,
+        probe: Batch,
+        terms: _Terms,
     ):
         self.index, self.block, self.batches = index, decoder.blocks[index], batches
         self._model, self._prefix = decoder.model, f"{decoder.name}.{index}."
-        self._weights, self._mu, self._unsettled, self._shelf = weights, mu, unsettled, shelf
+        self._probe, (self._weights, self._mu, self._unsettled, self._shelf) = probe, terms
         self._settled: list[str] = []
         self.within: set[str] = set()  # layers that do not end in what the block gives out, once ``inputs`` has begun
         self._groups: dict[str, list[str]] = {}
@@ -199,6 +214,7 @@ class FollowedBlock:
             item.outputs.clear()
         if self._shelf.lasting:
             both = {f"{s} {n}": item.hidden[s].cpu() for n, item in enumerate(self.batches) for s in (DENSE, OURS)}
+            both[f"{DENSE} {PROBE}"] = self._probe.hidden[DENSE].cpu()
             self._shelf.own.put(f"{STREAMS}/{self.index + 1}", both)
 
     def _landmarks(self) -> dict[str, str | None]:
@@ -206,14 +222,15 @@ class FollowedBlock:
         names, found = {module: name for name, module in self.block.named_modules()}, {}
         for leader, group in self._groups.items() if rank() == 0 else ():
             layer = self._model.get_submodule(leader)  # it stands for its own output, where several share the input
-            first = self.batches[0]
-            here = first.hidden[DENSE], first.calls[self.index]
+            here = self._probe.hidden[DENSE], self._probe.calls[self.index]
             found[leader] = names.get(landmark(self.block, layer, *here) if len(group) == 1 else layer)
         return same(found)
 
     def _through_dense(self, places: set[str | None]) -> None:
         """Take the dense stream behind the block, and note what it holds at some places."""
         modules = {None if place is None else self.block.get_submodule(place): place for place in places}
+        probe = self._probe
+        probe.hidden[DENSE] = run_block(self.block, probe.hidden[DENSE], probe.calls[self.index])
         for item in self.batches:
             found = arrivals(self.block, item.hidden[DENSE], item.calls[self.index], set(modules))
             item.hidden[DENSE] = found.pop(None)
