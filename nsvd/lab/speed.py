@@ -22,6 +22,7 @@ COLD = (
     2**24
 )  # bytes of weights that are used in turn where there are few tokens: no core's own cache holds them, as in a model
 ROUNDS = 5
+COPIES = 64  # of a layer at most: those of a small model are many
 KEPT = 0.97  # of the dense layer's speed counts as no slower: a measurement is no better than that
 _KIND = {"plain": LowRankLinear, "pivoted": PivotedLinear}
 
@@ -147,7 +148,7 @@ def _against(
 ) -> tuple[float, float]:
     """Seconds of the dense layer, and how many times as fast the factors are: medians over rounds in which they take turns."""
     empty = nn.Linear(d_in, d_out, bias=False, device="meta", dtype=dtype)
-    copies = max(1, COLD // (empty.weight.nbytes * tokens))
+    copies = min(max(1, COLD // (empty.weight.nbytes * tokens)), COPIES)
     layers = [[_filled(one, device) for _ in range(copies)] for one in (empty, _KIND[factors].like(empty, rank=k))]
     x = torch.full((1, tokens, d_in), 0.01, device=device, dtype=dtype)
     rounds = []

@@ -14,6 +14,8 @@ from nsvd.linalg import Moments
 from nsvd.linalg.precision import double, home
 from nsvd.walk.processes import gathered, summed
 
+# So many tokens at a time, or fewer, are taken in float64: they leave directions open, and rounding would make these negative.
+FEW = 256
 CHUNK, PIECE = 4096, 256  # tokens whose products are one sum in float32; whose absolute values are
 STRIPS, NARROWEST = 8, 128  # strips of rows that a product is taken in, and rows of a strip at least
 
@@ -104,9 +106,15 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, weight: float = 1.0, half
 
 
 def _chunks(x: Tensor) -> Iterator[Tensor]:
-    """Some tokens at a time, in float32 at least; on CUDA as they are, which sums products of coarser numbers in float32."""
+    """Some tokens at a time, in float32 at least, few in float64.
+
+    On CUDA they stay as they are, which sums products of coarser numbers in float32.
+    """
     for part in x.split(CHUNK):
-        yield part if part.is_cuda else part.to(_least(part))
+        if len(x) <= FEW:
+            yield double(part)
+        else:
+            yield part if part.is_cuda else part.to(_least(part))
 
 
 def _least(x: Tensor) -> torch.dtype:
