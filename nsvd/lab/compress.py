@@ -29,8 +29,9 @@ from nsvd.lab.records import origin
 from nsvd.linalg.factors import check_ratio
 from nsvd.linalg.precision import home
 from nsvd.stored.checkpoint import MODEL_FILES, check_target, save
-from nsvd.stored.files import fingerprint, reached, replacing, sha256, short_name
+from nsvd.stored.files import beside, fingerprint, reached, replacing, sha256, short_name
 from nsvd.stored.folder import CheckpointError
+from nsvd.stored.gguf import load_gguf
 from nsvd.stored.loading import usable_device
 from nsvd.stored.locks import locked
 from nsvd.walk.folder import WholeOnly, open_folder, write_folder
@@ -102,8 +103,11 @@ def compressed(
     argument, the device, the number of threads or the code is another, it starts anew, and ``tell`` gets a sentence that says so.
     ``out`` appears whole or not at all; the rest is removed then.
 
-    In memory, in one go, are done: a KV cache (``cache_ratio``), ``distill``, the allocation ``strs``, GGUF files, and models of
-    which blocks cannot be read alone.
+    A GGUF file is first written, dequantized, into a folder beside ``out``, which goes at the end. For this it is whole in memory,
+    once more when a stopped run is taken up.
+
+    In memory, in one go, are done: a KV cache (``cache_ratio``), ``distill``, the allocation ``strs``, and models of which blocks
+    cannot be read alone.
 
     Processes that are ``together`` share the work, and one folder; process 0 writes it, and tells the user.
 
@@ -131,25 +135,16 @@ def compressed(
     ask |= dict(distill=distill, weights=weights, seed=seed, progress=progress, options=options)
     ask |= {"search_count": (search_count or SEARCH_COUNT) if allocation == "strs" else None}
     place, how = place_of(source), {"dtype": dtype, "device": device, "verify": verify}
-    why = _whole(place, cache_ratio, distill, allocation)
+    why = _whole(cache_ratio, distill, allocation)
     if why is None:
-        try:
-            model, tokenizer = open_folder(place, **how)
-            named(model, source)
-        except WholeOnly as error:
-            why = str(error)
-    if why is None:
-        run = same(_about(place, text, ask | how) if rank() == 0 else None)
-        with _progress(out, run | {"number of processes": processes()}, tell) as shelf:
-            windows, about = _windows(model, tokenizer, source, text, ask, shelf)
-            _check_text(shelf, windows, tell)
-            request = _request(ask, windows)
-            if windows:
-                tell(_plan(model, request))
-            report = carry_out(model, request, shelf=shelf)
-            done = Outcome(report, None, _told(about, report))
-            once(lambda: save(model, tokenizer, out, report=_as_json(source, done), write=write_folder))
-        return done
+        with _as_folder(place, out, dtype) as folder:
+            try:
+                model, tokenizer = open_folder(folder, **how)
+            except WholeOnly as error:
+                why = str(error)
+            else:
+                named(model, source)
+                return _by_block(model, tokenizer, source, out, folder, text, ask, how, tell)
     model, tokenizer = load(source, **how)
     windows, about = _windows(model, tokenizer, source, text, ask, Shelf(), cache_ratio is not None)
     request = None if ratio is None else _request(ask, windows)
@@ -158,6 +153,44 @@ def compressed(
         tell(_plan(model, request))
     done = _in_memory(model, request, windows, about, ask, cache_ratio, joint)
     once(lambda: save(model, tokenizer, out, report=_as_json(source, done)))
+    return done
+
+
+@contextmanager
+def _as_folder(place: Path, out: str | Path, dtype) -> Iterator[Path]:
+    """The folder of a model. That of a GGUF file is made for as long as it is needed, beside ``out``."""
+    if place.is_dir():
+        yield place
+        return
+    dense = load_gguf(place, dtype=dtype, device="cpu") if rank() == 0 else ()
+    with beside(out) if rank() == 0 else nullcontext() as folder:
+        once(lambda: save(*dense, folder))
+        dense = ()  # out of memory: it is read block by block from here on
+        yield same(folder)
+
+
+def _by_block(
+    model: PreTrainedModel,
+    tokenizer,
+    source: str | Path,
+    out: str | Path,
+    folder: Path,
+    text: _Text,
+    ask: dict,
+    how: dict,
+    tell: Callable[[str], None],
+) -> Outcome:
+    """One block at a time, on a model that stays in its folder."""
+    run = same(_about(folder, text, ask | how) if rank() == 0 else None)
+    with _progress(out, run | {"number of processes": processes()}, tell) as shelf:
+        windows, about = _windows(model, tokenizer, source, text, ask, shelf)
+        _check_text(shelf, windows, tell)
+        request = _request(ask, windows)
+        if windows:
+            tell(_plan(model, request))
+        report = carry_out(model, request, shelf=shelf)
+        done = Outcome(report, None, _told(about, report))
+        once(lambda: save(model, tokenizer, out, report=_as_json(source, done), write=write_folder))
     return done
 
 
@@ -219,10 +252,8 @@ def _check(ratio, cache_ratio, joint, weights, allocation, search_count, rest: t
         raise ValueError("weights 'worst-case' go with a ratio")
 
 
-def _whole(place: Path, cache_ratio: float | None, distill: int, allocation: str | None) -> str | None:
+def _whole(cache_ratio: float | None, distill: int, allocation: str | None) -> str | None:
     """Why a model has to be in memory as a whole, if it has to."""
-    if place.is_file():
-        return "it is a GGUF file"
     if cache_ratio is not None:
         return "its KV cache is compressed"
     if distill:

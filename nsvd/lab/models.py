@@ -54,9 +54,9 @@ def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool
 
 
 def named(model: PreTrainedModel, source: str | Path) -> None:
-    """Let a model of the hub tell its name there, not the folder of the cache."""
+    """Let a model of the hub tell its name there, not the folder of the cache; one of a file, the name of the file."""
     if not Path(source).is_dir() and str(source) not in embedded_models():
-        model.config._name_or_path = str(source)
+        model.config._name_or_path = Path(source).stem if Path(source).is_file() else str(source)
 
 
 def place_of(source: str | Path) -> Path:

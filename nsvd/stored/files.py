@@ -72,6 +72,23 @@ def replacing(target: str | Path) -> Iterator[Path]:
             _sync(place.parent)
 
 
+@contextmanager
+def beside(target: str | Path) -> Iterator[Path]:
+    """Give a fresh path beside ``target``, for a folder that is needed while something is made that will be ``target``.
+
+    It goes when the block ends. What a killed process leaves of it is removed by the next one that replaces ``target``.
+
+    Raises:
+        OSError: if nothing can be written there; names ``target``.
+    """
+    place = reached(target).resolve()
+    with _told_of(target):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _recover(place)
+    with _hidden(place.parent, place.name) as (folder, _):
+        yield folder / place.name
+
+
 def check_writable(target: str | Path, *, folder: bool = False) -> None:
     """Raise ``OSError`` before any work is done if ``replacing`` cannot put a file (or a ``folder``) at ``target``."""
     place = reached(target)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 
+import gguf
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ import nsvd
 from nsvd.compression import exchange
 from nsvd.lab import compress as module
 from nsvd.stored.locks import locked
+from tests.stored.test_gguf import plain_model, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"word {n} of {n * n} words" for n in range(2500))
@@ -274,3 +276,29 @@ def test_where_there_are_no_locks_it_runs_without(dense, monkeypatch):
     monkeypatch.setattr(locks, "fcntl", None)
     nsvd.compress(dense, dense.parent / "out", method="svd", ratio=0.3)
     assert (dense.parent / "out" / "config.json").is_file()
+
+
+def test_a_gguf_file_is_compressed_like_the_folder_of_its_weights(tmp_path, monkeypatch):
+    """Block by block, in the dtype asked for; a run that was stopped goes on, and the folder of the dense weights is gone."""
+    write(plain_model(), tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q8_0)
+    model, tokenizer = nsvd.load(tmp_path / "m.gguf", dtype="bfloat16")
+    nsvd.save(model, tokenizer, tmp_path / "dense")
+    said = []
+    how = {"method": "best", "ratio": 0.3, "count": 8, "length": 32, "tell": said.append}
+    nsvd.compress(tmp_path / "dense", tmp_path / "whole", **how)
+    _counting(monkeypatch, 6)
+    with pytest.raises(Stopped):
+        nsvd.compress(tmp_path / "m.gguf", tmp_path / "out", dtype="bfloat16", **how)
+    assert sorted(os.listdir(tmp_path)) == [".out.progress", "dense", "m.gguf", "whole"]
+    nsvd.compress(tmp_path / "m.gguf", tmp_path / "out", dtype="bfloat16", **how)
+    assert "an earlier run is taken up where it was stopped" in said
+    assert not any("whole" in sentence for sentence in said)
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["dense", "m.gguf", "out", "whole"]
+
+
+def test_a_damaged_gguf_file_leaves_nothing(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(nsvd.CheckpointError, match=r"m\.gguf"):
+        nsvd.compress(tmp_path / "m.gguf", tmp_path / "new" / "out", method="svd", ratio=0.3)
+    assert os.listdir(tmp_path) == ["m.gguf"]
