@@ -90,10 +90,10 @@ def compress(chosen: argparse.Namespace) -> None:
             return
     said = []
     if report := done.weights:
-        dense = int(report.table.dense.sum())
+        dense = sum(row["dense"] for row in report.rows)
         said.append(
             f"{report.ratio_reached:.1%} of the layers' {report.params_before:,} parameters removed "
-            f"({report.params_after:,} left), {len(report.table) - dense} layers factored, {dense} dense"
+            f"({report.params_after:,} left), {len(report.rows) - dense} layers factored, {dense} dense"
         )
         said.append(
             f"{report.model_ratio_reached:.1%} of the whole model's {report.model_params_before:,} removed, "
@@ -314,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument(
         "--weights", choices=["uniform", "worst-case"], default="uniform",
-        help="of a sum's parts: equal, or such that the part that fares worst fares best (default: uniform)",
+        help="how the parts of a sum count: all the same, or so that the largest loss is as small as possible (default: uniform)",
     )  # fmt: skip
     sub.add_argument(
         "--allocation", choices=["uniform", "strs", "spectrum", "fisher", "sola"], help="how ranks are shared out"

@@ -18,9 +18,8 @@ them then shares out the bytes of all layers together (``allocation="fisher"``),
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,11 +28,12 @@ from nsvd.cache.attention import by_kind, examine, key_value_layers
 from nsvd.cache.latent import DIGITS, attach, bytes_per_token, latent_layers
 from nsvd.cache.pairs import Factoring, Pair
 from nsvd.compression.measure import check_gradients, check_statistics, naming, take_statistics
-from nsvd.compression.report import Clock, peak_memory, relative_errors, versions
+from nsvd.compression.report import Clock, Tabled, peak_memory, relative_errors, versions
 from nsvd.compression.request import RECIPES, recipe
 from nsvd.linalg import matrix_method
 from nsvd.linalg.methods import check_finite
 from nsvd.linalg.precision import double, home
+from nsvd.markup import bar, block, table, text
 from nsvd.stored.checkpoint import check_unwrapped, mark_compressed
 from nsvd.stored.layers import CompressedLayer, LowRankLinear
 from nsvd.walk.sampling import own_text
@@ -43,8 +43,8 @@ from nsvd.walk.statistics import Statistics
 CACHE_ALLOCATIONS = ("uniform", "fisher")
 
 
-@dataclass(frozen=True)
-class CacheReport:
+@dataclass(frozen=True, repr=False)
+class CacheReport(Tabled):
     """What ``compress_kv_`` did. Bytes are those of the cache, for one token; parameters those of the key and value projections."""
 
     method: str
@@ -60,11 +60,26 @@ class CacheReport:
     seconds: dict[str, float]  # by stage
     peak_memory: int | None  # bytes: of the GPU where there is one, else of the process so far; None: not known
     versions: dict[str, str]
-    table: pd.DataFrame  # a row an attention layer: ranks and relative errors of both projections
+    rows: list[dict]  # one an attention layer: ranks and relative errors of both projections
 
     def as_dict(self) -> dict:
-        """Everything but the table, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "table"}
+        """Everything but the rows, ready for JSON."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "rows"}
+
+    def __repr__(self) -> str:
+        return (
+            f"CacheReport({self.method}, {self.bytes_before:,} → {self.bytes_after:,} bytes a token "
+            f"({self.cache_ratio_reached:.1%} kept), {len(self.rows)} attention layers, {sum(self.seconds.values()):.1f} s)"
+        )
+
+    def _repr_html_(self) -> str:
+        """The bytes of a token in one line, then a row an attention layer; bars show ranks and relative errors."""
+        names = [name for name in self.rows[0] if name != "layer"] if self.rows else []
+        most = {name: max(row.get(name) or 0 for row in self.rows) for name in names}
+        form = lambda name: "{:.0f}" if name.startswith("rank") else "{:.1%}"  # noqa: E731
+        lines = [[text(row["layer"]), *(bar(row.get(n), most[n], form(n)) for n in names)] for row in self.rows]
+        title = f"{self.method}: KV cache of {self.bytes_after:,} bytes a token, {self.cache_ratio_reached:.1%} of the dense one"
+        return block(title, table(["layer", *(name.replace("_", " ") for name in names)], lines))
 
 
 @torch.inference_mode(False)
@@ -173,7 +188,7 @@ def compress_kv_(
     after = sum({id(p): p.numel() for name in factored for p in _weights(model.get_submodule(name))}.values())
     return CacheReport(
         method, settings, joint, allocation, cache_ratio, held / dense, dense, held, before, after,
-        clock.seconds, peak_memory(), versions(), pd.DataFrame(rows),
+        clock.seconds, peak_memory(), versions(), rows,
     )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def carry_out(
     check_values(model)
     before = predicted(model)
     if ask.idle:
-        nothing = Result(Exchange(model, layers, stats, ask, clock).table({}, {}), [])
+        nothing = Result(Exchange(model, layers, stats, ask, clock).rows({}, {}), [])
         return _report(model, ask, layers, stats, nothing, clock, {})
     if ask.sampled:
         ask = replace(ask, domains=[own_text(model, seed=ask.seed)], sampled_text=True)
@@ -196,8 +196,9 @@ def _report(
     texts: dict,
 ) -> Report:
     """What was done; told to the model, too, so that it is saved with it."""
-    table = result.table
-    before, after = int((table.d_out * table.d_in).sum()), int(table.params.sum())
+    before, after = (
+        sum(sizes) for sizes in zip(*((r["d_out"] * r["d_in"], r["params"]) for r in result.rows), strict=True)
+    )
     size, whole = next(iter(layers.values())).weight.element_size(), sum(p.numel() for p in model.parameters())
     report = Report(
         method=ask.name, options=ask.method.resolve(ask.options),
@@ -207,7 +208,7 @@ def _report(
         ratio_reached=1 - after / before, params_before=before, params_after=after,
         model_ratio_reached=(before - after) / (whole + before - after), model_params_before=whole + before - after,
         model_params_after=whole, left_alone=left_alone(model, layers), bytes_before=before * size,
-        bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), table=table,
+        bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), rows=result.rows,
         moves=list(result.moves),
     )  # fmt: skip
     if result.changed:

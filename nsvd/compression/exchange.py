@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -186,7 +185,7 @@ class Exchange:
             prefix = f"{self.list}.{index}." if self.list else ""
             revert(self.blocks[index], {name.removeprefix(prefix): self.layers[name] for name in inside})
 
-    def table(self, wanted: Mapping[str, int], smaller: Mapping[str, int]) -> pd.DataFrame:
+    def rows(self, wanted: Mapping[str, int], smaller: Mapping[str, int]) -> list[dict]:
         """A row a layer for the report."""
         rows = []
         for name, layer in self.layers.items():
@@ -194,7 +193,7 @@ class Exchange:
             params = n_params(d_out, d_in, smaller[name], self.ask.factors) if name in smaller else d_out * d_in
             row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": wanted.get(name), "dense": name not in smaller}
             rows.append(row | {"params": params} | self.errors.get(name, {}))
-        return pd.DataFrame(rows).astype({"rank": "Int64"})
+        return rows
 
     def _cut(self, name: str, one: Decomposition, k: int) -> CompressedLayer:
         """The stand-in of a layer; its errors are noted."""

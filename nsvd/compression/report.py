@@ -7,18 +7,23 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 import transformers
 from torch import Tensor, nn
 
 from nsvd.linalg.errors import calibration_loss, weight_error
 from nsvd.linalg.precision import double
+from nsvd.markup import bar, block, number, size, table, text
 from nsvd.stored.files import fingerprint
 from nsvd.version import __version__
 from nsvd.walk.statistics import Statistics
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def versions() -> dict[str, str]:
@@ -43,8 +48,22 @@ def relative_errors(layer: nn.Linear, dense: Tensor, stats: Statistics | None, n
     return row
 
 
-@dataclass(frozen=True)
-class Report:
+class Tabled:
+    """Has ``rows``, and the same as a DataFrame where one is asked for: pandas is loaded only then."""
+
+    rows: list[dict]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row a layer. Made once; a change of it changes nothing else."""
+        import pandas as pd
+
+        table = pd.DataFrame(self.rows)
+        return table.astype({"rank": "Int64"}) if "rank" in table else table
+
+
+@dataclass(frozen=True, repr=False)
+class Report(Tabled):
     """What ``compress_`` did.
 
     Parameters and bytes count the target layers' weights, biases left out; those of the ``model`` count everything.
@@ -77,14 +96,43 @@ class Report:
     seconds: dict[str, float]  # by stage
     peak_memory: int | None  # bytes: of the GPU where there is one, else of the process so far; None: not known
     versions: dict[str, str]
-    table: (
-        pd.DataFrame
-    )  # a row a layer; errors of the float64 factors, or of refined and distilled ones in the model's dtype
+    rows: list[
+        dict
+    ]  # one a layer; errors of the float64 factors, or of refined and distilled ones in the model's dtype
     moves: list = field(default_factory=list)  # of SoLA's search, see ``nsvd.linalg.sola_ranks``
 
     def as_dict(self) -> dict:
-        """Everything but the table and the moves, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name not in ("table", "moves")}
+        """Everything but the rows and the moves, ready for JSON."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("rows", "moves")}
+
+    def __repr__(self) -> str:
+        factored = sum(not row["dense"] for row in self.rows)
+        return (
+            f"Report({self.method}, {self.ratio_reached:.1%} of the layers' {self.params_before:,} parameters removed, "
+            f"{factored} of {len(self.rows)} layers factored, {sum(self.seconds.values()):.1f} s)"
+        )
+
+    def _repr_html_(self) -> str:
+        """What was removed in one line, then a row a layer; bars show what is left of it and its relative errors."""
+        errors = [name for name in ("weight_error", "calibration_error") if any(name in row for row in self.rows)]
+        most = {name: max(row.get(name) or 0.0 for row in self.rows) for name in errors}
+        lines = [
+            [
+                text(row["layer"]), text(f"{row['d_out']} × {row['d_in']}"), number(row["rank"] and int(row["rank"])),
+                bar(row["params"] / (row["d_out"] * row["d_in"]), 1.0),
+                *(bar(row.get(name), most[name]) for name in errors),
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+        head = ["layer", "d_out × d_in", "rank", "parameters left", *(name.replace("_", " ") for name in errors)]
+        title = (
+            f"{self.method}: {self.ratio_reached:.1%} of the layers' parameters removed, {self.model_ratio_reached:.1%} of the "
+            f"whole model's ({size(self.bytes_before)} → {size(self.bytes_after)})"
+        )
+        spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        how = [f"{name} {value}" for name, value in self.options.items()]
+        how += [f"allocation {self.allocation}", f"factors {self.factors}"]
+        return block(title, table(head, lines), f"{', '.join(how)}. Time: {spent or 'none'}.")
 
 
 def left_alone(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:

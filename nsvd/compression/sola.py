@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +75,7 @@ def split(job: Exchange, prepared: Mapping[str, Decomposition] | None, before: T
         job.undo([*smaller, *moved])
         raise
     job.clock.lap("exchange")
-    return Result(_table(job, parts, ranks, smaller), list(smaller), moves=moves)
+    return Result(_rows(job, parts, ranks, smaller), list(smaller), moves=moves)
 
 
 def _permuted_beside(found: Roles, parts: Mapping[str, Block], smaller: Mapping[str, int]) -> list[str]:
@@ -99,9 +98,9 @@ def _new(job: Exchange, part: Block, name: str, cut: Callable[[], LowRank] | Non
         return _factored(layer, value.to(layer.weight.dtype))
 
 
-def _table(
+def _rows(
     job: Exchange, parts: Mapping[str, Block], ranks: Mapping[str, int], smaller: Mapping[str, int]
-) -> pd.DataFrame:
+) -> list[dict]:
     """A row a layer for the report."""
     rows = []
     for name, layer in job.layers.items():
@@ -112,7 +111,7 @@ def _table(
             shape = part.shape(d_out, d_in)
             params += smaller[name] * sum(shape) - math.prod(shape)
         rows.append(row | {"prime": part.prime if part else 0, "params": params} | job.errors.get(name, {}))
-    return pd.DataFrame(rows).astype({"rank": "Int64"})
+    return rows
 
 
 def allocate(

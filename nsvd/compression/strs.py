@@ -10,10 +10,10 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,6 +23,7 @@ from nsvd.compression.prepared import Prepared, check_prepared, check_step
 from nsvd.linalg import Decomposition, LowRank, Method, matrix_method, rank_for_ratio
 from nsvd.linalg.budget import cut, cut_where, strs_steps
 from nsvd.linalg.precision import home
+from nsvd.markup import block, shaded, table, text
 from nsvd.stored.files import fingerprint
 from nsvd.stored.layers import LowRankLinear
 from nsvd.walk.calibrate import calibrate
@@ -37,6 +38,9 @@ from nsvd.walk.stream import Stream, in_order, numbered
 from nsvd.walk.targets import shapes, targets
 from nsvd.walk.text import windows_at_once
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COLUMNS = ["layer", "kept", "rank", "loss", "losses", "tokens", "seconds"]
 KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the ASVD paper's candidates
 
@@ -48,39 +52,75 @@ class Store(Protocol):
     def add(self, parameters: dict, numbers: dict) -> dict: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sensitivity:
     """Calibration loss with one layer truncated, a row a layer and kept fraction of its parameters.
 
     ``table`` has the columns ``layer, kept, rank, loss, losses, tokens, seconds``, with ``losses`` those of every window;
-    ``dense`` are the losses of the model itself, a number a window.
+    ``rows`` are the same without pandas; ``dense`` are the losses of the model itself, a number a window.
     """
 
-    table: pd.DataFrame
+    rows: list[dict]
     dense: list[float]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The rows as a DataFrame, made when it is first asked for."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows, columns=COLUMNS)
 
     def on(self, windows: Sequence[int]) -> Sensitivity:
         """The same from some of the windows only, by number: how much does a search depend on its text?"""
-        losses = [[row[i] for i in windows] for row in self.table.losses]
-        loss, size = [fmean(row) for row in losses], len(windows) / len(self.dense)
-        shares = {name: self.table[name] * size for name in ("tokens", "seconds")}
-        return Sensitivity(self.table.assign(loss=loss, losses=losses, **shares), [self.dense[i] for i in windows])
+        size, rows = len(windows) / len(self.dense), []
+        for row in self.rows:
+            losses = [row["losses"][i] for i in windows]
+            shares = {name: row[name] * size for name in ("tokens", "seconds")}
+            rows.append(row | {"loss": fmean(losses), "losses": losses} | shares)
+        return Sensitivity(rows, [self.dense[i] for i in windows])
 
     @property
     def scores(self) -> list[tuple[str, float, float]]:
         """(layer, kept, loss), as ``strs_steps`` takes them."""
-        return list(self.table[["layer", "kept", "loss"]].itertuples(index=False, name=None))
+        return [(row["layer"], row["kept"], row["loss"]) for row in self.rows]
 
     @property
     def tokens(self) -> int:
         """How many tokens the losses of this table were measured on, earlier runs included. They pass only the blocks from the
         truncated layer on."""
-        return int(self.table.tokens.sum())
+        return int(sum(row["tokens"] for row in self.rows))
 
     @property
     def seconds(self) -> float:
         """The seconds that took, decompositions not counted."""
-        return float(self.table.seconds.sum())
+        return float(sum(row["seconds"] for row in self.rows))
+
+    def rises(self) -> dict[str, dict[float, float]]:
+        """By layer and kept fraction, how much the loss rises (nats a token) when this layer alone is truncated."""
+        dense, found = fmean(self.dense), {}
+        for layer, kept, loss in self.scores:
+            found.setdefault(layer, {})[kept] = loss - dense
+        return found
+
+    def __repr__(self) -> str:
+        rises = self.rises()
+        kept = sorted({row["kept"] for row in self.rows})
+        among = f", kept {kept[0]:g} to {kept[-1]:g}" if kept else ""
+        return (
+            f"Sensitivity({len(rises)} layers{among}, {len(self.dense)} windows of mean loss {fmean(self.dense):.4f})"
+        )
+
+    def _repr_html_(self) -> str:
+        """A row a layer, a column a kept fraction; the redder, the more the loss rises."""
+        rises, kept = self.rises(), sorted({row["kept"] for row in self.rows})
+        most = max((rise for row in rises.values() for rise in row.values()), default=0.0)
+        cells = lambda row: [shaded(row.get(one), most, "{:+.3f}") for one in kept]  # noqa: E731
+        rows = [[text(layer), *cells(row)] for layer, row in rises.items()]
+        return block(
+            repr(self),
+            table(["layer", *(f"{one:g}" for one in kept)], rows),
+            "Rise of the loss, in nats a token, when one layer alone keeps this fraction of its parameters.",
+        )
 
 
 @torch.inference_mode(False)
@@ -143,8 +183,8 @@ def measured(
     about = {} if records is None else _about(model, stats, windows, method, settings)
     about |= {"factors": factors} if factors != "plain" else {}
     check_text(model, windows)
-    text, rows = _Text(model, windows), []
-    dense, owner = text.dense_losses(), owners(model, layers)
+    read, rows = _Text(model, windows), []
+    dense, owner = read.dense_losses(), owners(model, layers)
     for name, layer in tqdm(layers.items(), "sensitivity", disable=not progress, leave=False):
         if not is_mine(owner, name):
             continue
@@ -157,13 +197,13 @@ def measured(
                 if decomposition is None:
                     decomposition = prepare_layer(layer, name, stats, chosen, options, k=most)
                 with naming(name):
-                    found = _measure(text, name, chosen.cut(decomposition, k, **settings))
+                    found = _measure(read, name, chosen.cut(decomposition, k, **settings))
                 if records is not None:
                     records.add(about | {"layer": name, "kept": fraction}, found)
             rows.append({"layer": name, "kept": fraction} | found)
     place = {name: number for number, name in enumerate(layers)}
     rows = sorted((row for found in gathered(rows) for row in found), key=lambda row: place[row["layer"]])
-    return Sensitivity(pd.DataFrame(rows, columns=COLUMNS), dense)
+    return Sensitivity(rows, dense)
 
 
 def strs(model: nn.Module, table: Sensitivity, ratio: float, factors: str = "plain") -> dict[str, int]:

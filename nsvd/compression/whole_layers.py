@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from nsvd.walk.statistics import Statistics
 class Result(NamedTuple):
     """What was exchanged, by whichever way."""
 
-    table: pd.DataFrame  # a row a layer
+    rows: list[dict]  # one a layer
     changed: list[str]  # layers that are compressed now
     tokens: int = 0  # that went through the model to find the ranks
     losses: list | tuple = ()  # at every step of the distillation
@@ -58,7 +57,7 @@ def factor(
     except BaseException:
         job.undo(smaller)
         raise
-    return Result(job.table(ranks, smaller), list(smaller), tokens, losses)
+    return Result(job.rows(ranks, smaller), list(smaller), tokens, losses)
 
 
 def _search(

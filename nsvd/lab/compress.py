@@ -25,7 +25,7 @@ from nsvd.compression.report import Report
 from nsvd.compression.request import RECIPES, Request, base_method, resolve
 from nsvd.lab.calibration import begins_with_bos, domains
 from nsvd.lab.models import check_apart, embedded_models, load, named, place_of
-from nsvd.lab.records import origin
+from nsvd.lab.records import finite, origin
 from nsvd.linalg.factors import check_ratio
 from nsvd.linalg.precision import home
 from nsvd.stored.checkpoint import MODEL_FILES, check_target, save
@@ -340,7 +340,7 @@ def _told(about: dict | None, report: Report) -> dict | None:
 
 def _as_json(source: str | Path, done: Outcome) -> dict:
     """``nsvd_report.json``."""
-    rows = lambda report: report.as_dict() | {"layers": json.loads(report.table.to_json(orient="records"))}  # noqa: E731
+    rows = lambda report: report.as_dict() | {"layers": [finite(row) for row in report.rows]}  # noqa: E731
     about = {"model": short_name(source)}
     if done.weights is not None:
         about |= rows(done.weights) | ({"moves": done.weights.moves} if done.weights.moves else {})

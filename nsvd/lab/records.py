@@ -9,12 +9,14 @@ import os
 import subprocess
 from functools import cache
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from nsvd.compression.report import versions
 from nsvd.stored.files import replacing, sync
 from nsvd.stored.locks import locked
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -104,6 +106,8 @@ class Records:
 
     def frame(self, *, stale: bool = False) -> pd.DataFrame:
         """All records that count as found, a column for every parameter and number; with ``stale`` the others, too."""
+        import pandas as pd
+
         rows = (row for row in self._rows.values() if stale or self._counts(row))
         cells = ((row["parameters"] | row["numbers"]).items() for row in rows)
         return pd.DataFrame([{_whole(name): _whole(value) for name, value in row} for row in cells])

@@ -7,14 +7,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
 from nsvd.linalg.factors import FACTORS, check_factors, rank_for_ratio, saves_parameters
 from nsvd.stored.layers import CompressedLayer, LowRankLinear, PivotedLinear
 from nsvd.walk.targets import targets
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TOKENS = (1, 512)  # decoding and reading a prompt
 RATIOS = (0.05, 0.2, 0.5)
@@ -50,6 +53,8 @@ def speed(
     column for each ratio removed how many times as fast factors of that rank are, ``rank`` the largest at which they are no
     slower (0: none that saves parameters). Factors of random numbers are measured: the numbers do not matter.
     """
+    import pandas as pd
+
     shapes, device, dtype = _shapes(model)
     rows = []
     for (d_out, d_in), names in shapes.items():

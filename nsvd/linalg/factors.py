@@ -19,7 +19,7 @@ from torch import Tensor
 from nsvd.linalg.pivots import spanning_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank:
     """W ≈ left · right, kept as two thin factors.
 
@@ -59,6 +59,23 @@ class LowRank:
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         """left · right."""
         return self.left @ self.right
+
+    def __repr__(self) -> str:
+        (d_out, d_in), dtype = self.shape, str(self.left.dtype).removeprefix("torch.")
+        share = f", {self.n_params / (d_out * d_in):.1%} of the dense" if d_out * d_in else ""
+        return f"LowRank({d_out} × {d_in}, rank {self.rank}, {self.n_params:,} parameters{share}, {dtype})"
+
+    def _repr_html_(self) -> str:
+        """The matrix and its two factors, drawn to scale."""
+        (d_out, d_in), k = self.shape, self.rank
+        scale = 120 / max(d_out, d_in, 1)
+        box = '<rect x="{:.1f}" y="1" width="{:.1f}" height="{:.1f}" fill="{}" stroke="#555"/>'
+        sides, x, boxes = (d_in, d_out, "#ddd"), 1.0, []
+        for width, height, fill in (sides, (k, d_out, "#2a6f97"), (d_in, k, "#61a5c2")):
+            boxes.append(box.format(x, scale * width, scale * height, fill))
+            x += scale * width + 14
+        drawing = f'<svg width="{x:.0f}" height="{scale * d_out + 2:.0f}" role="img" aria-label="{self!r}">{"".join(boxes)}</svg>'
+        return f"<div><div><b>{self!r}</b></div>{drawing}</div>"
 
     def to(self, *args, **kwargs) -> LowRank:
         """Both factors moved or cast as ``Tensor.to`` does."""

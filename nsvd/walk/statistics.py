@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nsvd.linalg import Moments
+from nsvd.markup import bar, block, number, table, text
 from nsvd.stored.files import fingerprint, replacing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Statistics(Mapping[str, Moments]):
     """The moments of every layer's inputs: a mapping from layer name, in forward order.
 
@@ -43,6 +44,33 @@ class Statistics(Mapping[str, Moments]):
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def __repr__(self) -> str:
+        known = f", gradients of {len(self.gradients)}" if self.gradients else ""
+        return f"Statistics({len(self)} layers{known}, {len(self.moments)} distinct inputs, {self._measured()})"
+
+    def _repr_html_(self) -> str:
+        """A row a distinct input, with the layers that read it and how far its largest channel stands out."""
+        readers: dict[str, list[str]] = {}
+        for layer, leader in self.inputs.items():
+            readers.setdefault(leader, []).append(layer.rsplit(".", 1)[-1])
+        sizes = {name: (len(m.mean_abs), m.n, _outlier(m)) for name, m in self.moments.items()}
+        most = max((peak for *_, peak in sizes.values() if peak is not None), default=0.0)
+        rows = [
+            [text(name), text(", ".join(readers.get(name, []))), number(channels), number(n), bar(peak, most, "{:.1f}")]
+            for name, (channels, n, peak) in sizes.items()
+        ]
+        head = ["input of", "read by", "channels", "tokens", "outlier"]
+        return block(
+            repr(self), table(head, rows), "outlier: root mean square of the largest channel over the median one's."
+        )
+
+    def _measured(self) -> str:
+        """Of which model and on how much text, as far as the origin tells."""
+        texts = self.origin.get("mixed", [self.origin])
+        sizes = [" × ".join(map(str, one["windows"])) + " tokens" for one in texts if "windows" in one]
+        model = texts[0].get("model") if texts else None
+        return f"of {model or 'an unnamed model'}" + (f" on {' and '.join(sizes)}" if sizes else "")
 
     def with_gradients(self, gradients: Mapping[str, Tensor]) -> Statistics:
         """The same with H of every layer, as ``fisher`` returns it."""
@@ -104,6 +132,13 @@ class Statistics(Mapping[str, Moments]):
         if "sum" in about and about.pop("sum") != _sum(tensors, about):  # older files have none
             raise ValueError(f"{file} is damaged: it holds something else than was written")
         return cls(moments, inputs, origin, gradients)
+
+
+def _outlier(moments: Moments) -> float | None:
+    """The largest channel's root mean square over the median channel's; None where that is zero."""
+    rms = moments.G.diagonal().sqrt()
+    median = rms.median().item()
+    return rms.max().item() / median if median else None
 
 
 def _tensors(moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
