@@ -14,6 +14,7 @@ from nsvd.lab.compress import compress
 from nsvd.lab.corpora import EMBEDDED, documents, windows
 from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
 from nsvd.lab.models import embedded_models, load
+from nsvd.lab.results import results
 from nsvd.lab.speed import faster, speed
 from nsvd.linalg import METHODS, LowRank, Moments, decompose
 from nsvd.stored.checkpoint import CheckpointError, save
@@ -63,6 +64,7 @@ __all__ = [
     "prepare",
     "random_tokens",
     "replacing",
+    "results",
     "sample",
     "save",
     "sensitivity",

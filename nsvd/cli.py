@@ -1,4 +1,4 @@
-"""The command line: ``nsvd run | compress | evaluate | info``."""
+"""The command line: ``nsvd run | runs | results | compress | evaluate | info``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,6 +50,8 @@ def run(chosen: argparse.Namespace) -> int:
         from nsvd.lab import parameters, workbook
     except ModuleNotFoundError as error:
         raise ValueError(f"notebooks need {error.name}: pip install 'nsvd[notebooks]'") from error
+    if chosen.list:
+        return _list(workbook.notebooks(chosen.notebooks or ["all"]), chosen.out)
     given = parameters.from_pairs(chosen.parameter)
     outcomes = workbook.run(
         chosen.notebooks or ["all"], given, preset=chosen.preset, out=chosen.out, jobs=chosen.jobs,
@@ -57,6 +60,33 @@ def run(chosen: argparse.Namespace) -> int:
     for outcome in outcomes:
         print(f"failed  {outcome.file}\n        {outcome.error}" if outcome.error else f"done    {outcome.file}")
     return int(any(outcome.error for outcome in outcomes))
+
+
+def _list(sources: Sequence[Path], out: str | None) -> int:
+    """Tell of every notebook its question, its running time and its parameters."""
+    from nsvd.lab import listing
+    from nsvd.lab.paths import checkout
+
+    executed = Path(out) if out else checkout() / "notebooks" / "executed"
+    print(listing.told(listing.entry(source, executed) for source in sources))
+    return 0
+
+
+def runs(chosen: argparse.Namespace) -> None:
+    """Make a page of the notebooks that were run into a folder; compare two such folders."""
+    from nsvd.lab.runs import difference, index
+
+    page = index(chosen.folder, chosen.other)
+    print(page)
+    if chosen.other:
+        print(difference(chosen.folder, chosen.other).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+
+
+def results(chosen: argparse.Namespace) -> None:
+    """Write measurements as a table."""
+    from nsvd.lab.results import results, written
+
+    print(written(results(chosen.files), chosen.format), end="")
 
 
 def compress(chosen: argparse.Namespace) -> None:
@@ -281,6 +311,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(run)
     sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="path, name or number, or all (default: all)")
+    sub.add_argument(
+        "--list", action="store_true", help="run nothing; tell what notebooks there are, their parameters and times"
+    )
     sub.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     sub.add_argument("--preset", metavar="FILE", help="YAML file of parameters")
     sub.add_argument("--out", metavar="DIR", help="where executed notebooks go (default: notebooks/executed)")
@@ -339,6 +372,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--search-count", type=int, help="calibration windows for strs to search on (default: 32)")
     common(sub)
+
+    sub = command(runs)
+    sub.add_argument(
+        "folder", metavar="DIR", help="where nsvd run --out put executed notebooks, or a folder of such folders"
+    )
+    sub.add_argument("other", nargs="?", metavar="OTHER", help="the folder of a second run, to compare with")
+
+    sub = command(results)
+    sub.add_argument("files", nargs="+", metavar="FILE", help="files of results (.jsonl), or folders of them")
+    sub.add_argument("--format", default="csv", help="csv, latex or markdown (default: csv)")
 
     sub = command(evaluate)
     sub.add_argument("models", nargs="+", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import yaml
@@ -77,10 +78,22 @@ def read_preset(file: str | Path) -> dict[str, object]:
     return values
 
 
-def declared(file: Path) -> dict[str, str]:
-    """The parameters of a notebook with their kinds: ``int``, ``float``, ``str``, ``bool``, ``list[…]``, or ``""`` if unknown.
+class Parameter(NamedTuple):
+    """A parameter as the notebook declares it; ``default`` is its text, ``help`` the comment behind it."""
 
-    The kind is the annotation's, or else that of the default.
+    name: str
+    kind: str  # int, float, str, bool, list[…], or "" if unknown: the annotation's, or else that of the default
+    default: str
+    help: str
+
+
+def declared(file: Path) -> dict[str, str]:
+    """The names of a notebook's parameters with their kinds; raises as ``described``."""
+    return {one.name: one.kind for one in described(file)}
+
+
+def described(file: Path) -> list[Parameter]:
+    """The parameters of a notebook, in order.
 
     Raises:
         ValueError: the file is not a notebook.
@@ -94,7 +107,7 @@ def declared(file: Path) -> dict[str, str]:
         raise
     except Exception as error:  # nbformat raises what its walk through the JSON happens to meet
         raise ValueError(f"{file} is not a notebook: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    return {one.name: _kind(one.inferred_type_name, one.default) for one in found}
+    return [Parameter(one.name, _kind(one.inferred_type_name, one.default), one.default, one.help) for one in found]
 
 
 def check(values: Mapping[str, object], kinds: Mapping[str, str]) -> None:

@@ -104,12 +104,15 @@ class Records:
             os.ftruncate(descriptor, size)
             raise OSError(f"cannot write {self.file}: {error.strerror}") from error
 
+    def rows(self, *, stale: bool = False) -> list[dict[str, dict]]:
+        """All records that count as found, each of ``parameters``, ``numbers`` and ``origin``; with ``stale`` the others, too."""
+        return [row for row in self._rows.values() if stale or self._counts(row)]
+
     def frame(self, *, stale: bool = False) -> pd.DataFrame:
         """All records that count as found, a column for every parameter and number; with ``stale`` the others, too."""
         import pandas as pd
 
-        rows = (row for row in self._rows.values() if stale or self._counts(row))
-        cells = ((row["parameters"] | row["numbers"]).items() for row in rows)
+        cells = ((row["parameters"] | row["numbers"]).items() for row in self.rows(stale=stale))
         return pd.DataFrame([{_whole(name): _whole(value) for name, value in row} for row in cells])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from nsvd.lab.parameters import check, declared, read_preset
 from nsvd.lab.paths import checkout
+from nsvd.lab.records import origin
 from nsvd.stored.files import check_writable, replacing
 
 KERNEL = "python3"
@@ -144,7 +146,7 @@ def _threads_shared(jobs: int) -> Iterator[None]:
 
 def _execute(source: Path, parameters: dict, folder: Path) -> Outcome:
     target, failed = folder / source.name, folder / f"{source.stem}.failed.ipynb"
-    error = None
+    error, clock = None, time.perf_counter()
     with TemporaryDirectory() as scratch:
         plain, ran = Path(scratch) / "source.ipynb", Path(scratch) / "ran.ipynb"  # papermill fills in braces in a path
         plain.write_bytes(source.read_bytes())
@@ -158,7 +160,8 @@ def _execute(source: Path, parameters: dict, folder: Path) -> Outcome:
             error = f"{source.name}, cell {problem.exec_count}: {problem.ename}: {problem.evalue}"
         except (RuntimeError, NoSuchKernel) as problem:  # killed for memory, say, or not installed
             error = f"{source.name}: {problem}"
-        notebook = _clean(nbformat.read(ran, as_version=4), parameters)
+        about = {"parameters": parameters, "seconds": round(time.perf_counter() - clock), "origin": origin()}
+        notebook = _clean(nbformat.read(ran, as_version=4), about)
     with replacing(failed if error else target) as part:
         nbformat.write(notebook, part)
     if not error:
@@ -166,13 +169,13 @@ def _execute(source: Path, parameters: dict, folder: Path) -> Outcome:
     return Outcome(source.stem, failed if error else target, error)
 
 
-def _clean(notebook: nbformat.NotebookNode, parameters: dict) -> nbformat.NotebookNode:
-    """Without times and other metadata that change from run to run; tags, kernel and parameters stay."""
+def _clean(notebook: nbformat.NotebookNode, about: dict) -> nbformat.NotebookNode:
+    """Without the cells' times and other metadata; tags, kernel, and what is told ``about`` the run stay."""
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
     kept = {k: v for k, v in notebook.metadata.items() if k in ("kernelspec", "language_info")}
-    notebook.metadata = nbformat.from_dict(kept | {"nsvd": {"parameters": parameters}})
+    notebook.metadata = nbformat.from_dict(kept | {"nsvd": about})
     return notebook
 
 
