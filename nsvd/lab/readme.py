@@ -1,13 +1,15 @@
-"""The tables of README, from the measurements of the executed notebooks.
+"""The tables of README.md and RESULTS.md, from the measurements of the executed notebooks.
 
     python -m nsvd.lab.readme
 
-writes them between the two ``results`` comments of README.md, everything else left alone.
+writes them between the two ``results`` comments of each file: the first table into README.md, all into RESULTS.md. Everything
+else is left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,24 +26,18 @@ HOME, AWAY = EMBEDDED[0], list(EMBEDDED[1:])
 MODELS = ("mini-llama-s", "mini-llama", "mini-llama-l", "mini-vicuna", "mini-opt", "mini-mistral")
 
 
+def headline(folder: Path, *, stale: bool = False) -> str:
+    """The one table of README.md, in Markdown; arguments and errors as in ``results``."""
+    return _beyond(_read(folder, "10_beyond_nsvd", stale))
+
+
 def results(folder: Path, *, stale: bool = False) -> str:
     """All tables, in Markdown, of the default runs; ``folder`` holds the records of the notebooks.
 
     Raises:
         ValueError: if a notebook's were not all made by today's code (with ``stale``, whatever made them), or are of several runs.
     """
-
-    def read(name: str) -> pd.DataFrame:
-        frame = Records(folder / f"{name}.jsonl").frame(stale=stale)
-        if frame.empty:
-            raise ValueError(
-                f"{folder / name}.jsonl holds nothing that today's code measured; run notebook {name} first"
-            )
-        frame = frame[frame.model.isin(MODELS if name == "06_model_families" else MODELS[1:2])]
-        if frame[[column for column in CELL if column in frame]].duplicated().any():
-            raise ValueError(f"{folder / name}.jsonl holds several runs; run notebook {name} into an empty file")
-        return frame
-
+    read = partial(_read, folder, stale=stale)
     return "\n\n".join(
         [
             _beyond(read("10_beyond_nsvd")),
@@ -52,6 +48,17 @@ def results(folder: Path, *, stale: bool = False) -> str:
             _cache(read("07_kv_cache")),
         ]
     )
+
+
+def _read(folder: Path, name: str, stale: bool) -> pd.DataFrame:
+    """The records of a notebook's default run."""
+    frame = Records(folder / f"{name}.jsonl").frame(stale=stale)
+    if frame.empty:
+        raise ValueError(f"{folder / name}.jsonl holds nothing that today's code measured; run notebook {name} first")
+    frame = frame[frame.model.isin(MODELS if name == "06_model_families" else MODELS[1:2])]
+    if frame[[column for column in CELL if column in frame]].duplicated().any():
+        raise ValueError(f"{folder / name}.jsonl holds several runs; run notebook {name} into an empty file")
+    return frame
 
 
 def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -202,12 +209,16 @@ def with_results(text: str, shown: str) -> str:
     return f"{before}{BEGIN}\n{shown}\n{END}{rest.partition(END)[2]}"
 
 
+FILES = {"README.md": headline, "RESULTS.md": results}
+
+
 def main() -> None:
-    """Write the tables into README.md."""
-    readme = checkout() / "README.md"
-    text = with_results(readme.read_text(encoding="utf-8"), results(checkout() / "data/results"))
-    with replacing(readme) as part:
-        part.write_text(text, encoding="utf-8")
+    """Write the tables into README.md and RESULTS.md."""
+    for name, made in FILES.items():
+        file = checkout() / name
+        text = with_results(file.read_text(encoding="utf-8"), made(checkout() / "data/results"))
+        with replacing(file) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of README are those of the measurements beside it."""
+"""The tables of README and RESULTS are those of the measurements beside it."""
 
 import json
 import shutil
@@ -11,10 +11,11 @@ from nsvd.lab.paths import checkout
 RESULTS = checkout() / "data/results"
 
 
-def test_the_tables_are_those_of_the_measurements():
+@pytest.mark.parametrize("name", readme.FILES)
+def test_the_tables_are_those_of_the_measurements(name):
     """Written again they are the same, to the character; with another number they are not."""
-    text = (checkout() / "README.md").read_text(encoding="utf-8")
-    tables = readme.results(RESULTS, stale=True)
+    text = (checkout() / name).read_text(encoding="utf-8")
+    tables = readme.FILES[name](RESULTS, stale=True)
     assert readme.with_results(text, tables) == text
     assert readme.with_results(text, tables.replace("1", "2", 1)) != text
 
@@ -68,3 +69,7 @@ def test_what_is_around_the_tables_stays():
         readme.with_results("a <!-- results -->old<!-- /results --> b", "new")
         == "a <!-- results -->\nnew\n<!-- /results --> b"
     )
+
+
+def test_the_table_of_readme_is_the_first_of_results():
+    assert readme.results(RESULTS, stale=True).startswith(readme.headline(RESULTS, stale=True) + "\n\n")
