@@ -350,8 +350,9 @@ def _parser() -> argparse.ArgumentParser:
         help="how the parts of a sum count: all the same, or so that the largest loss is as small as possible (default: uniform)",
     )  # fmt: skip
     sub.add_argument(
-        "--allocation", choices=["uniform", "strs", "spectrum", "fisher", "sola"], help="how ranks are shared out"
-    )
+        "--allocation", help="how ranks are shared out",
+        choices=["uniform", "strs", "spectrum", "fisher", "lems", "zero-sum", "svd-llm-v2", "sola"],
+    )  # fmt: skip
     sub.add_argument("--factors", choices=["plain", "pivoted"], help="how factors are stored")
     sub.add_argument(
         "--shifted", action=argparse.BooleanOptionalAction, help="fit every layer to the inputs it will really get"
@@ -370,7 +371,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="of gradient descent on all factors towards the dense model, a hundred or two (default: 0)",
     )
-    sub.add_argument("--search-count", type=int, help="calibration windows for strs to search on (default: 32)")
+    sub.add_argument(
+        "--search-count",
+        type=int,
+        help="calibration windows that strs, lems and zero-sum read (default: 32, zero-sum all)",
+    )
     common(sub)
 
     sub = command(runs)

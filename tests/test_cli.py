@@ -211,6 +211,18 @@ def test_ranks_are_searched_on_request(method, here, capsys):
     assert strs["calibration"]["search_windows"] == [[2, 32]]
 
 
+def test_the_published_allocations_are_there(here, capsys):
+    """By their names, on the embedded model: target met, what is read is told; LEMS alone takes the model whole."""
+    tiny = ["--method", "asvd-1", "--ratio", 0.2, *SHORT]
+    for allocation, more in (("lems", ["--search-count", 2]), ("zero-sum", []), ("svd-llm-v2", [])):
+        assert main([str(a) for a in ("compress", MINI, allocation, *tiny, "--allocation", allocation, *more)]) == 0
+        assert ("loaded whole: lems tries every layer" in capsys.readouterr().err) == (allocation == "lems")
+        report = json.loads((here / allocation / "nsvd_report.json").read_text(encoding="utf-8"))
+        assert 0.2 <= report["ratio_reached"] < 0.21
+        assert report["allocation"] == allocation
+        assert (report["search_tokens"] > 0) == (allocation != "svd-llm-v2")
+
+
 def test_a_dense_model_is_described_as_dense(models, capsys):
     """Kind, parameters, size, precision."""
     first, second = said(capsys, "info", models / "dense").splitlines()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import check_statistics, take_statistics
 from nsvd.compression.prepared import Prepared, check_prepared
-from nsvd.compression.ranks import uniform
+from nsvd.compression.ranks import SEARCHING, uniform
 from nsvd.compression.report import Clock, Report, left_alone, peak_memory, text_of, versions
 from nsvd.compression.request import Request, resolve
 from nsvd.compression.sola import split
@@ -69,7 +69,9 @@ def compress_(
         ranks: in place of ``ratio``, the rank of each layer to compress; layers that are not named stay dense.
         allocation: how ``ratio`` is shared out: ``uniform`` (the default), the same for every layer; ``strs``, the ASVD
             paper's rank search, some nine passes over ``windows`` a layer; ``spectrum``, from the singular values; ``fisher``,
-            from them and the gradients of the loss. The last three hold all decompositions in memory at once.
+            from them and the gradients of the loss; ``lems``, an integer program over a model of the error, one pass a
+            layer; ``zero-sum``, the selection of ZS-SVD, from the gradients of the weights; ``svd-llm-v2``, from the
+            singular values within each type of layer. All but the first hold all decompositions in memory at once.
             For ``sola``: ``sola`` (its default), or ``uniform`` or ``spectrum`` over the layers that it compresses.
         factors: how they are stored: ``plain`` (the default), or ``pivoted``, which buys more rank for the same parameters.
         shifted: take the layers in order, each for the inputs it gets after those before it are compressed. With ranks to be found
@@ -81,11 +83,11 @@ def compress_(
             predicts after every token of ``windows`` (Kullback–Leibler divergence). Two hundred are what it takes; each costs
             some four passes over 1024 tokens of every domain, a window at least, and memory for the gradients of the whole model.
         windows: token ids (count, length), or one such tensor for each of several domains: to calibrate on
-            when ``stats`` is not given (every second one, with ``shifted``), to search on with ``strs``, to take gradients from, to
-            follow with ``shifted``, to ``distill`` on.
+            when ``stats`` is not given (every second one, with ``shifted``), to search on (``search_count``), to take gradients
+            from, to follow with ``shifted``, to ``distill`` on.
         weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
             ``mix``. Statistics that are given bring the weights they were mixed with.
-        search_count: how many windows of every domain ``strs`` searches on; by default all.
+        search_count: how many windows of every domain ``strs``, ``lems`` and ``zero-sum`` read; by default all.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused; to follow inputs needs
             others.
         seed: of what is sampled.
@@ -164,7 +166,7 @@ def _texts(ask: Request, stats: Statistics | None) -> dict[str, dict]:
     purposes = {
         "gradients": gradients,
         "targets": ask.shifted,
-        "search": ask.allocation == "strs",
+        "search": ask.allocation in SEARCHING,
         "distillation": ask.distill,
     }
     return {

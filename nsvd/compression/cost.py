@@ -16,6 +16,7 @@ from torch import nn
 from nsvd.compression.compress import RANKS_EVERY
 from nsvd.compression.distill import TOKENS as DISTILLED
 from nsvd.compression.measure import GRADIENTS_EVERY, GRADIENTS_LEAST
+from nsvd.compression.ranks import SEARCHING, TRYING
 from nsvd.compression.request import Request
 from nsvd.compression.strs import KEPT
 from nsvd.linalg import rank_for_ratio
@@ -107,8 +108,10 @@ class _Sums:
         if ask.judge.needs_gradients or ask.allocation == "fisher":
             stages["gradients"] = self.gradients(ends)
         stages["decompositions"] = self.decompositions(ends)
-        if ask.allocation == "strs":
-            stages["search"] = self.search()
+        if ask.allocation in TRYING:
+            stages["search"] = self.search(len(KEPT) if ask.allocation == "strs" else 1)
+        if ask.allocation == "zero-sum":
+            stages["search"] = self.slopes(ends)
         if ask.shifted:
             stages["in order"] = self.in_order(ends)
         if ask.distill:
@@ -150,20 +153,36 @@ class _Sums:
         peak, pivots = max(map(self._decomposed, self.largest)), max(map(self._pivoted, self.largest))
         metric = DOUBLE * max(one.d_in**2 + self._judged * one.d_out**2 for one in self.largest)
         largest = DOUBLE * max(one.d_out * one.d_in + min(one.d_out, one.d_in) ** 2 for one in self.largest)
-        keeps = (ask.searches or ask.splits) and not (ask.shifted and ends == 1)
+        keeps = ((ask.searches or ask.splits) and not (ask.shifted and ends == 1)) or ask.allocation in SEARCHING
         count = ends if ask.searches or ask.shifted else 1
         disk = self._measured + self._judged * self._outer + self._exchanged
         disk += DOUBLE * sum(self._pieces(one) for one in every) * keeps
         work = count * sum(self._operations(one) for one in every)
         return Stage(self._held + max(peak, pivots), metric + 2 * largest, disk, decompositions=work)
 
-    def search(self) -> Stage:
-        """STRS: every layer at every fraction, from its block on; the borders of all blocks wait."""
-        share = sum(min(n, self.ask.search_count or n) * t for n, t in self.shapes) / self.tokens
-        borders, passes = share * self._stream * len(self.blocks), share * (1 + len(KEPT) * len(self._every) / 2)
+    def search(self, fractions: int) -> Stage:
+        """STRS, LEMS: every layer at some fractions, from its block on; the borders of all blocks wait."""
+        share = self._searched
+        borders, passes = share * self._stream * len(self.blocks), share * (1 + fractions * len(self._every) / 2)
         logits = 3 * min(LOGIT_BYTES, SINGLE * self.vocabulary * self.tokens)
         device = self._held + self._activations(max(self.length, self.logits)) + logits
         return Stage(device, min(LIMIT, borders), borders, passes, passes * self._forward)
+
+    def slopes(self, ends: int) -> Stage:
+        """Zero-sum selection: borders, one block's graph with its inputs, and the gradients of all weights in float64."""
+        share, batch = self._searched, self._batch
+        weights = DOUBLE * sum(one.d_out * one.d_in for one in self.largest)
+        wide, high = (max(sizes) for sizes in zip(*((one.d_out, one.d_in) for one in self.largest), strict=True))
+        graph = 3 * self._activations(batch) + weights + self._product(batch, wide, high)
+        logits = 7 * min(LOGIT_BYTES, SINGLE * self.vocabulary * batch)
+        host = min(LIMIT, 2 * share * self._stream) + 2 * DOUBLE * wide * high
+        every = sum(one.d_out * one.d_in for one in self._every)
+        pieces = DOUBLE * sum(self._pieces(one) for one in self._every)
+        disk = self._measured + self._judged * self._outer + pieces + DOUBLE * every
+        disk += share * self._stream * (len(self.blocks) + 4)
+        passes = 4 * share * ends
+        work = passes * self._forward + ends * 2 * share * self.tokens * every + ends * 2 * pieces / DOUBLE
+        return Stage(self._held + max(graph, logits), host, disk, passes, work)
 
     def in_order(self, ends: int) -> Stage:
         """Two streams, what the dense one holds at the landmarks, and what the parts of a block remember."""
@@ -196,6 +215,11 @@ class _Sums:
         graph = len(self.blocks) * self._activations(tokens) + 7 * SINGLE * self.vocabulary * tokens
         passes = 4 * self.ask.distill * tokens * len(self.shapes) / self.tokens
         return Stage(4 * SINGLE * numbers + graph, 0, 0, passes, passes * self._forward)
+
+    @property
+    def _searched(self) -> float:
+        """The share of the text that a search reads."""
+        return sum(min(n, self.ask.search_count or n) * t for n, t in self.shapes) / self.tokens
 
     @property
     def _every(self) -> list[Layer]:

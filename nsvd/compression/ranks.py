@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from nsvd.compression.measure import naming
+from nsvd.compression.lems import Probes, probes
+from nsvd.compression.measure import is_mine, naming, owners
 from nsvd.compression.prepared import Prepared, check_step
 from nsvd.compression.strs import measured, strs
 from nsvd.linalg import Decomposition, matrix_method, rank_for_ratio
 from nsvd.linalg.budget import cut, spectrum_steps
 from nsvd.linalg.factors import check_ratio
+from nsvd.linalg.lems import MULTIPLE, lems_ranks
+from nsvd.linalg.precision import double
+from nsvd.linalg.svd_llm_v2 import log_ratios
+from nsvd.linalg.zs_svd import first_order, zero_sum
+from nsvd.walk.gradients import weight_gradients_into
+from nsvd.walk.processes import gathered
+from nsvd.walk.roles import places
+from nsvd.walk.shelf import Shelf
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import shapes, targets
 
-ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher")
+ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher", "lems", "zero-sum", "svd-llm-v2")
+TRYING = ("strs", "lems")  # these try one layer after the other, on windows of one length
+SEARCHING = (*TRYING, "zero-sum")  # these look at whole decompositions, and at what the model says to a text
 SOLA_ALLOCATIONS = ("sola", "uniform", "spectrum")
 
 
@@ -36,8 +48,10 @@ def check_allocation(
         raise ValueError(f"allocation {allocation!r} chooses the ranks; give ratio in place of ranks")
     if ratio is not None:
         check_ratio(ratio)
-    if allocation == "strs" and ratio and len({ids.shape[1:] for ids in windows}) != 1:
-        raise ValueError("allocation 'strs' measures the model on a text: pass windows=, of one length")
+    if allocation in TRYING and ratio and len({ids.shape[1:] for ids in windows}) != 1:
+        raise ValueError(f"allocation {allocation!r} measures the model on a text: pass windows=, of one length")
+    if allocation == "zero-sum" and ratio and not windows:
+        raise ValueError("allocation 'zero-sum' takes the gradient of the loss on a text: pass windows=")
 
 
 def searched(
@@ -46,20 +60,34 @@ def searched(
     prepared: Mapping[str, Decomposition],
     ratio: float,
     allocation: str,
-    windows: Tensor | None,
+    domains: Sequence[Tensor],
     *,
     method: str,
     factors: str = "plain",
+    shelf: Shelf | None = None,
     progress: bool = False,
     **options: float,
 ) -> tuple[dict[str, int], int]:
-    """Ranks by ``strs``, ``spectrum`` or ``fisher``, and the tokens that went through the model to find them."""
+    """Ranks by an allocation that looks at decompositions, and the tokens that went through the model to find them.
+
+    ``domains`` are the windows that those of ``SEARCHING`` read.
+    """
+    how = {"method": method, "factors": factors}
     if allocation == "spectrum":
-        return spectrum(model, prepared, ratio, method=method, factors=factors, **options), 0
+        return spectrum(model, prepared, ratio, **how, **options), 0
     if allocation == "fisher":
-        return by_loss(model, stats, prepared, ratio, method=method, factors=factors, **options), 0
-    how = {"method": method, "factors": factors, "progress": progress}
-    table = measured(model, stats, windows, prepared, **how, **options)
+        return by_loss(model, stats, prepared, ratio, **how, **options), 0
+    if allocation == "svd-llm-v2":
+        return svd_llm_v2(model, stats, prepared, ratio, **how, **options), 0
+    if allocation == "zero-sum":
+        changes = zero_sum_changes(model, stats, prepared, domains, shelf=shelf, progress=progress)
+        least = matrix_method(method).least_rank(options)
+        return zero_sum(changes, shapes(model), ratio, factors, least=least), sum(ids.numel() for ids in domains)
+    windows = torch.cat(list(domains))
+    if allocation == "lems":
+        found = probes(model, windows, prepared, progress=progress, **how, **options)
+        return lems(model, found, prepared, ratio, **how, **options), found.tokens
+    table = measured(model, stats, windows, prepared, progress=progress, **how, **options)
     return strs(model, table, ratio, factors), table.tokens
 
 
@@ -108,6 +136,77 @@ def by_loss(
         spectra = {name: s * _mean_square(stats[name].H).to(s) ** 0.5 for name, s in spectra.items()}
     steps = spectrum_steps(spectra, sizes, factors, least=chosen.least_rank(options), relative=False)
     return cut(steps, sizes, ratio, factors)
+
+
+def lems(
+    model: nn.Module,
+    found: Probes,
+    prepared: Mapping[str, Decomposition],
+    ratio: float,
+    *,
+    method: str,
+    factors: str = "plain",
+    multiple: int = MULTIPLE,
+    **options: float,
+) -> dict[str, int]:
+    """The integer program of LEMS, from its measurements: see ``nsvd.linalg.lems``. Ranks are multiples of ``multiple``."""
+    spectra, least = _spectra(model, prepared, method, options), matrix_method(method).least_rank(options)
+    return lems_ranks(found.measured, spectra, shapes(model), ratio, factors, multiple=multiple, least=least)
+
+
+def zero_sum_changes(
+    model: nn.Module,
+    stats: Statistics | None,
+    prepared: Mapping[str, Decomposition],
+    domains: Sequence[Tensor],
+    *,
+    shelf: Shelf | None = None,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """What the loss on the text changes by, to first order, when a term of a layer's decomposition goes.
+
+    See ``nsvd.linalg.zs_svd``. The gradients lie on the ``shelf`` until they are used. Several processes deal the windows, and
+    then the layers.
+    """
+    layers, shelf = targets(model), Shelf() if shelf is None else shelf
+    slopes, owner, found = shelf.kept("weight-gradients-whole"), owners(model, layers), {}
+    shares = stats.shares(len(domains)) if stats else [1 / len(domains)] * len(domains)
+    weight_gradients_into(slopes, model, domains, shares, shelf=shelf, progress=progress)
+    for name in layers:
+        if is_mine(owner, name):
+            found[name] = first_order(prepared[name], slopes[name].to(prepared[name].U))
+    found = {name: changes for some in gathered(found) for name, changes in some.items()}
+    for name in layers:
+        del slopes[name]
+    return {name: found[name] for name in layers}
+
+
+def svd_llm_v2(
+    model: nn.Module,
+    stats: Statistics | None,
+    prepared: Mapping[str, Decomposition],
+    ratio: float,
+    *,
+    method: str,
+    factors: str = "plain",
+    **options: float,
+) -> dict[str, int]:
+    """SVD-LLM V2's ratios, see ``nsvd.linalg.svd_llm_v2``: a type of layer are those of one name in their blocks, and one shape.
+
+    Errors are means over tokens here, and sums over the tokens of the calibration in the paper, which gives the logarithm its unit.
+    """
+    sizes, losses, ranks = shapes(model), {}, {}
+    inner = {name: place for name, (_, place) in places(model, sizes).items()}
+    for name, s in _spectra(model, prepared, method, options).items():
+        tokens = 1 if stats is None else stats[name].n
+        with naming(name):
+            k = rank_for_ratio(*sizes[name], ratio, factors)
+        losses[name] = (tokens * double(s)[k:].square().sum().item()) ** 0.5
+    types = {name: (inner.get(name, name), sizes[name]) for name in losses}
+    for name, share in log_ratios(losses, types, ratio).items():
+        with naming(name):
+            ranks[name] = rank_for_ratio(*sizes[name], share, factors)
+    return ranks
 
 
 def _spectra(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nsvd.compression.ranks import ALLOCATIONS, SOLA_ALLOCATIONS, check_allocation
+from nsvd.compression.ranks import ALLOCATIONS, SEARCHING, SOLA_ALLOCATIONS, check_allocation
 from nsvd.linalg import METHODS, Method, SplitMethod, by_name
 from nsvd.linalg.factors import check_factors
 from nsvd.walk.moments import check_mixture, check_windows
@@ -151,8 +151,8 @@ def resolve(
         raise ValueError("shifted inputs are followed on a text: pass windows=")
     if distill and textless:
         raise ValueError("distill goes over a text: pass windows=, such as own_text(model)")
-    if search_count is not None and ask.allocation != "strs":
-        raise ValueError(f"search_count needs allocation 'strs', not {ask.allocation!r}")
+    if search_count is not None and ask.allocation not in SEARCHING:
+        raise ValueError(f"search_count needs allocation {', '.join(SEARCHING)}, not {ask.allocation!r}")
     if search_count is not None and search_count < 1:
         raise ValueError(f"search_count is {search_count}; 1 window is the least")
     return ask

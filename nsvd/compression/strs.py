@@ -34,7 +34,7 @@ from nsvd.walk.processes import gathered
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values
 from nsvd.walk.statistics import Statistics
-from nsvd.walk.stream import Stream, in_order, numbered
+from nsvd.walk.stream import Batch, Stream, in_order, numbered
 from nsvd.walk.targets import shapes, targets
 from nsvd.walk.text import windows_at_once
 
@@ -183,7 +183,7 @@ def measured(
     about = {} if records is None else _about(model, stats, windows, method, settings)
     about |= {"factors": factors} if factors != "plain" else {}
     check_text(model, windows)
-    read, rows = _Text(model, windows), []
+    read, rows = Text(model, windows), []
     dense, owner = read.dense_losses(), owners(model, layers)
     for name, layer in tqdm(layers.items(), "sensitivity", disable=not progress, leave=False):
         if not is_mine(owner, name):
@@ -240,10 +240,10 @@ def strs_within(
     return cut_where(strs_steps(table.scores, shapes(model)), admissible)
 
 
-class _Text:
+class Text:
     """Windows on their way through the dense model: what a block changes is measured from that block on.
 
-    The hidden states of all windows before every block lie on a shelf.
+    The hidden states of all windows before every block lie on a shelf; ``stream`` has them behind the last one.
     """
 
     def __init__(self, model: nn.Module, windows: Tensor):
@@ -256,12 +256,16 @@ class _Text:
                 self.shelf.put(str(index), numbered(self.stream.hidden))
                 self.stream.step()
 
+    def before(self, index: int) -> Iterator[tuple[Batch, Tensor]]:
+        """Every batch, and its hidden states before a block."""
+        if self.last[0] != index:
+            self.last = index, in_order(self.shelf.get(str(index)))
+        return zip(self.stream.batches, self.last[1], strict=True)
+
     def losses(self, name: str | None = None) -> list[float]:
         """The loss of each window, where nothing before the block of the named layer has changed."""
         index, losses = 0 if name is None else self.decoder.index(name), []
-        if self.last[0] != index:
-            self.last = index, in_order(self.shelf.get(str(index)))
-        for item, hidden in zip(self.stream.batches, self.last[1], strict=True):
+        for item, hidden in self.before(index):
             with self.decoder.resumed(index, hidden.to(self.decoder.device)):
                 losses += window_losses(self.model, item.ids).tolist()
         return losses
@@ -277,18 +281,18 @@ class _Text:
 
 def losses_with(model: nn.Module, factors: Mapping[str, LowRank], windows: Tensor) -> list[float]:
     """Loss of each of the ``windows`` with the named layers replaced by factors for the moment."""
-    with exchanged(model, _stand_ins(model, factors)):
+    with exchanged(model, stand_ins(model, factors)):
         return window_losses(model, windows).tolist()
 
 
-def _stand_ins(model: nn.Module, factors: Mapping[str, LowRank]) -> dict[str, LowRankLinear]:
+def stand_ins(model: nn.Module, factors: Mapping[str, LowRank]) -> dict[str, LowRankLinear]:
     layers = {name: model.get_submodule(name) for name in factors}
     return {n: LowRankLinear.from_factors(layer, factors[n].to(layer.weight.dtype)) for n, layer in layers.items()}
 
 
-def _measure(text: _Text, name: str, value: LowRank) -> dict:
+def _measure(text: Text, name: str, value: LowRank) -> dict:
     clock = time.perf_counter()
-    with exchanged(text.model, _stand_ins(text.model, {name: value})):
+    with exchanged(text.model, stand_ins(text.model, {name: value})):
         losses = text.losses(name)
     cost = {"tokens": text.count, "seconds": round(time.perf_counter() - clock, 4)}
     return {"rank": value.rank, "loss": fmean(losses), "losses": losses} | cost

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import DRAFT, ENDS, averaged, check_gradients, decompositions, gradient_texts
-from nsvd.compression.ranks import searched
+from nsvd.compression.ranks import SEARCHING, searched
 from nsvd.compression.request import recipe
 from nsvd.linalg import Decomposition
 from nsvd.walk.gradients import drawn_labels, fisher_into
@@ -73,12 +72,12 @@ def _search(
         check_gradients(job.layers, job.stats, "allocation 'fisher'")
     if prepared is None:
         prepared = job.shelf.own.kept(f"decompositions-{end}")
-        rest = {"only_ranks": only_ranks and ask.allocation != "strs", "progress": ask.progress}
+        rest = {"only_ranks": only_ranks and ask.allocation not in SEARCHING, "progress": ask.progress}
         decompositions(prepared, job.model, job.layers, job.stats, ask.method, ask.options, **rest)
         job.clock.lap("decompose")
-    text = torch.cat([ids[: ask.search_count] for ids in ask.domains]) if ask.allocation == "strs" else None
-    how |= {"factors": ask.factors}
-    ranks, tokens = same(searched(job.model, job.stats, prepared, ask.ratio, ask.allocation, text, **how))
+    texts = [ids[: ask.search_count] for ids in ask.domains]
+    how |= {"factors": ask.factors, "shelf": job.shelf}
+    ranks, tokens = same(searched(job.model, job.stats, prepared, ask.ratio, ask.allocation, texts, **how))
     job.clock.lap("search")
     return ranks, prepared, tokens
 

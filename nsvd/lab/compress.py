@@ -21,6 +21,7 @@ from nsvd.cache.compress import CacheReport, compress_kv_
 from nsvd.compression.compress import carry_out
 from nsvd.compression.cost import cost
 from nsvd.compression.measure import statistics_of
+from nsvd.compression.ranks import SEARCHING, TRYING
 from nsvd.compression.report import Report
 from nsvd.compression.request import RECIPES, Request, base_method, resolve
 from nsvd.lab.calibration import begins_with_bos, domains
@@ -40,7 +41,7 @@ from nsvd.walk.processes import once, rank, same, together
 from nsvd.walk.sampling import own_text
 from nsvd.walk.shelf import Shelf
 
-SEARCH_COUNT = 32  # windows of every part that strs searches on, as in the ASVD paper
+SEARCH_COUNT = 32  # windows of every part that strs searches on, as in the ASVD paper; and lems
 
 
 class Outcome(NamedTuple):
@@ -106,8 +107,8 @@ def compressed(
     A GGUF file is first written, dequantized, into a folder beside ``out``, which goes at the end. For this it is whole in memory,
     once more when a stopped run is taken up.
 
-    In memory, in one go, are done: a KV cache (``cache_ratio``), ``distill``, the allocation ``strs``, and models of which blocks
-    cannot be read alone.
+    In memory, in one go, are done: a KV cache (``cache_ratio``), ``distill``, the allocations ``strs`` and ``lems``, and models
+    of which blocks cannot be read alone.
 
     Processes that are ``together`` share the work, and one folder; process 0 writes it, and tells the user.
 
@@ -133,7 +134,7 @@ def compressed(
     check_apart(source, out)
     ask = dict(method=method, ratio=ratio, allocation=allocation, factors=factors, shifted=shifted, refine=refine)
     ask |= dict(distill=distill, weights=weights, seed=seed, progress=progress, options=options)
-    ask |= {"search_count": (search_count or SEARCH_COUNT) if allocation == "strs" else None}
+    ask |= {"search_count": search_count or (SEARCH_COUNT if allocation in TRYING else None)}
     place, how = place_of(source), {"dtype": dtype, "device": device, "verify": verify}
     why = _whole(cache_ratio, distill, allocation)
     if why is None:
@@ -238,8 +239,9 @@ def _check(ratio, cache_ratio, joint, weights, allocation, search_count, rest: t
         raise ValueError(f"cache ratio is {cache_ratio}, but the fraction of the cache kept lies in (0, 1]")
     if ratio is not None:
         check_ratio(ratio)
-    if search_count is not None and (search_count < 1 or allocation != "strs"):
-        raise ValueError(f"search_count is {search_count}; it goes with allocation 'strs', 1 window is the least")
+    if search_count is not None and (search_count < 1 or allocation not in SEARCHING):
+        names = ", ".join(map(repr, SEARCHING))
+        raise ValueError(f"search_count is {search_count}; it goes with allocation {names}, 1 window is the least")
     for name, value in zip(("allocation", "factors", "shifted", "refine", "distill"), (allocation, *rest), strict=True):
         if value and ratio is None:
             raise ValueError(f"{name} goes with a ratio")
@@ -258,7 +260,7 @@ def _whole(cache_ratio: float | None, distill: int, allocation: str | None) -> s
         return "its KV cache is compressed"
     if distill:
         return "distillation changes all factors at once"
-    return "strs tries every layer of the whole model" if allocation == "strs" else None
+    return f"{allocation} tries every layer of the whole model" if allocation in TRYING else None
 
 
 def _windows(
@@ -266,7 +268,7 @@ def _windows(
 ) -> tuple[list[Tensor], dict | None]:
     """The text of every domain, and what is told of it; none where nothing is measured."""
     method, idle = base_method(ask["method"]), not (ask["ratio"] or also)
-    measured = method.needs_moments or ask["weights"] != "uniform" or ask["allocation"] in ("strs", "fisher")
+    measured = method.needs_moments or ask["weights"] != "uniform" or ask["allocation"] in (*SEARCHING, "fisher")
     if idle or not (measured or ask["shifted"] or ask["distill"]):
         return [], None
 
@@ -278,9 +280,11 @@ def _windows(
     name = text.name or _usual_text(str(source), ask["method"])
     how = {"length": text.length, "count": text.count, "seed": text.seed, "bos": text.bos}
     windows = domains(name, model, tokenizer, **how, write=write)
-    if ask["allocation"] == "strs" and len({ids.shape[1] for ids in windows}) > 1:
-        raise ValueError(f"allocation 'strs' needs windows of one length, so not {name}")
+    if ask["allocation"] in TRYING and len({ids.shape[1] for ids in windows}) > 1:
+        raise ValueError(f"allocation {ask['allocation']!r} needs windows of one length, so not {name}")
     about = {"corpus": name, "seed": text.seed, "windows": [list(ids.shape) for ids in windows]}
+    if ask["search_count"]:
+        about["search_windows"] = [list(ids[: ask["search_count"]].shape) for ids in windows]
     return windows, about | {"bos": [begins_with_bos(ids, tokenizer, model) for ids in windows]}
 
 
@@ -326,8 +330,6 @@ def _in_memory(
     if request is not None:
         report = carry_out(model, request, stats)
         about = _told(about, report)
-    if ask["search_count"] and about:
-        about["search_windows"] = [list(ids[: ask["search_count"]].shape) for ids in windows]
     if cache_ratio is not None:
         how = {"method": ask["method"], "cache_ratio": cache_ratio, "joint": joint, "seed": ask["seed"]}
         cache = compress_kv_(model, stats, **how, windows=windows, **ask["options"])

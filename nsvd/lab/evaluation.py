@@ -8,11 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
 from nsvd.lab.tokens import bytes_per_token
-from nsvd.linalg.precision import double
-from nsvd.walk.loss import check_text, window_losses
+from nsvd.walk.loss import check_text, divergence_of, window_losses
 from nsvd.walk.text import predictions, windows_at_once
 
 
@@ -79,10 +77,8 @@ def divergence(model: nn.Module, dense: nn.Module, windows: Tensor, *, batch: in
     device, found = next(model.parameters()).device, []
     for ids in windows.split(batch or windows_at_once(model, windows.shape[1])):
         both = (predictions(one, ids.to(next(one.parameters()).device)) for one in (model, dense))
-        for parts in zip(*both, strict=True):
-            for ours, theirs in zip(*parts, strict=True):  # a window at a time: what is made of logits is as large
-                ours, theirs = (logits.to(device).float().log_softmax(-1) for logits in (ours, theirs))
-                found.append(double(kl_div(ours, theirs, reduction="sum", log_target=True)))
+        for ours, theirs in zip(*both, strict=True):
+            found.append(divergence_of(theirs.to(device), ours))
     total = torch.stack(found).sum().item()
     if not math.isfinite(total):
         raise FloatingPointError("the divergence from the dense model is NaN or Inf")

@@ -159,8 +159,9 @@ def after(steps: Iterable[Step]) -> dict[str, int]:
 
 def total(ranks: Mapping[str, int], shapes: Shapes, factors: str = "plain") -> int:
     """Parameters of all layers; one without a rank, or whose factors would not be smaller, counts as dense."""
-    factored = {layer: k for layer, k in ranks.items() if saves_parameters(*shapes[layer], k, factors)}
-    return sum(
-        n_params(*shape, factored[layer], factors) if layer in factored else math.prod(shape)
-        for layer, shape in shapes.items()
-    )
+    return sum(size(shape, ranks.get(layer, min(shape)), factors) for layer, shape in shapes.items())
+
+
+def size(shape: tuple[int, int], k: int, factors: str = "plain") -> int:
+    """Parameters of one layer: of its factors of rank k, or of the dense matrix where they would not be smaller."""
+    return n_params(*shape, k, factors) if saves_parameters(*shape, k, factors) else math.prod(shape)

@@ -165,12 +165,17 @@ def rank_for_ratio(d_out: int, d_in: int, ratio: float, factors: str = "plain") 
     Raises:
         ValueError: if ``ratio`` is outside [0, 1), or removes so much that not even rank 1 is left.
     """
-    budget = remaining(d_out * d_in, ratio)
-    check_factors(factors)
-    k = bisect_right(range(1, min(d_out, d_in) + 1), budget, key=lambda k: n_params(d_out, d_in, k, factors))
+    k = largest_rank(d_out, d_in, ratio, factors)
     if k == 0:
         raise ValueError(f"ratio {ratio} leaves rank 0 for a {d_out} × {d_in} matrix")
     return k
+
+
+def largest_rank(d_out: int, d_in: int, ratio: float, factors: str = "plain") -> int:
+    """The same, or 0 where not even rank 1 is left."""
+    budget = remaining(d_out * d_in, ratio)
+    check_factors(factors)
+    return bisect_right(range(1, min(d_out, d_in) + 1), budget, key=lambda k: n_params(d_out, d_in, k, factors))
 
 
 def saves_parameters(d_out: int, d_in: int, k: int, factors: str = "plain") -> bool:

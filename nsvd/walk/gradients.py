@@ -19,7 +19,7 @@ from nsvd.walk.processes import gathered, summed, wait
 from nsvd.walk.sampling import index_at
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.stream import Batch, Stream, borders_of, in_order, numbered
-from nsvd.walk.sums import add_outer_, mirror_
+from nsvd.walk.sums import add_cross_, add_outer_, mirror_
 from nsvd.walk.targets import targets
 from nsvd.walk.text import tokens_at_once
 from nsvd.walk.waiting import Row
@@ -76,11 +76,12 @@ def fisher_into(
     batch: int | None = None,
     shelf: Shelf | None = None,
     walk: str = "gradients",
+    weights: bool = False,
     progress: bool = False,
 ) -> None:
     """Put Σ share · ``fisher`` of the domains (token ids, count × length each) into a mapping, a block's layers at a time, the last
-    block first. On a shelf that lasts the walk begins where an earlier one of this name ended. Several processes deal
-    the windows."""
+    block first; with ``weights`` in its place the gradient of the mean loss with respect to the weight, (d_out, d_in). On a
+    shelf that lasts the walk begins where an earlier one of this name ended. Several processes deal the windows."""
     for ids in domains:
         check_windows(ids, model)
     for ids, wanted in zip(domains, domains if labels is None else labels, strict=True):
@@ -109,10 +110,10 @@ def fisher_into(
             borders = in_order(shelf.own.get(f"{walk}-{BORDER}/{index}"))
             with decoder.held(index):
                 for i, item in enumerate(stream.batches):
-                    with _watching(here, partial(_add, sums, tokens[item.domain], diagonal)):
+                    with _watching(here, partial(_adding, sums, tokens[item.domain], diagonal, weights)):
                         hidden, gradient = (t.to(decoder.device) for t in (borders[i], gradients[i]))
                         gradients[i] = decoder.pull(index, hidden, item.calls[index], gradient)
-            whole = {name: _whole(name, H) for name, H in sums.items()}
+            whole = {name: _whole(name, H, mirrored=not weights) for name, H in sums.items()}
             for name, H in whole.items():
                 found[name] = H
             if shelf.lasting:
@@ -121,6 +122,29 @@ def fisher_into(
                 shelf.own.drop(f"{walk}-{PULL}/{index + 1}")
             shelf.own.drop(f"{walk}-{BORDER}/{index}")
         _leave(shelf, walk)
+
+
+def weight_gradients_into(
+    found: MutableMapping[str, Tensor],
+    model: nn.Module,
+    domains: Sequence[Tensor],
+    shares: Sequence[float],
+    *,
+    shelf: Shelf | None = None,
+    progress: bool = False,
+) -> None:
+    """Put ∂L/∂W (d_out, d_in) of every target layer into a mapping.
+
+    L = Σ share · mean nats a token of what comes next in the windows. The same walks as ``fisher_into``, and what it raises.
+
+    Raises:
+        ValueError: if a window has fewer than two tokens.
+    """
+    if any(ids.shape[1] < 2 for ids in domains):
+        raise ValueError("windows of one token have no next one: the loss has no gradient")
+    inputs, labels = [ids[:, :-1] for ids in domains], [ids[:, 1:] for ids in domains]
+    how = {"labels": labels, "shelf": shelf, "walk": "weight-gradients", "weights": True, "progress": progress}
+    fisher_into(found, model, inputs, shares, **how)
 
 
 def drawn_labels(
@@ -232,6 +256,15 @@ def _uniform(item: Batch, seed: int, first: int = 0) -> Tensor:
     return torch.stack(rows)
 
 
+def _adding(
+    sums: dict[str, Tensor | None], weight: float, diagonal: bool, weights: bool, name: str, x: Tensor
+) -> Callable[[Tensor], None]:
+    """What takes in the gradient at the output of a layer with this input."""
+    if weights:
+        return partial(_add_slope, sums, weight, name, x)
+    return partial(_add, sums, weight, diagonal, name)
+
+
 def _add(sums: dict[str, Tensor | None], weight: float, diagonal: bool, name: str, gradient: Tensor) -> None:
     g = gradient.reshape(-1, gradient.shape[-1])
     if sums[name] is None:
@@ -243,14 +276,22 @@ def _add(sums: dict[str, Tensor | None], weight: float, diagonal: bool, name: st
         add_outer_(sums[name], g, weight)
 
 
-def _whole(name: str, H: Tensor | None) -> Tensor:
-    """The sum of all processes, on the CPU, the lower half of a matrix filled in."""
-    H = summed(H)
-    if H is None:
+def _add_slope(sums: dict[str, Tensor | None], weight: float, name: str, x: Tensor, gradient: Tensor) -> None:
+    g, x = (t.reshape(-1, t.shape[-1]) for t in (gradient, x))
+    if sums[name] is None:
+        sums[name] = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float64, device=home(g))
+    add_cross_(sums[name], g, x, weight)
+
+
+def _whole(name: str, total: Tensor | None, *, mirrored: bool) -> Tensor:
+    """The sum of all processes, on the CPU; of a symmetric matrix the lower half is filled in."""
+    total = summed(total)
+    if total is None:
         raise ValueError(f"no gradient reached layer {name}")
-    if not (H.diagonal() if H.ndim == 2 else H).isfinite().all():
+    mirrored = mirrored and total.ndim == 2
+    if not (total.diagonal() if mirrored else total).isfinite().all():
         raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
-    return (mirror_(H) if H.ndim == 2 else H).cpu()
+    return (mirror_(total) if mirrored else total).cpu()
 
 
 @contextmanager
@@ -267,14 +308,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _watching(layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``observe(name, g)`` with the gradient at the output of each named layer, while in the context."""
+def _watching(
+    layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Call ``observe(name, x)(g)`` with input and gradient at the output of each named layer, while in the context."""
 
-    def watch(name: str, _module: nn.Module, _args: tuple, out: Tensor) -> Tensor | None:
+    def watch(name: str, _module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         if not out.requires_grad:
             return None
         out = out.clone() if out._is_view() else out  # what adds to a view in place takes it off its hooks
-        out.register_hook(partial(observe, name))
+        out.register_hook(observe(name, args[0].detach()))
         return out
 
     with ExitStack() as stack:

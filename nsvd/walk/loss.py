@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from tqdm.auto import tqdm
 
 from nsvd.linalg.precision import double
@@ -42,6 +42,20 @@ def window_losses(
     if not losses.isfinite().all():
         raise FloatingPointError(f"the loss of window {int((~losses.isfinite()).nonzero()[0])} is NaN or Inf")
     return losses
+
+
+def divergence_of(
+    dense: Float[Tensor, "n length vocabulary"], ours: Float[Tensor, "n length vocabulary"], temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """Σ KL(p_dense ‖ p_ours) over all positions, in nats, of logits that are divided by the temperature; float64.
+
+    Every term is computed in float32 at least.
+    """
+    parts, dtype = [], torch.promote_types(ours.dtype, torch.float32)
+    for pair in zip(dense, ours, strict=True):  # a window at a time: what is made of logits is as large as they are
+        theirs, mine = ((logits.to(dtype) / temperature).log_softmax(-1) for logits in pair)
+        parts.append(double(kl_div(mine, theirs, reduction="sum", log_target=True)))
+    return torch.stack(parts).sum()
 
 
 def check_text(model: nn.Module, windows: Tensor) -> None:

@@ -86,6 +86,14 @@ def add_outer_(total: Float[Tensor, "d d"], x: Float[Tensor, "n d"], weight: flo
         _add_product_(total, part, part, weight, half=True)
 
 
+def add_cross_(
+    total: Float[Tensor, "d_out d_in"], y: Float[Tensor, "n d_out"], x: Float[Tensor, "n d_in"], weight: float = 1.0
+) -> None:
+    """Add weight · Σ y xᵀ to a float64 matrix."""
+    for beside, part in zip(_chunks(y), _chunks(x), strict=True):
+        _add_product_(total, beside, part, weight)
+
+
 def mirror_(A: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Copy what lies above the diagonal to below it."""
     for first, last in _strips(len(A)):

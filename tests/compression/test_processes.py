@@ -38,6 +38,8 @@ CASES = {
     "best, own text": {"ratio": 0.4},
     "asvd-1, spectrum": {"windows": ODD, "ratio": 0.3, "allocation": "spectrum"},
     "asvd-1, strs": {"windows": ODD, "ratio": 0.3, "allocation": "strs", "search_count": 2},
+    "asvd-1, lems": {"windows": ODD, "ratio": 0.3, "allocation": "lems", "search_count": 2},
+    "asvd-1, zero-sum": {"windows": TWO, "weights": [0.2, 0.8], "ratio": 0.3, "allocation": "zero-sum"},
     "asvd-1, two windows": {"windows": ODD[:2], "ratio": 0.3},
     "best, two windows": {"windows": ODD[:2], "ratio": 0.4},
     "ridge, distill": {"windows": TWO, "ratio": 0.3, "distill": 3},

@@ -374,7 +374,7 @@ def test_a_perplexity_target_is_kept(stats):
         ({"ratio": 0.3, "allocation": "strs", "windows": []}, "pass windows="),
         (
             {"ratio": 0.3, "search_count": 2, "windows": IDS},
-            "search_count needs allocation 'strs', not 'uniform'",
+            "search_count needs allocation strs, lems, zero-sum, not 'uniform'",
         ),
         ({"ratio": 0.3, "allocation": "strs", "search_count": 0, "windows": IDS}, "search_count is 0"),
         ({"ratio": 0.3, "allocation": "strs", "windows": [IDS, IDS[:, :9]]}, "pass windows=, of one length"),

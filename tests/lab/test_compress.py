@@ -22,6 +22,8 @@ WAYS = {
     "asvd-1": {"method": "asvd-1"},
     "nsvd-1, spectrum": {"method": "nsvd-1", "k1": 0.8, "allocation": "spectrum"},
     "ridge, fisher, pivoted": {"method": "ridge", "allocation": "fisher", "factors": "pivoted"},
+    "asvd-1, zero-sum": {"method": "asvd-1", "allocation": "zero-sum"},
+    "kfac, zero-sum, shifted": {"method": "kfac", "allocation": "zero-sum", "shifted": True},
     "asvd-1, shifted, refined": {"method": "asvd-1", "shifted": True, "refine": 3},
     "sola": SOLA,
     "best": {"method": "best"},
