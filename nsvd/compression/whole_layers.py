@@ -13,6 +13,7 @@ from nsvd.compression.measure import DRAFT, ENDS, averaged, check_gradients, dec
 from nsvd.compression.ranks import SEARCHING, searched
 from nsvd.compression.request import recipe
 from nsvd.linalg import Decomposition
+from nsvd.walk.gradient_sums import Kind
 from nsvd.walk.gradients import drawn_labels, fisher_into
 from nsvd.walk.processes import same
 from nsvd.walk.soundness import check_exchanged
@@ -97,7 +98,7 @@ def _both_ends(job: Exchange, ranks: Mapping[str, int], prepared: Mapping[str, D
             gradient_texts(ask.domains, others=True),
         )
         how = {"layers": list(known), "labels": _labels(job, texts), "shelf": shelf, "progress": ask.progress}
-        how |= {"diagonal": known[next(iter(known))].ndim == 1, "walk": "gradients-draft"}
+        how |= {"kind": Kind(diagonal=known[next(iter(known))].ndim == 1), "walk": "gradients-draft"}
         try:
             draft.at_once(smaller, prepared)
             fisher_into(shelf.kept(DRAFT), job.model, texts, stats.shares(len(texts)), **how)

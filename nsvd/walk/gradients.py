@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nsvd.linalg.precision import double, home
 from nsvd.walk.decoder import Decoder
+from nsvd.walk.gradient_sums import MOMENTS, GradientSums, Kind
 from nsvd.walk.hooks import evaluating
 from nsvd.walk.memory import room_on
 from nsvd.walk.moments import check_names, check_windows
-from nsvd.walk.processes import gathered, summed, wait
+from nsvd.walk.processes import gathered, wait
 from nsvd.walk.sampling import index_at
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.stream import Batch, Stream, borders_of, in_order, numbered
-from nsvd.walk.sums import add_cross_, add_outer_, mirror_
 from nsvd.walk.targets import targets
 from nsvd.walk.text import tokens_at_once
 from nsvd.walk.waiting import Row
@@ -34,6 +33,7 @@ def fisher(
     *,
     layers: Iterable[str] | None = None,
     diagonal: bool = False,
+    clipped: bool = False,
     labels: Tensor | None = None,
     seed: int = 0,
     batch: int | None = None,
@@ -46,7 +46,8 @@ def fisher(
     backward over the blocks, each of which runs a second time; no gradient of a parameter. Held are the hidden states before
     every block, in the host's memory or in a temporary file, the graph of one block and one batch, and the sums of one block.
     Products are in float32, in float64 where the model is, sums in float64 where the model lies, averaged over tokens.
-    ``diagonal=True`` keeps E[g²] only, (d_out,).
+    ``diagonal=True`` keeps E[g²] only, (d_out,). ``clipped=True`` leaves out the edges of windows and clips the norms of
+    the others, as KFAC-SVD does; that paper takes the labels of the text: ``ids[:, :-1]`` with ``labels=ids[:, 1:]``.
     With ``labels`` (count, length), such as ``drawn_labels`` of another model, these are taken. Where they are drawn from
     another model's predictions E[g] is the gradient of KL(other ‖ model), and H no Fisher information any more: it weighs the
     direction of the model's error, too.
@@ -57,7 +58,7 @@ def fisher(
             cannot be run block by block.
         FloatingPointError: if a gradient holds NaN or Inf; the layer is named.
     """
-    how = {"diagonal": diagonal, "labels": None if labels is None else [labels], "seed": seed}
+    how = {"kind": Kind(diagonal, clipped=clipped), "labels": None if labels is None else [labels], "seed": seed}
     names, found = list(targets(model) if layers is None else layers), {}
     fisher_into(found, model, [windows], [1.0], layers=names, batch=batch, progress=progress, **how)
     return {name: found[name] for name in names}
@@ -70,18 +71,17 @@ def fisher_into(
     shares: Sequence[float],
     *,
     layers: Iterable[str] | None = None,
-    diagonal: bool = False,
+    kind: Kind = MOMENTS,
     labels: Sequence[Tensor] | None = None,
     seed: int = 0,
     batch: int | None = None,
     shelf: Shelf | None = None,
     walk: str = "gradients",
-    weights: bool = False,
     progress: bool = False,
 ) -> None:
     """Put Σ share · ``fisher`` of the domains (token ids, count × length each) into a mapping, a block's layers at a time, the last
-    block first; with ``weights`` in its place the gradient of the mean loss with respect to the weight, (d_out, d_in). On a
-    shelf that lasts the walk begins where an earlier one of this name ended. Several processes deal the windows."""
+    block first; or another ``kind`` of sum. On a shelf that lasts the walk begins where an earlier one of this name ended.
+    Several processes deal the windows."""
     for ids in domains:
         check_windows(ids, model)
     for ids, wanted in zip(domains, domains if labels is None else labels, strict=True):
@@ -106,16 +106,15 @@ def fisher_into(
         at = _begin(gradients, stream, shelf, walk, labels, seed, progress)
         for index in _counted(range(at)[::-1], len(decoder), progress):
             here = {name: model.get_submodule(name) for name in names if inside[name] == index}
-            sums = {name: None for name in here}
+            sums = GradientSums(here, kind)
             borders = in_order(shelf.own.get(f"{walk}-{BORDER}/{index}"))
             with decoder.held(index):
                 for i, item in enumerate(stream.batches):
-                    with _watching(here, partial(_adding, sums, tokens[item.domain], diagonal, weights)):
+                    with _watching(here, partial(sums.taking, tokens[item.domain])):
                         hidden, gradient = (t.to(decoder.device) for t in (borders[i], gradients[i]))
                         gradients[i] = decoder.pull(index, hidden, item.calls[index], gradient)
-            whole = {name: _whole(name, H, mirrored=not weights) for name, H in sums.items()}
-            for name, H in whole.items():
-                found[name] = H
+            for name, total in sums.whole().items():
+                found[name] = total
             if shelf.lasting:
                 shelf.own.put(f"{walk}-{PULL}/{index}", numbered(gradients))
                 wait()
@@ -143,7 +142,13 @@ def weight_gradients_into(
     if any(ids.shape[1] < 2 for ids in domains):
         raise ValueError("windows of one token have no next one: the loss has no gradient")
     inputs, labels = [ids[:, :-1] for ids in domains], [ids[:, 1:] for ids in domains]
-    how = {"labels": labels, "shelf": shelf, "walk": "weight-gradients", "weights": True, "progress": progress}
+    how = {
+        "labels": labels,
+        "shelf": shelf,
+        "walk": "weight-gradients",
+        "kind": Kind(weights=True),
+        "progress": progress,
+    }
     fisher_into(found, model, inputs, shares, **how)
 
 
@@ -254,44 +259,6 @@ def _uniform(item: Batch, seed: int, first: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
         rows.append(torch.rand(item.ids.shape[1], dtype=torch.float64, generator=generator))
     return torch.stack(rows)
-
-
-def _adding(
-    sums: dict[str, Tensor | None], weight: float, diagonal: bool, weights: bool, name: str, x: Tensor
-) -> Callable[[Tensor], None]:
-    """What takes in the gradient at the output of a layer with this input."""
-    if weights:
-        return partial(_add_slope, sums, weight, name, x)
-    return partial(_add, sums, weight, diagonal, name)
-
-
-def _add(sums: dict[str, Tensor | None], weight: float, diagonal: bool, name: str, gradient: Tensor) -> None:
-    g = gradient.reshape(-1, gradient.shape[-1])
-    if sums[name] is None:
-        shape = g.shape[1:] if diagonal else 2 * g.shape[1:]
-        sums[name] = torch.zeros(shape, dtype=torch.float64, device=home(g))
-    if diagonal:
-        sums[name] += weight * double(g).square().sum(0)
-    else:
-        add_outer_(sums[name], g, weight)
-
-
-def _add_slope(sums: dict[str, Tensor | None], weight: float, name: str, x: Tensor, gradient: Tensor) -> None:
-    g, x = (t.reshape(-1, t.shape[-1]) for t in (gradient, x))
-    if sums[name] is None:
-        sums[name] = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float64, device=home(g))
-    add_cross_(sums[name], g, x, weight)
-
-
-def _whole(name: str, total: Tensor | None, *, mirrored: bool) -> Tensor:
-    """The sum of all processes, on the CPU; of a symmetric matrix the lower half is filled in."""
-    total = summed(total)
-    if total is None:
-        raise ValueError(f"no gradient reached layer {name}")
-    mirrored = mirrored and total.ndim == 2
-    if not (total.diagonal() if mirrored else total).isfinite().all():
-        raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
-    return (mirror_(total) if mirrored else total).cpu()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import nsvd
+from nsvd.walk.gradient_sums import clipped_tokens
 from nsvd.walk.gradients import drawn_labels
 from tests.tiny import DOWN, LATE_WINDOW, Q, assert_same, poison, state, tiny_model, token_ids
 
@@ -208,3 +209,35 @@ def test_labels_of_another_shape_are_refused(cut):
     model, ids = tiny_model(), token_ids()
     with pytest.raises(ValueError, match="every token has one"):
         nsvd.fisher(model, ids, labels=ids[cut])
+
+
+def test_clipped_gradients_are_those_of_a_plain_loop():
+    """KFAC-SVD: labels of the text, no edges of windows, norms of tokens within a tenth and ten times their mean."""
+    model, ids = tiny_model(dtype=torch.float64), token_ids(4, 17, seed=3)
+    inputs, labels, seen = ids[:, :-1], ids[:, 1:], []
+    layer = model.get_submodule(DOWN)
+    handle = layer.register_forward_hook(lambda _m, _a, out: out.register_hook(seen.append) and None)
+    cross_entropy(model(input_ids=inputs).logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    handle.remove()
+    H = torch.zeros(32, 32, dtype=torch.float64)
+    for window in seen[0][:, 2:14]:
+        norms = [g.norm().item() for g in window]
+        mean = sum(norms) / 12
+        for g, norm in zip(window, norms, strict=True):
+            g = g * (min(max(norm, 0.1 * mean), 10 * mean) / norm)
+            H += torch.outer(g, g) / (4 * 12)
+    found = nsvd.fisher(model, inputs, layers=[DOWN], labels=labels, clipped=True)[DOWN]
+    torch.testing.assert_close(found, H, rtol=1e-4, atol=1e-9)
+    with pytest.raises(ValueError, match="clipped gradients are"):
+        clipped_tokens(torch.zeros(5, 8))
+
+
+def test_norms_are_clipped_on_both_sides_and_nothing_stays_nothing():
+    """A loud token has ten times the mean, a quiet one a tenth of it, each in its own direction; a zero is no NaN."""
+    g = torch.ones(1, 48, 2)
+    g[0, 20], g[0, 21], g[0, 22] = 1e6, 1e-6, 0.0
+    found = clipped_tokens(g)[0]
+    norms = found.norm(dim=-1)
+    mean = g[0, 6:42].norm(dim=-1).mean()
+    torch.testing.assert_close(norms[[14, 15, 16]] / mean, torch.tensor([10.0, 0.1, 0.0]))
+    assert len(found) == 36
