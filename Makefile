@@ -4,12 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 REAL_TEXT ?= 04_evaluation 10_beyond_nsvd
+SMOLLM2   ?= 01_activation_distributions 03_compression 04_evaluation 05_rank_split 07_kv_cache 08_rank_search 09_sola \
+	10_beyond_nsvd 12_downstream
 RANGES := tests/walk tests/stored tests/compression tests/cache tests/lab tests/test_cli.py
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: workbook real-text readme site test test-oldest test-newest smollm2 lab benchmark lock clean
+.PHONY: workbook real-text smollm2-workbook readme site test test-oldest test-newest smollm2 lab benchmark lock clean
 
 # Versions that were tested: constraints-cpu.txt chooses torch's build, constraints-lock.txt all else.
 $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
@@ -32,15 +34,30 @@ workbook: $(VENV)/ready ## run every notebook on the embedded model and corpora
 	$(BIN)/python -m nsvd.lab.readme
 	@echo "executed notebooks: notebooks/executed   figures: figures   numbers: data/results, and the tables of README and RESULTS"
 
+define link_eval
+@test -d "$(EVAL)" || { echo "make $@ EVAL=folder: there is no folder '$(EVAL)'"; exit 2; }
+@test ! -e eval -o -L eval || { echo "make $@: eval is to be a link to $(EVAL), and is a file or folder"; exit 2; }
+ln -sfn "$(realpath $(EVAL))" eval
+endef
+
 real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=folder; see notebooks/presets/real-text.yaml
-	@test -d "$(EVAL)" || { echo "make real-text EVAL=folder: there is no folder '$(EVAL)'"; exit 2; }
-	@test ! -e eval -o -L eval || { echo "make real-text: eval is to be a link to $(EVAL), and is a file or folder"; exit 2; }
-	ln -sfn "$(realpath $(EVAL))" eval
+	$(link_eval)
 	for name in $(REAL_TEXT); do \
 		HF_HUB_OFFLINE=1 $(BIN)/nsvd run $$name --preset notebooks/presets/real-text.yaml --out notebooks/executed/real-text \
 			-p results data/results/real-text/$$name.jsonl -p fresh true || exit 1; \
 	done
 	@echo "executed notebooks: notebooks/executed/real-text   numbers: data/results/real-text"
+
+# A notebook that was run and is newer than its source stays; the measurements of one that was stopped are taken up.
+smollm2-workbook: smollm2 ## nine notebooks on SmolLM2 and a folder of real text, EVAL=folder; see notebooks/presets/smollm2-135m.yaml
+	$(link_eval)
+	$(MAKE) $(SMOLLM2:%=notebooks/executed/smollm2-135m/%.ipynb)
+
+notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smollm2-135m.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/nsvd run $* --preset notebooks/presets/smollm2-135m.yaml --out notebooks/executed/smollm2-135m \
+		-p figures build/smollm2-135m $(if $(filter 01% 03%,$*),,-p results data/results/smollm2-135m/$*.jsonl) $(MORE)
+
+notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := -p test_count 8 -p held_count 8  # the smallest set has 16 windows
 
 readme: $(VENV)/ready ## the tables of README and RESULTS from the numbers of the workbook
 	$(BIN)/python -m nsvd.lab.readme
