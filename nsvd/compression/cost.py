@@ -27,11 +27,7 @@ from nsvd.walk.sums import CHUNK, STRIPS
 from nsvd.walk.targets import by_block, targets
 from nsvd.walk.text import LOGIT_BYTES, tokens_at_once
 
-SINGLE, DOUBLE, FOLLOWED = (
-    4,
-    8,
-    16,
-)  # bytes of numbers in float32 and float64; windows at a time where inputs are followed
+SINGLE, DOUBLE = 4, 8  # bytes of a number in float32, in float64
 EIGH = 9  # m³ of these operations for all eigenvectors of a symmetric matrix
 
 
@@ -85,7 +81,7 @@ class _Sums:
     """The sizes that all stages are told from."""
 
     def __init__(self, model: nn.Module, ask: Request):
-        self.ask, layers = ask, targets(model, ask.layers, ask.exclude)
+        self.ask, layers = ask, targets(model)
         self.hidden = model.config.get_text_config().hidden_size
         first = next(iter(layers.values()))
         self.vocabulary = model.get_input_embeddings().num_embeddings
@@ -191,7 +187,7 @@ class _Sums:
         places = self.hidden + sum(one.d_out if one.alone else one.d_in for one in groups)
         places -= self.hidden if single and single[-1] is groups[-1] else 0  # the last layer's is the end of the block
         remembered = self.hidden * max(0, len(single) - 1) + max((one.d_in for one in single), default=0)
-        batch = FOLLOWED * self.length
+        batch = self._batch
         sums = DOUBLE * max(one.d_in**2 + one.d_in * max(one.d_in, one.d_out) for one in groups)
         wide = max(max(one.d_in, one.d_out) for one in groups)
         seen = self._product(batch, wide, wide) + SINGLE * batch * wide + self._activations(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -28,6 +29,7 @@ from nsvd.stored.layers import CompressedLayer, stand_in
 from nsvd.walk.calibrate import Walked
 from nsvd.walk.decoder import longest_list
 from nsvd.walk.lazy import held, read_from, revert, settle
+from nsvd.walk.memory import give_back
 from nsvd.walk.processes import count, gathered, same
 from nsvd.walk.shelf import Kept, Shelf
 from nsvd.walk.statistics import Statistics
@@ -89,40 +91,57 @@ class Exchange:
                     prepared[name] = Spectrum(prepared[name].s)
         self.clock.lap("exchange")
 
-    def in_order(self, ranks: Mapping[str, int]) -> None:
-        """Every layer for the inputs that the layers before it leave it, towards what the dense model has there."""
-        ask, inside, begin = self.ask, by_block(self.model, ranks), 0
+    def in_order(self, names: Iterable[str], ranks: Mapping[str, int]) -> None:
+        """Every layer for the inputs that the layers before it leave it, towards what the dense model has there.
+
+        Those of the ``names`` that have no rank stay dense: they get the best weight of full rank, which costs no parameters.
+        """
+        ask, inside, begin = self.ask, by_block(self.model, names), 0
         while begin < len(self.blocks) and self.resumed(begin):
             begin += 1
         how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(), "unsettled": bool(ask.refine)}
         how |= {"begin": begin, "shelf": self.shelf, "progress": ask.progress}
-        with closing(followed(self.model, ask.domains, list(ranks), **how)) as blocks:
+        with closing(followed(self.model, ask.domains, list(names), **how)) as blocks:
             for block in blocks:
                 for arrived in block.inputs():
                     self.clock.lap("follow")
                     owner = owners(self.model, arrived.dense)
-                    made = {name: self._fitted(name, arrived, ranks[name]) for name in owner if is_mine(owner, name)}
-                    for name, layer in told(made, owner, arrived.dense).items():
+                    dense, mine = arrived.dense, [name for name in owner if is_mine(owner, name)]
+                    fits = {name: self._fitted(name, arrived, ranks.get(name)) for name in mine}
+                    del arrived  # its matrices are not to stay beside what comes next
+                    give_back()
+                    made = {name: self._stand_in(name, fits.pop(name), ranks.get(name)) for name in mine}
+                    for name, layer in told(made, owner, dense).items():
                         self.model.set_submodule(name, layer)
-                    del arrived  # its matrices are not to stay beside those of the next input
-                names = inside.get(block.index, ())
-                if ask.refine and names:
-                    self._refine(block, names)
+                here = inside.get(block.index, ())
+                if ask.refine and here:
+                    self._refine(block, [name for name in here if name in ranks])
                 block.step()
                 self.clock.lap("follow")
-                self.put(block.index, {name: self.model.get_submodule(name) for name in names})
-        for name in ranks:  # they were made while the model was in evaluation mode
+                self.put(block.index, {name: self.model.get_submodule(name) for name in here})
+        for name in names:  # they were made while the model was in evaluation mode
             self.model.get_submodule(name).train(self.layers[name].training)
 
-    def _fitted(self, name: str, arrived: Arrived, k: int) -> CompressedLayer:
-        """The stand-in of a layer for the inputs that arrive at it."""
+    def _fitted(self, name: str, arrived: Arrived, k: int | None) -> Decomposition | Tensor:
+        """What a layer should be for the inputs that arrive at it: without a rank a dense weight."""
         with naming(name):
             target = arrived.target(name)
-            H = self._gradients.get(name)
-            known = dataclasses.replace(arrived.moments, H=None if H is None else H.to(target.device))
-            one = self.ask.method.prepare(target, known, k=k, **self.options)
+            if k is not None:
+                H = self._gradients.get(name)
+                known = dataclasses.replace(arrived.moments, H=None if H is None else H.to(target.device))
+                target = self.ask.method.prepare(target, known, k=k, **self.options)
         self.clock.lap("decompose")
-        return self._cut(name, one, k)
+        return target
+
+    def _stand_in(self, name: str, fit: Decomposition | Tensor, k: int | None) -> nn.Module:
+        """What takes the place of a layer; its errors are noted."""
+        if k is not None:
+            return self._cut(name, fit, k)
+        new = copy.deepcopy(self.layers[name])
+        new.weight.copy_(fit)
+        self.errors[name] = relative_errors(self.layers[name], new.weight, self.stats, name)
+        self.clock.lap("errors")
+        return new
 
     def _refine(self, block: FollowedBlock, names: Sequence[str]) -> None:
         """Fit the factors of a block to what the dense one gives out."""
@@ -255,11 +274,13 @@ def told(
     return new
 
 
-def _packed(layer: CompressedLayer) -> tuple[dict, dict[str, Tensor]]:
-    return describe(layer), {name: value.cpu().clone() for name, value in layer.state_dict().items()}
+def _packed(layer: nn.Module) -> tuple[dict | None, dict[str, Tensor]]:
+    spec = describe(layer) if isinstance(layer, CompressedLayer) else None
+    return spec, {name: value.cpu().clone() for name, value in layer.state_dict().items()}
 
 
-def _unpacked(name: str, layer: nn.Linear, spec: dict, state: dict[str, Tensor]) -> CompressedLayer:
-    new = empty_layer(name, layer, spec).requires_grad_(layer.weight.requires_grad)
+def _unpacked(name: str, layer: nn.Linear, spec: dict | None, state: dict[str, Tensor]) -> nn.Module:
+    new = copy.deepcopy(layer) if spec is None else empty_layer(name, layer, spec)
+    new.requires_grad_(layer.weight.requires_grad)
     new.load_state_dict(state)
     return new.train(layer.training)

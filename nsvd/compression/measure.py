@@ -21,6 +21,7 @@ from nsvd.walk.calibrate import Walked, calibrate, walkable
 from nsvd.walk.decoder import longest_list
 from nsvd.walk.gradients import fisher_into
 from nsvd.walk.lazy import held
+from nsvd.walk.memory import give_back
 from nsvd.walk.moments import mix
 from nsvd.walk.processes import dealt, gathered, rank, same
 from nsvd.walk.roles import roles
@@ -37,23 +38,16 @@ GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gr
 @torch.inference_mode(False)
 @torch.no_grad()
 def prepare(
-    model: nn.Module,
-    stats: Statistics | None,
-    method: str,
-    *,
-    layers: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
-    progress: bool = False,
-    **options: float | str,
+    model: nn.Module, stats: Statistics | None, method: str, *, progress: bool = False, **options: float | str
 ) -> Prepared:
-    """The method's outer decomposition of every target layer, or of those chosen as in ``targets``, for all ranks at once.
+    """The method's outer decomposition of every target layer, for all ranks at once.
 
     Give it to ``compress_(…, prepared=…)`` again and again: a sweep over ratios, over k1, or over methods with one outer
     step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. For ``sola``, of the blocks that it factors. Computed
     in float64 on the layer's device (on the CPU where that has none), kept in the host's memory. What it is of is kept with it:
     for another outer step, other options, weights or statistics it is refused.
     """
-    chosen, layers = by_name(method), targets(model, layers, exclude)
+    chosen, layers = by_name(method), targets(model)
     check_values(model)
     check_statistics(layers, stats, chosen)
     found: dict[str, Decomposition] = {}
@@ -95,6 +89,8 @@ def decompositions(
                         how = {"part": parts[name], "k": 0 if only_ranks else None}
                         one = prepare_layer(layers[name], name, stats, chosen, options, **how).to("cpu")
                         found[name] = Spectrum(one.s) if only_ranks else one
+                        del one
+                        give_back()
                         bar.update()
             for name in missing:
                 s = same(found[name].s if is_mine(owner, name) else None, owner[name])

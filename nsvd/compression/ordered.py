@@ -96,7 +96,7 @@ def followed(
     unsettled: bool = False,
     begin: int = 0,
     shelf: Shelf | None = None,
-    batch: int = 16,
+    batch: int | None = None,
     progress: bool = False,
 ) -> Iterator[FollowedBlock]:
     """The blocks in their order, between two streams. Whoever takes one exchanges its layers, and calls its ``step``.
@@ -109,7 +109,8 @@ def followed(
     One block runs at a time. Of all the calibration text there wait, in memory or past a limit in files, the hidden states of both
     streams, what the dense stream holds at the landmarks of the layers that are not done, the outputs of parts of the block
     that are done (its attention), and the inputs of a part's last layer. The blocks' other arguments (masks, rotations) stay in
-    memory. Several processes deal the windows.
+    memory. ``batch`` windows are read at a time, by default as many as ``stream.READ`` tokens are. Several processes deal
+    the windows.
 
     Raises:
         ValueError: if a layer is in none of the model's blocks, or does not see every token; it is named.
@@ -117,7 +118,9 @@ def followed(
     """
     weights = [1 / len(domains)] * len(domains) if weights is None else weights
     shelf = Shelf() if shelf is None else shelf
-    leaders = readers(model, names, (domains[0][:1, :8], *(ids for windows in domains for ids in windows.split(batch))))
+    leaders = readers(
+        model, names, (domains[0][:1, :8], *(ids for _, _, ids in dealt_batches(domains, batch, dealt=False)))
+    )
     check_every_token(model, leaders, domains[0][:1, :8])
     with evaluating(model):
         decoder = Decoder(model)
@@ -190,19 +193,14 @@ class FollowedBlock:
             part = None if last or len(group) > 1 else next((part for part in now if part not in before), None)
             place, layer = places.pop(leader), self._model.get_submodule(leader)
             sums, rest = self._measured(leader, layer, place, part)
-            moments, missing = self._mixed(sums)
-            if not (moments.G.isfinite().all() and missing.isfinite().all()):
-                raise FloatingPointError(f"the input of layer {leader} holds NaN or Inf on the calibration text")
-            dense = {name: self._model.get_submodule(name) for name in group}
-            yield Arrived(dense, moments, missing, place == leader.removeprefix(self._prefix), self._mu)
-            del sums, moments, missing
+            yield self._arrived(group, sums, place == leader.removeprefix(self._prefix))  # and kept by nobody here
+            del sums
             for item, output_of in zip(self.batches, rest, strict=True):
                 if output_of is not None:  # the part's new output, from its last layer's
                     item.outputs[part] = output_of(self._model.get_submodule(leader)(item.hidden.pop(INPUT)))
                 if place is not None and place not in places.values():
                     del item.landmarks[place]
             self._settled = now
-            give_back()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -260,15 +258,24 @@ class FollowedBlock:
             one.join()
         return sums, rest
 
+    def _arrived(self, group: Sequence[str], sums: Sequence[Sums], itself: bool) -> Arrived:
+        give_back()
+        moments, missing = self._mixed(sums)
+        if not (moments.G.diagonal().isfinite().all() and missing.isfinite().all()):
+            raise FloatingPointError(f"the input of layer {group[0]} holds NaN or Inf on the calibration text")
+        return Arrived({name: self._model.get_submodule(name) for name in group}, moments, missing, itself, self._mu)
+
     def _mixed(self, sums: Sequence[Sums]) -> tuple[Moments, Tensor]:
         """The moments of all domains, and E, mixed as ``moments.mix`` mixes G and mean absolute values; sums are used up."""
-        scales = mixing([s.outer.diagonal().mean() / s.n for s in sums], self._weights)
+        scales = mixing([s.squares.mean() / s.n for s in sums], self._weights)
         G, E = (
             _total(getattr(s, part).mul_(a / s.n) for a, s in zip(scales, sums, strict=True))
             for part in ("outer", "cross")
         )
         roots = [(w * a) ** 0.5 for w, a in zip(self._weights, scales, strict=True)]
         mean_abs = _total(root * s.absolute / s.n for root, s in zip(roots, sums, strict=True))
+        for one in sums:
+            one.forget()
         return Moments(G, mean_abs, sum(s.n for s in sums)), E
 
 

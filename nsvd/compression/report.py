@@ -15,12 +15,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from nsvd.linalg.errors import calibration_loss, weight_error
+from nsvd.linalg.errors import output_energy
 from nsvd.linalg.precision import double
 from nsvd.markup import bar, block, number, size, table, text
 from nsvd.stored.files import fingerprint
 from nsvd.version import __version__
-from nsvd.walk.decoder import longest_list
 from nsvd.walk.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -40,12 +39,12 @@ def versions() -> dict[str, str]:
 def relative_errors(layer: nn.Linear, dense: Tensor, stats: Statistics | None, name: str) -> dict[str, float]:
     """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖ of ``dense``, Ŵ."""
     W = double(layer.weight)
-    dense, size = double(dense).to(W.device), W.square().sum().item()
-    row = {"weight_error": (weight_error(W, dense) / size) ** 0.5 if size else 0.0}  # a layer of zeros is met exactly
+    E, size = W - double(dense).to(W.device), W.square().sum().item()
+    row = {"weight_error": (E.square().sum().item() / size) ** 0.5 if size else 0.0}  # a layer of zeros is met exactly
     if stats is not None and name in stats:
         G = stats[name].G.to(W.device)
-        whole = calibration_loss(W, torch.zeros_like(W), G)
-        row["calibration_error"] = (max(calibration_loss(W, dense, G), 0.0) / whole) ** 0.5 if whole else 0.0
+        whole = output_energy(W, G)
+        row["calibration_error"] = (max(output_energy(E, G), 0.0) / whole) ** 0.5 if whole else 0.0
     return row
 
 
@@ -91,9 +90,6 @@ class Report(Tabled):
     model_ratio_reached: float  # the share of the whole model
     model_params_before: int
     model_params_after: int
-    blocks_covered: (
-        float  # the share of the blocks' parameters that the target layers hold; of a mixture of experts far from 1
-    )
     left_alone: dict[str, int]  # parameters outside the target layers, by name with * for numbers
     bytes_before: int
     bytes_after: int
@@ -137,12 +133,6 @@ class Report(Tabled):
         how = [f"{name} {value}" for name, value in self.options.items()]
         how += [f"allocation {self.allocation}", f"factors {self.factors}"]
         return block(title, table(head, lines), f"{', '.join(how)}. Time: {spent or 'none'}.")
-
-
-def covered(model: nn.Module, held: int, gone: int = 0) -> float:
-    """The share of the parameters of all blocks that target layers of ``held`` dense parameters have, ``gone`` of them removed."""
-    _, blocks = longest_list(model) or ("", model)
-    return held / (sum(parameter.numel() for parameter in blocks.parameters()) + gone)
 
 
 def left_alone(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:

@@ -46,14 +46,17 @@ def factor(
             ranks, prepared, again = _search(job, None, "both", only_ranks=True)
             tokens += again
     smaller = job.smaller(ranks)
+    touched = smaller
+    if ask.shifted:  # those that stay dense are fitted, too
+        touched = ranks if ask.ranks is not None else job.layers
     try:
         if ask.shifted:
-            job.in_order(smaller)
+            job.in_order(list(touched), smaller)
         else:
             job.at_once(smaller, prepared)
         if ask.distill:
             losses = job.distill(list(smaller))
-        check_exchanged(job.model, {name: job.layers[name] for name in smaller}, before)
+        check_exchanged(job.model, {name: job.layers[name] for name in touched}, before)
     except BaseException:
         job.undo(smaller)
         raise

@@ -80,18 +80,24 @@ def ridge(W: Weight, moments: Moments, *, mu: float = 0.1, k: int | None = None)
     As the exact minimiser of a weighted sum it is Pareto-optimal in calibration loss and weight error, the two errors
     that the nested methods trade. μ = 0 is ASVD-I, μ → ∞ the plain SVD.
     """
-    return from_metric(W, ridged(moments.G, mu), k)
+    return from_metric(W, moments.G, k, ridge=ridge_of(moments.G, mu))
 
 
 def ridged(G: Tensor, mu: float, name: str = "mu") -> Tensor:
     """G + μ mean(diag G) I, for a matrix or the vector of a diagonal one; raises ``ValueError`` for a negative μ."""
+    size = ridge_of(G, mu, name)
+    if G.ndim == 1:
+        return G + size
+    with_ridge = G.clone()
+    with_ridge.diagonal().add_(size)
+    return with_ridge
+
+
+def ridge_of(G: Tensor, mu: float, name: str = "mu") -> Tensor:
+    """μ mean(diag G), a number; raises ``ValueError`` for a negative μ."""
     if not mu >= 0:
         raise ValueError(f"{name} is {mu}, but a ridge is not negative")
-    if G.ndim == 1:
-        return G + mu * G.mean()
-    with_ridge = G.clone()
-    with_ridge.diagonal().add_(mu * G.diagonal().mean())
-    return with_ridge
+    return mu * (G if G.ndim == 1 else G.diagonal()).mean()
 
 
 def oas(G: Float[Tensor, "d_in d_in"], n: int) -> float:

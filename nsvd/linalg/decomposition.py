@@ -94,11 +94,14 @@ class Oblique(Decomposition):
     """
 
 
-def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None, k: int | None = None) -> Orthogonal:
+def from_metric(
+    W: Float[Tensor, "d_out d_in"], M: Tensor | None = None, k: int | None = None, *, ridge: float | Tensor = 0.0
+) -> Orthogonal:
     r"""Minimise ‖(W − Ŵ) M^{1/2}‖_F at every rank up to k (None: at every rank): Ŵ = U_k U_kᵀ W, U the eigenvectors of W M Wᵀ.
 
-    M is positive semidefinite: a matrix (d_in, d_in), the vector of a diagonal one, or None for the identity. For a
-    singular M, where the minimiser is not unique, this is the limit of a vanishing ridge M + μI.
+    M is positive semidefinite: a matrix (d_in, d_in), the vector of a diagonal one, or None for the identity. A ``ridge`` is
+    added to its diagonal, without a copy of it. For a singular M, where the minimiser is not unique, this is the limit of
+    a vanishing ridge M + μI.
 
     Raises:
         ValueError: if k is no rank of W.
@@ -106,6 +109,8 @@ def from_metric(W: Float[Tensor, "d_out d_in"], M: Tensor | None = None, k: int 
     """
     Q, core, k = *_smaller_side(W), _terms(W, k)
     weighted = core if M is None else core * M if M.ndim == 1 else core @ M
+    if isinstance(ridge, Tensor) or ridge:
+        weighted = weighted + ridge * core
     eigenvalues, V = _leading_pairs(_upper(weighted, core), k)
     check_semidefinite("W M Wᵀ", eigenvalues.flip(0))
     seen = int((eigenvalues > max(W.shape) * torch.finfo(W.dtype).eps * eigenvalues[0]).sum())

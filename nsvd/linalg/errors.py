@@ -19,8 +19,12 @@ def weight_error(W: Weight, approximation: Weight) -> float:
 
 def calibration_loss(W: Weight, approximation: Weight, G: Float[Tensor, "d_in d_in"]) -> float:
     """‖(W − Ŵ) X‖²_F / n = tr(E G Eᵀ)."""
-    E = W - approximation
-    return ((E @ G) * E).sum().item()
+    return output_energy(W - approximation, G)
+
+
+def output_energy(W: Weight, G: Float[Tensor, "d_in d_in"]) -> float:
+    """‖W X‖²_F / n = tr(W G Wᵀ)."""
+    return (W @ G).mul_(W).sum().item()
 
 
 def tail(s: Float[Tensor, " m"], k: int) -> float:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsvd.linalg.asvd import ridged
+from nsvd.linalg.asvd import ridge_of, ridged
 from nsvd.linalg.decomposition import Oblique, from_metric
 from nsvd.linalg.moments import Moments
 
@@ -41,30 +41,36 @@ def kfac(
     """
     if moments.H is None:
         raise ValueError("this method weighs outputs by the loss: it needs H, from fisher()")
+    ridge = ridge_of(moments.G, mu)
     if not moments.H.any():
-        unseen = from_metrics(W, ridged(moments.G, mu, "mu"), torch.ones_like(W[:, 0]), k)
+        unseen = from_metrics(W, moments.G, torch.ones_like(W[:, 0]), k, ridge=ridge)
         return replace(unseen, s=torch.zeros_like(unseen.s))
-    return from_metrics(W, ridged(moments.G, mu, "mu"), ridged(moments.H, eta, "eta"), k)
+    return from_metrics(W, moments.G, ridged(moments.H, eta, "eta"), k, ridge=ridge)
 
 
 def from_metrics(
-    W: Float[Tensor, "d_out d_in"], M: Float[Tensor, "d_in d_in"], N: Float[Tensor, "d_out ..."], k: int | None = None
+    W: Float[Tensor, "d_out d_in"],
+    M: Float[Tensor, "d_in d_in"],
+    N: Float[Tensor, "d_out ..."],
+    k: int | None = None,
+    *,
+    ridge: float | Tensor = 0.0,
 ) -> Oblique:
     r"""Minimise ‖N^{1/2} (W − Ŵ) M^{1/2}‖_F at every rank up to k: Ŵ = N^{-1/2} [N^{1/2} W M^{1/2}]_k M^{-1/2}.
 
     As with one metric no root or inverse of M is needed: Ŵ = N^{-1/2} V_k V_kᵀ N^{1/2} W, with V the left singular vectors of
     N^{1/2} W M^{1/2}. This is a projection of the outputs, but an oblique one. The columns of ``U`` are those of N^{-1/2} V at
-    unit length.
+    unit length. A ``ridge`` is added to the diagonal of M. A matrix N is used up.
     """
     if N.ndim == 1:
         if not (N > 0).all():
             raise torch.linalg.LinAlgError("the output metric has an entry that is not positive")
         root = N.sqrt()
-        weighted = from_metric(root[:, None] * W, M, k)
+        weighted = from_metric(root[:, None] * W, M, k, ridge=ridge)
         U = weighted.U / root[:, None]
     else:
         L = _cholesky(N, "the output metric")
-        weighted = from_metric(L.mT @ W, M, k)
+        weighted = from_metric(L.mT @ W, M, k, ridge=ridge)
         U = torch.linalg.solve_triangular(L.mT, weighted.U, upper=True)
     length = U.norm(dim=0)
     coords = length[:, None] * weighted.coords
@@ -91,11 +97,12 @@ def shift(G: Float[Tensor, "d_in d_in"], E: Float[Tensor, "rows d_in"], *, mu: f
 
 
 def _cholesky(A: Float[Tensor, "d d"], what: str) -> Float[Tensor, "d d"]:
-    """L with L Lᵀ = A; raises ``LinAlgError`` unless A is positive definite, and clearly so."""
-    L, failed = torch.linalg.cholesky_ex(A)
+    """L with L Lᵀ = A, in the place of A; raises ``LinAlgError`` unless A is positive definite, and clearly so."""
+    least, L, failed = ROUNDING * A.diagonal(), A.mT, torch.empty((), dtype=torch.int32, device=A.device)
+    torch.linalg.cholesky_ex(L, out=(L, failed))
     if failed:
         raise torch.linalg.LinAlgError(f"{what} is singular, not positive definite (from row {int(failed)} on)")
-    small = L.diagonal().square() <= ROUNDING * A.diagonal()
+    small = L.diagonal().square() <= least
     if small.any():
         row = int(small.nonzero()[0]) + 1
         raise torch.linalg.LinAlgError(f"{what} is singular but for rounding (from row {row} on): a ridge mends this")

@@ -56,8 +56,7 @@ class LowRankQuantizer(HfQuantizer):
                 )
             model.set_submodule(name, empty_layer(name, layers[name], spec))
         _check_latent(model, self.latent_layers)
-        if self.latent_layers:
-            LATENT_CACHE["attach"](model, self.latent_layers)
+        LATENT_CACHE["attach"](model, self.latent_layers)
         if checkpoint_files:
             folder = Path(checkpoint_files[0]).parent
             manifest.check_files([folder / CONFIG, *checkpoint_files])

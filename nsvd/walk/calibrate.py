@@ -148,8 +148,7 @@ class Walked(Mapping[str, Moments]):
         """The moments of all layers, put ``into`` a mapping by the first layer that reads each input."""
         while self._stream.at < len(self.decoder):
             self._advance()
-            for leader, moments in self._moments.items():
-                into[leader] = moments
+            into.update(self._moments)
             self.save()
             self.forget()
         self._moments = {}
@@ -158,6 +157,7 @@ class Walked(Mapping[str, Moments]):
     @torch.no_grad()
     def _advance(self) -> None:
         """Take the next block's moments, and go on behind it."""
+        self._moments = {}  # none stays in memory while the next block's are summed
         stream, model = self._stream, self.decoder.model
         here = [leader for leader in dict.fromkeys(self.inputs.values()) if self._block[leader] == stream.at]
         parts, sound = [{leader: Sums() for leader in here} for _ in self._shares], []
@@ -176,7 +176,6 @@ class Walked(Mapping[str, Moments]):
         for batch, fine in zip(stream.batches, sound, strict=True):
             if not fine:
                 raise overflow(model, batch.ids)
-        self._moments = {}
         for leader in here:
             each = [sums[leader].result() for sums in parts]
             self._moments[leader] = each[0] if len(each) == 1 else mixed(each, self._shares)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsvd.linalg.precision import double, home
 from nsvd.walk.processes import summed
-from nsvd.walk.sums import add_cross_, add_outer_, mirror_
+from nsvd.walk.sums import Half, add_cross_, joined
 
 EDGE, LEAST, MOST = 8, 0.1, 10.0  # an eighth of a window; norms, in their mean over the window
 
@@ -42,9 +42,11 @@ class GradientSums:
         """What takes in the gradient at the output of a layer with input x (…, d_in), times a weight."""
         return partial(self._add, weight, name, x if self.kind.weights else None)
 
-    def whole(self) -> dict[str, Tensor]:
-        """The sums of all processes, on the CPU; raises for one that nothing was added to, or that is not finite."""
-        return {name: self._whole(name) for name in self.totals}
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """The sums of all processes, on the CPU, one by one: they are used up. Raises for one that nothing was added to, or that
+        is not finite."""
+        for name in list(self.totals):
+            yield name, self._whole(name)
 
     def _add(self, weight: float, name: str, x: Tensor | None, gradient: Tensor) -> None:
         if self.kind.clipped:
@@ -53,22 +55,25 @@ class GradientSums:
             weight *= before / gradient.shape[:-1].numel()
         g = gradient.reshape(-1, gradient.shape[-1])
         if self.totals[name] is None:
-            wide = () if self.kind.diagonal else g.shape[1:] if x is None else x.shape[-1:]
-            self.totals[name] = torch.zeros(g.shape[1], *wide, dtype=torch.float64, device=home(g))
+            shape = (g.shape[1],) if x is None else (g.shape[1], x.shape[-1])
+            square = x is None and not self.kind.diagonal
+            place = {"dtype": torch.float64, "device": home(g)}
+            self.totals[name] = Half(g.shape[1], home(g)) if square else torch.zeros(shape, **place)
         if x is not None:
             add_cross_(self.totals[name], g, x.reshape(-1, x.shape[-1]), weight)
         elif self.kind.diagonal:
             self.totals[name] += weight * double(g).square().sum(0)
         else:
-            add_outer_(self.totals[name], g, weight)
+            self.totals[name].add_(g, weight)
 
     def _whole(self, name: str) -> Tensor:
-        total, mirrored = summed(self.totals[name]), not (self.kind.diagonal or self.kind.weights)
+        total, square = self.totals.pop(name), not (self.kind.diagonal or self.kind.weights)
+        total = joined(total) if square else summed(total)
         if total is None:
             raise ValueError(f"no gradient reached layer {name}")
-        if not (total.diagonal() if mirrored else total).isfinite().all():
+        if not (total.diagonal if square else total).isfinite().all():
             raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
-        return (mirror_(total) if mirrored else total).cpu()
+        return (total.whole() if square else total).cpu()
 
 
 def clipped_tokens(gradient: Float[Tensor, "count length d"]) -> Float[Tensor, "count kept d"]:

@@ -113,8 +113,7 @@ def fisher_into(
                     with _watching(here, partial(sums.taking, tokens[item.domain])):
                         hidden, gradient = (t.to(decoder.device) for t in (borders[i], gradients[i]))
                         gradients[i] = decoder.pull(index, hidden, item.calls[index], gradient)
-            for name, total in sums.whole().items():
-                found[name] = total
+            found.update(sums.whole())  # none stays in memory while the next block's are summed
             if shelf.lasting:
                 shelf.own.put(f"{walk}-{PULL}/{index}", numbered(gradients))
                 wait()
@@ -129,11 +128,10 @@ def weight_gradients_into(
     domains: Sequence[Tensor],
     shares: Sequence[float],
     *,
-    layers: Iterable[str] | None = None,
     shelf: Shelf | None = None,
     progress: bool = False,
 ) -> None:
-    """Put ∂L/∂W (d_out, d_in) of the named layers, by default every target layer, into a mapping.
+    """Put ∂L/∂W (d_out, d_in) of every target layer into a mapping.
 
     L = Σ share · mean nats a token of what comes next in the windows. The same walks as ``fisher_into``, and what it raises.
 
@@ -144,7 +142,6 @@ def weight_gradients_into(
         raise ValueError("windows of one token have no next one: the loss has no gradient")
     inputs, labels = [ids[:, :-1] for ids in domains], [ids[:, 1:] for ids in domains]
     how = {
-        "layers": layers,
         "labels": labels,
         "shelf": shelf,
         "walk": "weight-gradients",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 
@@ -28,11 +30,17 @@ def room_on(device: torch.device) -> int:
 
 
 def give_back() -> None:
-    """Return free memory between pieces in use to the system, where that is Linux with glibc: it does not do so by itself."""
-    if (trim := _trim()) is not None:
-        trim(0)
+    """Return free memory to the system, where that is Linux: neither glibc nor the MKL inside torch does so by itself."""
+    for act in _acts():
+        act()
 
 
 @cache
-def _trim():
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+def _acts() -> list[Callable[[], object]]:
+    if sys.platform != "linux":
+        return []
+    found = [(getattr(ctypes.CDLL(None), "malloc_trim", None), 0)]
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.is_file():
+        found += [(getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None),)]
+    return [partial(*call) for call in found if call[0] is not None]

@@ -14,7 +14,7 @@ from nsvd.walk.processes import count, gathered, rank, share, wait
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.waiting import Row
 
-READ = 4096  # tokens read at a time, or one window where it is longer
+READ = 2048  # tokens read at a time, or one window where it is longer
 
 
 @dataclass

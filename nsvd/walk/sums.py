@@ -12,12 +12,54 @@ from torch.backends import cuda, mkldnn
 
 from nsvd.linalg import Moments
 from nsvd.linalg.precision import double, home
-from nsvd.walk.processes import gathered, summed
+from nsvd.walk.processes import count, gathered, summed
 
 # So many tokens at a time, or fewer, are taken in float64: they leave directions open, and rounding would make these negative.
 FEW = 256
 CHUNK, PIECE = 4096, 256  # tokens whose products are one sum in float32; whose absolute values are
 STRIPS, NARROWEST = 8, 128  # strips of rows that a product is taken in, and rows of a strip at least
+
+
+class Half:
+    """A symmetric matrix (d, d) in float64 that products are added to: of each strip of its rows what lies from the diagonal on."""
+
+    def __init__(self, d: int, device: torch.device, values: Tensor | None = None):
+        self.d, places = d, list(_strips(d))
+        sizes = [(last - first, d - first) for first, last in places]
+        total = sum(rows * columns for rows, columns in sizes)
+        self.values = torch.zeros(total, dtype=torch.float64, device=device) if values is None else values
+        parts = self.values.split([rows * columns for rows, columns in sizes])
+        self._strips = [(place, part.view(size)) for place, part, size in zip(places, parts, sizes, strict=True)]
+
+    def add_(self, x: Float[Tensor, "n d"], weight: float = 1.0) -> None:
+        """Add weight · Σ x xᵀ."""
+        with _exact(x):
+            for part in _chunks(x):
+                for (first, last), strip in self._strips:
+                    _add_product_(strip, part[:, first:last], part[:, first:], weight)
+
+    @property
+    def diagonal(self) -> Float[Tensor, " d"]:
+        return torch.cat([strip.diagonal() for _, strip in self._strips])
+
+    def whole(self) -> Float[Tensor, "d d"]:
+        """The matrix, exactly symmetric."""
+        A = self.values.new_empty(self.d, self.d)
+        for (first, last), strip in self._strips:
+            corner = strip[:, : last - first]
+            A[first:last, first:last] = corner.triu() + corner.triu(1).mT
+            A[first:last, last:] = strip[:, last - first :]
+            A[last:, first:last] = strip[:, last - first :].mT
+        return A
+
+
+def joined(half: Half | None) -> Half | None:
+    """The sum over all processes; one with nothing to add gives None."""
+    if count() == 1:
+        return half
+    d = next(filter(None, gathered(None if half is None else half.d)), None)
+    values = summed(None if half is None else half.values)
+    return None if values is None else Half(d, values.device, values)
 
 
 class Sums:
@@ -31,17 +73,17 @@ class Sums:
         self.n = 0
         self.cross: Float[Tensor, "d_out d_in"] | None = None
         self.absolute: Float[Tensor, " d_in"] | None = None
-        self._upper: Float[Tensor, "d_in d_in"] | None = None  # what lies below the diagonal is stale
+        self._half: Half | None = None
 
     @property
     def outer(self) -> Float[Tensor, "d_in d_in"] | None:
         """Σ x xᵀ, exactly symmetric; None before the first input."""
-        return None if self._upper is None else mirror_(self._upper)
+        return None if self._half is None else self._half.whole()
 
     @property
     def squares(self) -> Float[Tensor, " d_in"]:
         """Σ x², of every channel: NaN or Inf where an input is, or a product too large."""
-        return self._upper.diagonal()
+        return self._half.diagonal
 
     def add(self, x: Float[Tensor, "... d_in"], y: Float[Tensor, "... d_out"] | None = None) -> None:
         """Take in inputs, and what goes with each of them."""
@@ -50,29 +92,33 @@ class Sums:
             common = torch.promote_types(x.dtype, y.dtype)
             x, y = x.to(common), y.reshape(-1, y.shape[-1]).to(common)
         place = {"dtype": torch.float64, "device": home(x)}
-        if self._upper is None:
-            self._upper = torch.zeros(x.shape[1], x.shape[1], **place)
+        if self._half is None:
+            self._half = Half(x.shape[1], home(x))
             self.absolute = torch.zeros(x.shape[1], **place)
         if self.cross is None and y is not None:
             self.cross = torch.zeros(y.shape[1], x.shape[1], **place)
-        for part, beside in zip(_chunks(x), x.split(CHUNK) if y is None else _chunks(y), strict=True):
-            _add_product_(self._upper, part, part, half=True)
+        self._half.add_(x)
+        for part in _chunks(x):
             pieces = [piece.abs().sum(0, dtype=_least(part)) for piece in part.split(PIECE)]
             self.absolute += double(torch.stack(pieces)).sum(0)
-            if y is not None:
-                _add_product_(self.cross, beside, part)
+        if y is not None:
+            add_cross_(self.cross, y, x)
         self.n += len(x)
 
     def join(self) -> None:
         """Take in the sums of all processes."""
-        self._upper, self.cross, self.absolute = summed(self._upper), summed(self.cross), summed(self.absolute)
+        self._half, self.cross, self.absolute = joined(self._half), summed(self.cross), summed(self.absolute)
         self.n = sum(gathered(self.n))
 
     def result(self) -> Moments:
-        """Averages per token, on the CPU. The sums are given up for them."""
+        """Averages per token, on the CPU. The sums are used up."""
         G, mean_abs = self.outer.cpu().div_(self.n), self.absolute.cpu().div_(self.n)
-        self._upper = self.cross = self.absolute = None
+        self.forget()
         return Moments(G, mean_abs, self.n)
+
+    def forget(self) -> None:
+        """Give the memory of the sums back."""
+        self._half = self.cross = self.absolute = None
 
 
 def finite(x: Tensor) -> Tensor:
@@ -80,37 +126,20 @@ def finite(x: Tensor) -> Tensor:
     return x.sum(dtype=_least(x)).isfinite()
 
 
-def add_outer_(total: Float[Tensor, "d d"], x: Float[Tensor, "n d"], weight: float = 1.0) -> None:
-    """Add weight · Σ x xᵀ to the upper half of a float64 matrix; ``mirror_`` makes it whole."""
-    for part in _chunks(x):
-        _add_product_(total, part, part, weight, half=True)
-
-
 def add_cross_(
     total: Float[Tensor, "d_out d_in"], y: Float[Tensor, "n d_out"], x: Float[Tensor, "n d_in"], weight: float = 1.0
 ) -> None:
     """Add weight · Σ y xᵀ to a float64 matrix."""
-    for beside, part in zip(_chunks(y), _chunks(x), strict=True):
-        _add_product_(total, beside, part, weight)
+    with _exact(x, y):
+        for beside, part in zip(_chunks(y), _chunks(x), strict=True):
+            for first, last in _strips(len(total)):
+                _add_product_(total[first:last], beside[:, first:last], part, weight)
 
 
-def mirror_(A: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """Copy what lies above the diagonal to below it."""
-    for first, last in _strips(len(A)):
-        A[last:, first:last] = A[first:last, last:].mT
-        corner = A[first:last, first:last]
-        corner.copy_(corner.triu() + corner.triu(1).mT)
-    return A
-
-
-def _add_product_(total: Tensor, a: Tensor, b: Tensor, weight: float = 1.0, half: bool = False) -> None:
-    """Add weight · aᵀ b, some rows at a time; with ``half`` only from the diagonal on."""
+def _add_product_(total: Tensor, a: Tensor, b: Tensor, weight: float = 1.0) -> None:
+    """Add weight · aᵀ b."""
     how = {} if a.dtype == _least(a) else {"out_dtype": torch.float32}
-    with _full_precision(a.device):
-        for first, last in _strips(len(total)):
-            left = first if half else 0
-            product = torch.mm(a[:, first:last].mT, b[:, left:], **how)
-            total[first:last, left:].add_(product.to(total.device), alpha=weight)
+    total.add_(torch.mm(a.mT, b, **how).to(total.device), alpha=weight)
 
 
 def _chunks(x: Tensor) -> Iterator[Tensor]:
@@ -136,15 +165,18 @@ def _strips(d: int) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """In the context products of float32 are what they say, whatever the user has allowed: no TF32, bfloat16 or autocast."""
-    places = (cuda.matmul, mkldnn.matmul)
-    before = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
+def _exact(*inputs: Tensor) -> Iterator[None]:
+    """In the context products of numbers like these are exact and summed in float32, whatever the user has allowed.
+
+    No TF32, no autocast. A processor may multiply in bfloat16 where the numbers come from it: that is as exact, and faster.
+    """
+    places = {cuda.matmul: "ieee", mkldnn.matmul: "bf16" if all(x.dtype == torch.bfloat16 for x in inputs) else "ieee"}
+    before = {place: place.fp32_precision for place in places}
+    for place, precision in places.items():
+        place.fp32_precision = precision
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(inputs[0].device.type, enabled=False):
             yield
     finally:
-        for place, precision in zip(places, before, strict=True):
+        for place, precision in before.items():
             place.fp32_precision = precision

@@ -475,3 +475,69 @@ def test_landmarks_are_found_in_float32(monkeypatch):
         assert_same(before, model)
     assert found[torch.bfloat16] == found[torch.float32]
     assert set(found[torch.float32]) >= {None}
+
+
+def inputs_of_layers(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    """The inputs (d_in, n) of layers on ``IDS``."""
+    found, handles = {}, []
+    for name in names:
+        layer = model.get_submodule(name)
+        hook = lambda _m, args, name=name: found.update({name: args[0].detach().reshape(-1, args[0].shape[-1]).mT})  # noqa: E731
+        handles.append(layer.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        model(IDS)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_a_layer_that_stays_dense_gets_the_best_weight_for_its_inputs():
+    """By normal equations: min ‖W X − B X'‖² / n + λ ‖W − B‖², λ = μ mean(diag G'); where it ends in itself. No parameter more."""
+    model, mu = tiny_model("llama", dtype=torch.float64), 0.02
+    before = {name: layer.weight.clone() for name, layer in nsvd.targets(model).items()}
+    X = inputs_of_layers(model, list(before))
+    how = {"method": "ridge", "mu": mu, "shifted": True, "allocation": "spectrum"}
+    report = nsvd.compress_(model, windows=IDS, ratio=0.4, **how)
+    dense = [
+        row.layer for row in report.table.itertuples() if row.dense and not row.layer.endswith(("o_proj", "down_proj"))
+    ]
+    assert [name for name in dense if ".1." in name]
+    Y = inputs_of_layers(model, list(before))
+    for name in dense:
+        W, x, y = before[name], X[name], Y[name]
+        n = x.shape[1]
+        G = y @ y.mT / n
+        ridge = mu * G.diagonal().mean() * torch.eye(len(G), dtype=torch.float64)
+        best = (W @ x @ y.mT / n + W @ ridge) @ torch.linalg.inv(G + ridge)
+        torch.testing.assert_close(model.get_submodule(name).weight, best, rtol=1e-8, atol=1e-10)
+        assert ".1." not in name or (best - W).abs().max() > 1e-8
+
+
+def test_layers_that_the_ranks_leave_out_stay_as_they_are():
+    model = tiny_model("llama")
+    before = {name: layer.weight.clone() for name, layer in nsvd.targets(model).items()}
+    nsvd.compress_(model, windows=IDS, method="ridge", ranks={Q: 4}, shifted=True)
+    for name, weight in before.items():
+        assert name == Q or torch.equal(model.get_submodule(name).weight, weight)
+
+
+def test_with_the_dense_layers_fitted_the_model_is_closer():
+    """At the end of the blocks, on another text than the calibration's."""
+    errors, other = [], token_ids(40, seed=11)
+    for left_out in (False, True):
+        model = tiny_model("llama", dtype=torch.float64)
+        dense = logits_of(model, other)
+        how = {"method": "kfac", "windows": token_ids(200, seed=5), "shifted": True}
+        report = nsvd.compress_(model, ratio=0.15, allocation="fisher", **how)
+        if left_out:
+            model = tiny_model("llama", dtype=torch.float64)
+            ranks = {row.layer: int(row.rank) for row in report.table.itertuples() if not row.dense}
+            assert len(ranks) < len(report.table)
+            nsvd.compress_(model, ranks=ranks, **how)
+        errors.append((logits_of(model, other) - dense).square().mean().item())
+    assert errors[0] < errors[1]
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits

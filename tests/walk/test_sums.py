@@ -8,7 +8,7 @@ import torch
 from nsvd.linalg.decomposition import from_metric
 from nsvd.linalg.errors import calibration_loss
 from nsvd.walk import sums as module
-from nsvd.walk.sums import Sums, add_outer_, finite, mirror_
+from nsvd.walk.sums import Half, Sums, finite
 from tests.pretend import pretending
 
 
@@ -64,10 +64,10 @@ def test_a_loss_is_that_of_float64_moments_with_channels_a_thousand_times_as_lar
 
 def test_a_matrix_may_be_added_up_with_weights():
     x = inputs(50, 260, torch.float64)
-    total = torch.zeros(260, 260, dtype=torch.float64)
-    add_outer_(total, x[:20], 0.5)
-    add_outer_(total, x[20:], 2.0)
-    torch.testing.assert_close(mirror_(total), 0.5 * x[:20].mT @ x[:20] + 2 * x[20:].mT @ x[20:])
+    total = Half(260, x.device)
+    total.add_(x[:20], 0.5)
+    total.add_(x[20:], 2.0)
+    torch.testing.assert_close(total.whole(), 0.5 * x[:20].mT @ x[:20] + 2 * x[20:].mT @ x[20:])
 
 
 ALLOWED = {
@@ -99,6 +99,17 @@ def test_what_the_user_allows_makes_them_no_coarser(allowed, settings, monkeypat
     Sums().add(inputs(10, 4))
     assert seen == [["ieee", "ieee"]]
     assert settings() == before
+
+
+def test_numbers_in_bfloat16_are_multiplied_as_such_and_summed_as_exactly(settings, monkeypatch):
+    x, seen, mm = inputs(600, 40).bfloat16(), [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **how: seen.append(settings()[2]) or mm(*args, **how))
+    ours = Sums()
+    ours.add(x, x[:, :7])
+    assert set(seen) == {"bf16"}
+    X = x.double()
+    torch.testing.assert_close(ours.outer, X.mT @ X, rtol=1e-6, atol=1e-6 * X.square().sum(0).max().item())
+    torch.testing.assert_close(ours.cross, X[:, :7].mT @ X, rtol=1e-6, atol=1e-6 * X.square().sum(0).max().item())
 
 
 def test_autocast_makes_them_no_coarser():
