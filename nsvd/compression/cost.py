@@ -28,6 +28,7 @@ from nsvd.walk.targets import by_block, targets
 from nsvd.walk.text import LOGIT_BYTES, tokens_at_once
 
 SINGLE, DOUBLE = 4, 8  # bytes of a number in float32, in float64
+HALF = (1 + 1 / STRIPS) / 2  # of a symmetric matrix, as ``Half`` holds it
 EIGH = 9  # m³ of these operations for all eigenvectors of a symmetric matrix
 
 
@@ -122,7 +123,8 @@ class _Sums:
         """A stream, and the second moments of the inputs of one block."""
         leaders, batch = [one.d_in for one in self.largest if one.first], self._batch
         grams, largest = DOUBLE * sum(d * d for d in leaders), max(leaders)
-        device = self._held + self._activations(batch) + grams + self._product(batch, largest, largest)
+        seen = max(self._activations(batch) + self._product(batch, largest, largest), DOUBLE * largest**2)
+        device = self._held + HALF * grams + seen
         host = min(LIMIT, share * self._stream) + grams + DOUBLE * largest**2
         products = 2 * share * self.tokens * self._grams / DOUBLE
         disk = self._measured + 3 * share * self._stream
@@ -133,10 +135,11 @@ class _Sums:
         share, outputs = self.share, [one.d_out for one in self.largest]
         batch, largest = self._batch, max(outputs)
         H = DOUBLE * sum(d * d for d in outputs)
-        graph = 2 * self._activations(batch) + H + self._product(batch, largest, largest)
+        seen = 2 * self._activations(batch) + self._product(batch, largest, largest)
+        graph = HALF * H + max(seen, DOUBLE * largest**2)
         logits = 7 * min(LOGIT_BYTES, SINGLE * self.vocabulary * batch)  # in float32 and float64, and their gradients
         device = self._held + max(graph, logits)
-        host = min(LIMIT, 2 * share * self._stream) + H + 2 * DOUBLE * largest**2
+        host = min(LIMIT, 2 * share * self._stream) + 2 * DOUBLE * largest**2
         borders = share * self._stream * (len(self.blocks) + 4)
         disk = self._measured + ends * self._outer + borders + (ends - 1) * self._exchanged
         passes = share * (4 * ends + (ends == 2))
@@ -188,10 +191,13 @@ class _Sums:
         places -= self.hidden if single and single[-1] is groups[-1] else 0  # the last layer's is the end of the block
         remembered = self.hidden * max(0, len(single) - 1) + max((one.d_in for one in single), default=0)
         batch = self._batch
-        sums = DOUBLE * max(one.d_in**2 + one.d_in * max(one.d_in, one.d_out) for one in groups)
+        sums = DOUBLE * max(HALF * one.d_in**2 + one.d_in * max(one.d_in, one.d_out) for one in groups)
+        missing = DOUBLE * max(2 * one.d_in * max(one.d_in, one.d_out) for one in groups)  # and the shift
         wide = max(max(one.d_in, one.d_out) for one in groups)
         seen = self._product(batch, wide, wide) + SINGLE * batch * wide + self._activations(batch)
-        device = self._held + sums + max(seen, *map(self._decomposed, self.largest), *map(self._pivoted, self.largest))
+        solved = DOUBLE * max(2 * one.d_in**2 for one in groups)
+        made = max(solved, *map(self._decomposed, self.largest), *map(self._pivoted, self.largest))
+        device = self._held + max(sums + seen, missing + made)
         waiting = self.tokens * self.bytes * (places + self.hidden + remembered)
         metric = DOUBLE * max(one.d_out for one in self.largest) ** 2 * self._judged
         host = min(LIMIT, waiting) + metric
@@ -281,9 +287,9 @@ class _Sums:
         return tokens * (self.bytes * sum(one.d_out for one in self.largest) + 12 * self.hidden)
 
     def _decomposed(self, one: Layer) -> float:
-        """Bytes of a decomposition: metrics as they are, with ridge and factored, the weight, its core, eigenvectors."""
+        """Bytes of a decomposition: metrics as they are, that of the outputs factored, the weight, its core, eigenvectors."""
         m, square = min(one.d_out, one.d_in), one.d_out * one.d_in
-        metrics = 2 * one.d_in**2 + 3 * one.d_out**2 * self._judged
+        metrics = one.d_in**2 + 2 * one.d_out**2 * self._judged
         core = (one.d_out * m + m * one.d_in) * (one.d_out > one.d_in) + m * one.d_in + 5 * m * m
         return DOUBLE * (metrics + 2 * square + max(core, one.d_in**2, one.d_out**2 * self._judged))
 
