@@ -10,6 +10,7 @@ from nsvd.compression.measure import prepare
 from nsvd.compression.request import RECIPES
 from nsvd.compression.strs import Sensitivity, sensitivity
 from nsvd.lab.calibration import domains
+from nsvd.lab.choices import Choices, accuracy_difference, multiple_choice, questions
 from nsvd.lab.compress import compress
 from nsvd.lab.corpora import EMBEDDED, documents, windows
 from nsvd.lab.evaluation import Evaluation, evaluate, perplexity
@@ -35,6 +36,7 @@ __all__ = [
     "RECIPES",
     "CacheReport",
     "CheckpointError",
+    "Choices",
     "Evaluation",
     "LowRank",
     "LowRankLinear",
@@ -44,6 +46,7 @@ __all__ = [
     "Sensitivity",
     "Statistics",
     "__version__",
+    "accuracy_difference",
     "cache_bytes",
     "calibrate",
     "compress",
@@ -59,9 +62,11 @@ __all__ = [
     "fisher",
     "load",
     "mix",
+    "multiple_choice",
     "own_text",
     "perplexity",
     "prepare",
+    "questions",
     "random_tokens",
     "replacing",
     "results",

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -148,36 +148,24 @@ def _text(chosen: argparse.Namespace) -> dict:
 
 
 def evaluate(chosen: argparse.Namespace) -> None:
-    """Perplexity and bits per byte of models on corpora."""
+    """Perplexity and bits per byte of models on corpora, or accuracy in multiple-choice tasks."""
     import pandas as pd
 
     import nsvd
-    from nsvd.lab.calibration import begins_with_bos
     from nsvd.lab.records import finite, origin
     from nsvd.stored.files import check_writable
 
     if chosen.json:
         check_writable(chosen.json)
+    if chosen.tasks and chosen.data:
+        raise ValueError("give corpora (--data) or tasks (--tasks), not both")
     rows, dtype = [], chosen.dtype
     if dtype == "auto" and "cpu" in (chosen.device, nsvd.default_device()):
         dtype = "float32"
+    measured = _accuracies if chosen.tasks else _perplexities
     for source in chosen.models:
         model, tokenizer = nsvd.load(source, dtype=dtype, device=chosen.device)
-        for corpus in chosen.data or nsvd.EMBEDDED:
-            windows = nsvd.windows(corpus, tokenizer, **_text(chosen))
-            result = nsvd.evaluate(model, windows, tokenizer, progress=sys.stderr.isatty())
-            rows.append(
-                {
-                    "model": source,
-                    "corpus": corpus,
-                    "perplexity": result.perplexity,
-                    "standard_error": result.perplexity * result.standard_error,
-                    "bits_per_byte": result.bits_per_byte,
-                    "windows": len(windows),
-                    "length": windows.shape[1],
-                    "bos": begins_with_bos(windows, tokenizer),
-                }
-            )
+        rows += [{"model": source} | row for row in measured(model, tokenizer, chosen)]
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     if chosen.json:
@@ -186,6 +174,44 @@ def evaluate(chosen: argparse.Namespace) -> None:
                 json.dumps({"results": [finite(row) for row in rows], "origin": origin()}, indent=1) + "\n",
                 encoding="utf-8",
             )
+
+
+def _perplexities(model, tokenizer, chosen: argparse.Namespace) -> Iterator[dict]:
+    """A row a corpus."""
+    import nsvd
+    from nsvd.lab.calibration import begins_with_bos
+
+    for corpus in chosen.data or nsvd.EMBEDDED:
+        windows = nsvd.windows(corpus, tokenizer, **_text(chosen))
+        result = nsvd.evaluate(model, windows, tokenizer, progress=sys.stderr.isatty())
+        yield {
+            "corpus": corpus,
+            "perplexity": result.perplexity,
+            "standard_error": result.perplexity * result.standard_error,
+            "bits_per_byte": result.bits_per_byte,
+            "windows": len(windows),
+            "length": windows.shape[1],
+            "bos": begins_with_bos(windows, tokenizer),
+        }
+
+
+def _accuracies(model, tokenizer, chosen: argparse.Namespace) -> Iterator[dict]:
+    """A row a task."""
+    import nsvd
+
+    if chosen.length is not None:
+        raise ValueError("a question is read as long as it is: --length goes with --data")
+    how = {"count": chosen.count, "seed": chosen.seed, "bos": chosen.bos}
+    for task in (name for names in chosen.tasks for name in names.split(",") if name):
+        result = nsvd.multiple_choice(model, tokenizer, task, **how, progress=sys.stderr.isatty())
+        yield {
+            "task": task,
+            "acc": result.accuracy,
+            "acc_norm": result.accuracy_normalized,
+            "standard_error": result.standard_error,
+            "chance": result.chance,
+            "questions": len(result.plain),
+        }
 
 
 def info(chosen: argparse.Namespace) -> None:
@@ -391,6 +417,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(evaluate)
     sub.add_argument("models", nargs="+", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")
     sub.add_argument("--data", nargs="+", metavar="CORPUS", help="corpora (default: the eight embedded ones)")
+    sub.add_argument(
+        "--tasks", nargs="+", metavar="TASK",
+        help="multiple choice in place of perplexity: mini/completion_en, …, or DIR:name for DIR/name/test.jsonl",
+    )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
     common(sub)
 

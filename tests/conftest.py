@@ -23,6 +23,12 @@ def float64():
     torch.set_default_dtype(before)
 
 
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "slow: compares with a program that is no dependency; skipped where it is not installed"
+    )
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked ``shared`` need texts that lie beside the project, not in it."""
     if not SHARED.is_dir():

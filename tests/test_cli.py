@@ -123,6 +123,28 @@ def test_compress_info_evaluate(here, capsys):
         assert row["standard_error"] > 0
 
 
+def test_evaluate_tells_accuracies(here, models, capsys):
+    """A row a model and task, of files and of embedded questions; what does not go together is one line."""
+    (here / "some").mkdir()
+    rows = [{"question": f"{n} and", "choices": ["one more", "no more"], "answer": n % 2} for n in range(6)]
+    (here / "some" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    dense, low = str(models / "dense"), str(models / "low")
+    printed = said(capsys, "evaluate", dense, low, "--tasks", ".:some,.:some", "--count", "5", "--json", "numbers.json")
+    results = json.loads((here / "numbers.json").read_text(encoding="utf-8"))["results"]
+    assert [(row["model"], row["task"]) for row in results] == [(m, ".:some") for m in (dense, low) for _ in range(2)]
+    for row in results:
+        model, tokenizer = nsvd.load(row["model"], dtype="float32", device="cpu")
+        found = nsvd.multiple_choice(model, tokenizer, ".:some", count=5)
+        assert (row["acc"], row["acc_norm"]) == (found.accuracy, found.accuracy_normalized)
+        assert (row["chance"], row["questions"]) == (0.5, 5)
+        assert f"{row['acc']:.3f}" in printed
+    command = ("evaluate", dense, "--tasks", ".:some")
+    assert "not both" in refused(capsys, here, *command, "--data", "mini/web")
+    assert "--length goes with --data" in refused(capsys, here, *command, "--length", "8")
+    assert "unknown task 'some'" in refused(capsys, here, "evaluate", dense, "--tasks", "some")
+    assert "no file absent/test.jsonl" in refused(capsys, here, "evaluate", dense, "--tasks", ".:absent")
+
+
 def test_the_command_line_does_what_python_does(here, models, capsys):
     """The same model, text, method and options give the same tensors."""
     (here / "text.txt").write_text("some words to calibrate on, " * 100, encoding="utf-8")

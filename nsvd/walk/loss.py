@@ -25,23 +25,25 @@ def window_losses(
         FloatingPointError: if a loss is NaN or Inf.
     """
     check_text(model, windows)
-    device = next(model.parameters()).device
-    losses = []
     batches = windows.split(batch or windows_at_once(model, windows.shape[1]))
-    for ids in tqdm(batches, "evaluate", disable=not progress, leave=False):
-        ids, parts, done = ids.to(device), [], 1
-        for logits in predictions(model, ids):
-            wanted = ids[:, done : done + logits.shape[1]]
-            each = zip(
-                logits, wanted, strict=True
-            )  # a window at a time: what is made of logits is as large as they are
-            parts.append(torch.stack([double(cross_entropy(row.float(), w, reduction="none")) for row, w in each]))
-            done += logits.shape[1]
-        losses.append(torch.cat(parts, 1).mean(1))
+    losses = [token_losses(model, ids).mean(1) for ids in tqdm(batches, "evaluate", disable=not progress, leave=False)]
     losses = torch.cat(losses).cpu()
     if not losses.isfinite().all():
         raise FloatingPointError(f"the loss of window {int((~losses.isfinite()).nonzero()[0])} is NaN or Inf")
     return losses
+
+
+@torch.no_grad()
+def token_losses(model: nn.Module, ids: Int[Tensor, "n length"]) -> Float[Tensor, "n rest"]:
+    """Nats of every token but the first of windows that are read together; float64, on the device of the model."""
+    ids, parts, done = ids.to(next(model.parameters()).device), [], 1
+    for logits in predictions(model, ids):
+        wanted = ids[:, done : done + logits.shape[1]]
+        # a window at a time: what is made of logits is as large as they are
+        each = zip(logits, wanted, strict=True)
+        parts.append(torch.stack([double(cross_entropy(row.float(), w, reduction="none")) for row, w in each]))
+        done += logits.shape[1]
+    return torch.cat(parts, 1)
 
 
 def divergence_of(
