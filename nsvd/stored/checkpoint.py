@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from nsvd.stored import manifest
+from nsvd.stored import guard, manifest
 from nsvd.stored.files import check_writable, reached, replacing
 from nsvd.stored.folder import CONFIG, METHOD, CheckpointError, Stored, headers, read_json
 from nsvd.stored.foreign import quiet
@@ -61,6 +61,7 @@ class LowRankQuantizer(HfQuantizer):
             folder = Path(checkpoint_files[0]).parent
             manifest.check_files([folder / CONFIG, *checkpoint_files])
             stored = headers(checkpoint_files)
+            guard.expect(model, modules, stored)
             _check_factors(model, modules, stored)
             check_dtypes(read_json(folder / CONFIG), stored)
             check_fits(model, stored)
@@ -93,6 +94,10 @@ class LowRankQuantizer(HfQuantizer):
         for name in self.quantization_config.modules:
             model.set_submodule(name, model.get_submodule(name).to_linear())
         return model
+
+    def get_state_dict_and_metadata(self, model):
+        config = self.quantization_config
+        return {**model.state_dict(), **guard.tensors(config.modules)}, guard.metadata(config)
 
     def is_serializable(self):
         return True

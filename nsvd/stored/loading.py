@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from nsvd.stored import manifest
+from nsvd.stored import guard, manifest
 from nsvd.stored.checkpoint import is_compressed
 from nsvd.stored.folder import CONFIG, CheckpointError, Stored, check_counts, headers, read_config, weight_files
 from nsvd.stored.foreign import quiet, reading
@@ -48,7 +48,9 @@ def looked_at(folder: Path, *, verify: bool) -> tuple[dict, dict[str, Stored]]:
     if verify:
         manifest.check(folder)
     config = read_config(folder)
-    stored = headers(weight_files(folder))
+    stored = headers(files := weight_files(folder))
+    if config.get("quantization_config") is None and (section := guard.told(files)) is not None:
+        config["quantization_config"] = section  # another program has taken it out of config.json
     check_counts(folder, config, stored)
     return config, stored
 
@@ -99,13 +101,14 @@ def _config(folder: Path) -> PretrainedConfig:
 
 
 def _read_model(folder: Path, dtype, stored: dict[str, Stored], told: dict) -> PreTrainedModel:
+    config = _config(folder)
     if told.get("quantization_config") is None:
         skeleton(folder, dtype, stored, told)
     else:  # the same is checked when the factors are in place
-        _config(folder)
+        config.quantization_config = told["quantization_config"]
     with reading(folder, config=told), limited(stored):
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True,
+            folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip  # a misshaped tensor is reported in ``info``, and raised below
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])

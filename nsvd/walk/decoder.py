@@ -223,6 +223,8 @@ def place_in(blocks: str, layer: str) -> tuple[int, str] | None:
 def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     """The part of the model that reads text, and its name: the whole model where it tells of no other."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if hasattr(model, "get_output_embeddings") and decoder is model.get_output_embeddings():
+        decoder = model  # what is called a decoder there is the head
     return next(name for name, module in model.named_modules() if module is decoder), decoder
 
 

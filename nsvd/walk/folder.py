@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from nsvd.stored import guard
 from nsvd.stored.folder import CONFIG, INDEX, SINGLE, Stored
 from nsvd.stored.foreign import quiet, reading
 from nsvd.stored.loading import looked_at, read_tokenizer, skeleton, usable_device, usable_dtype
@@ -157,6 +158,8 @@ def write_folder(model: PreTrainedModel, folder: Path) -> None:
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
+    told = getattr(model, "hf_quantizer", None) and model.hf_quantizer.quantization_config
+    beside, about = (guard.tensors(told.modules), guard.metadata(told)) if told else ({}, {})
     shards = _shards(model)
     files = {f"model-{i:05}-of-{len(shards):05}.safetensors": keys for i, keys in enumerate(shards, start=1)}
     if len(files) == 1:
@@ -165,9 +168,11 @@ def write_folder(model: PreTrainedModel, folder: Path) -> None:
     for file, keys in files.items():
         tensors = _gathered(model, keys)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        if keys is shards[-1]:
+            tensors |= beside
+        save_file(tensors, folder / file, metadata={"format": "pt"} | about)
     if len(files) > 1:
-        where = {key: file for file, keys in files.items() for key in keys}
+        where = {key: file for file, keys in files.items() for key in keys} | dict.fromkeys(beside, file)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 

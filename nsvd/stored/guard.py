@@ -1,0 +1,57 @@
+"""What makes a compressed folder loud where ``nsvd`` is not imported, and lets it know its ranks where config.json has lost them.
+
+Beside the factors lie two tensors of one number. One has the name of a dense weight that the model no longer has: whoever
+builds the dense model, as transformers does alone, finds it misshaped and raises. The name of the other says what to do. The
+metadata of every weight file hold what config.json tells of the compression.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from nsvd.stored.folder import METHOD, CheckpointError, Stored
+from nsvd.stored.section import LowRankConfig
+
+ADVICE = "compressed by nsvd: import nsvd before loading, and keep quantization_config in config json"
+
+
+def tensors(layers: Iterable[str]) -> dict[str, Tensor]:
+    """The two tensors for a model with these compressed layers; none where there is no layer."""
+    names = sorted(layers)
+    return {key: torch.zeros(1) for key in (f"{names[0]}.weight", ADVICE)} if names else {}
+
+
+def metadata(config: LowRankConfig) -> dict[str, str]:
+    """What goes into the header of a weight file."""
+    return {METHOD: json.dumps(config.to_dict(), sort_keys=True)}
+
+
+def told(files: Iterable[str | Path]) -> dict | None:
+    """What the header of the first weight file tells of a compression, None if nothing; ``CheckpointError`` if damaged."""
+    file = next(iter(files))
+    with safe_open(file, "pt") as stored:
+        text = (stored.metadata() or {}).get(METHOD)
+    try:
+        section = None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: the metadata {METHOD} is not JSON: {error}") from error
+    if text is not None and (not isinstance(section, dict) or section.get("quant_method") != METHOD):
+        raise CheckpointError(f"{file}: the metadata {METHOD} do not tell of a compressed model")
+    return section
+
+
+def expect(model: nn.Module, layers: Iterable[str], stored: Mapping[str, Stored]) -> None:
+    """Let transformers pass over the two tensors; raises ``CheckpointError`` if one is more than that."""
+    keys = tensors(layers)
+    for key in keys:
+        if key in stored and stored[key].shape != (1,):
+            raise CheckpointError(f"{stored[key].file}: {key} is stored beside the factors of this layer")
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, *(re.escape(key) + "$" for key in keys)}
