@@ -5,13 +5,16 @@ layers of one type get
 
     R_l = N R (1 / log L_l) / Σ_j (1 / log L_j).
 
-Their mean is R, so every type loses as much as with uniform ranks.
+Their mean is R, so every type loses as much as with uniform ranks. Where a logarithm is close to zero this asks for more than
+a layer has: no layer loses more than ``MOST``, and the others of its type share what is left.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
+
+MOST = 0.9  # of a layer's parameters; the common ratio where that is higher
 
 
 def log_ratios(losses: Mapping[str, float], types: Mapping[str, Hashable], ratio: float) -> dict[str, float]:
@@ -28,8 +31,18 @@ def log_ratios(losses: Mapping[str, float], types: Mapping[str, Hashable], ratio
                 "take a method that measures errors on inputs, on more tokens"
             )
         weights.setdefault(types[layer], {})[layer] = 1 / math.log(loss)
-    return {
-        layer: ratio * len(group) * weight / sum(group.values())
-        for group in weights.values()
-        for layer, weight in group.items()
-    }
+    return {layer: share for group in weights.values() for layer, share in _capped(group, ratio).items()}
+
+
+def _capped(weights: Mapping[str, float], ratio: float) -> dict[str, float]:
+    """Ratios in proportion to weights, of that mean, none above the cap."""
+    most, free, full = max(MOST, ratio), dict(weights), {}
+    while free:
+        left = ratio * len(weights) - most * len(full)
+        shares = {layer: left * weight / sum(free.values()) for layer, weight in free.items()}
+        over = [layer for layer, share in shares.items() if share > most]
+        if not over:
+            return full | shares
+        full |= dict.fromkeys(over, most)
+        free = {layer: weight for layer, weight in free.items() if layer not in full}
+    return full
