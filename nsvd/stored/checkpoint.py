@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from nsvd.stored import guard, manifest
+from nsvd.stored import guard, manifest, model_card
 from nsvd.stored.files import check_writable, reached, replacing
 from nsvd.stored.folder import CONFIG, METHOD, CheckpointError, Stored, headers, read_json
 from nsvd.stored.foreign import quiet
@@ -186,6 +186,8 @@ def mark_compressed(model: nn.Module, names: Iterable[str], **details) -> None:
         return
     known = model.hf_quantizer.quantization_config.to_dict() if getattr(model, "hf_quantizer", None) else {}
     modules = {name: describe(model.get_submodule(name)) for name in names}
+    if base := known.get("base_model") or model_card.base_of(model):
+        details |= {"base_model": base}
     config = LowRankConfig(**known | details | {"modules": known.get("modules", {}) | modules})
     quantizer = LowRankQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
@@ -206,7 +208,7 @@ def check_target(folder: str | Path) -> None:
     """Raise ``OSError`` unless ``save`` can put a checkpoint there, over nothing, an empty folder, or an older model.
 
     A folder is an older model's if it has a config.json and nothing but files of ``MODEL_FILES``: what is replaced is then
-    no more than ``save`` writes. Symbolic links are followed.
+    no more than ``save`` writes. A README.md is no loss: one that is not ours is kept. Symbolic links are followed.
     """
     place = reached(folder)
     if place.resolve() == Path.cwd().resolve():
@@ -217,6 +219,8 @@ def check_target(folder: str | Path) -> None:
     if held and not (place / "config.json").is_file():
         raise FileExistsError(f"cannot write {folder}: it holds something that is not a model")
     for entry in held:
+        if entry.name == model_card.NAME and entry.is_file():
+            continue
         if not entry.is_file() or not any(fnmatchcase(entry.name, name) for name in MODEL_FILES):
             raise FileExistsError(f"cannot write {folder}: beside a model it holds {entry.name}, which would be lost")
     check_writable(folder, folder=True)
@@ -228,13 +232,16 @@ def save(
     folder: str | Path,
     *,
     report: dict | None = None,
+    max_shard_size: int | str | None = None,
     write: Callable[[PreTrainedModel, Path], None] | None = None,
 ) -> None:
     """Write model and tokenizer as a folder that ``load`` and, after ``import nsvd``, ``from_pretrained`` read.
 
     The folder appears when everything is written; an older model there is replaced whole, anything else is refused.
-    ``report`` is put beside the weights as ``nsvd_report.json``, the sums of all files as ``nsvd_manifest.json``. ``write`` puts
-    the weights and the configuration of the model into a folder; by default it is ``save_pretrained``.
+    ``report`` is put beside the weights as ``nsvd_report.json``, the sums of all files as ``nsvd_manifest.json``, and a card of
+    a compressed model as README.md, unless there is one that was not written here. ``write`` puts the weights and the
+    configuration of the model into a folder; by default it is ``save_pretrained``, which makes files of ``max_shard_size`` at
+    most (bytes, or such as ``"2GB"``).
 
     Raises:
         OSError: if the folder cannot be written, or something else than a model would be lost.
@@ -242,15 +249,23 @@ def save(
     """
     check_target(folder)
     check_unwrapped(model)
+    place = reached(folder)
+    kept = place / model_card.NAME if (place / model_card.NAME).is_file() else None
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if write is None and empty is not None:
         raise ValueError(f"cannot write {folder}: the parameter {empty} is on the device meta, so it has no values")
     if write is None:
         check_finite(model)
     with replacing(folder) as part, quiet():
-        model.save_pretrained(part) if write is None else write(model, part)
+        size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_pretrained(part, **size) if write is None else write(model, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         if report is not None:
             (part / "nsvd_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if kept is not None and not model_card.is_ours(kept):
+            (part / model_card.NAME).write_bytes(kept.read_bytes())
+        elif getattr(model, "hf_quantizer", None) is not None:
+            card = model_card.text(model, place.resolve().name, report)
+            (part / model_card.NAME).write_text(card, encoding="utf-8")
         manifest.write(part)

@@ -16,7 +16,7 @@ from nsvd.stored.foreign import quiet, reading
 from nsvd.stored.skeleton import check_blocks, check_finite, check_fits, limited
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # that every layer computes with
-HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["README.md", "*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def default_device() -> str:

@@ -1,8 +1,9 @@
 """The sums of a model folder's files: written by ``save``, compared by ``load``.
 
-``nsvd_manifest.json`` holds ``format_version`` and, for every other file of the folder, its ``sha256`` and ``bytes``. It speaks
-of these files only. A folder without one is read unchecked; in a folder that another program saved into afterwards, the
-sums no longer fit, and the file has to be deleted or the folder saved again with ``nsvd.save``.
+``nsvd_manifest.json`` holds ``format_version`` and, for every other file of the folder, its ``sha256`` and ``bytes``; but not
+for README.md, which people write on. It speaks of these files only. A folder without one is read unchecked; in a folder that
+another program saved into afterwards, the sums no longer fit, and the file has to be deleted or the folder saved again with
+``nsvd.save``.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _settled: ContextVar[bool] = ContextVar("_settled", default=False)
 
 
 def write(folder: Path) -> None:
-    """Put the sums of all files of a folder beside them."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != NAME)
+    """Put the sums of the files of a folder beside them."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (NAME, "README.md"))
     sums = {file.name: {"sha256": sha256(file), "bytes": file.stat().st_size} for file in files}
     text = json.dumps({"format_version": FORMAT, "files": sums}, indent=1) + "\n"
     with replacing(folder / NAME) as part:

@@ -78,7 +78,7 @@ def test_config_json_is_the_plain_list_of_compressed_layers(saved):
     assert config["modules"][Q] == {"rank": 11}
     stored = load_file(saved / "model.safetensors")
     assert {name for name in stored if name.startswith(f"{Q}.")} == {f"{Q}.down.weight", FACTOR, f"{Q}.up.bias"}
-    assert {file.suffix for file in saved.iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in saved.iterdir()} == {".json", ".safetensors", ".md"}
 
 
 def test_config_json_tells_pivoted_layers_apart(saved_pivoted):
@@ -336,7 +336,7 @@ def test_a_folder_that_is_no_model_is_not_replaced(tmp_path):
     assert (tmp_path / "results" / "numbers.txt").read_text() == "1"
 
 
-@pytest.mark.parametrize("extra", ["notes.txt", "README.md", "results.json", "training.py", "runs/1.json"])
+@pytest.mark.parametrize("extra", ["notes.txt", "LICENSE", "results.json", "training.py", "runs/1.json"])
 def test_a_model_with_something_beside_it_is_not_replaced(extra, folder):
     """Only what ``save`` itself writes is exchanged; the first thing that would be lost is named."""
     (folder / extra).parent.mkdir(exist_ok=True)
