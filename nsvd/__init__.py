@@ -9,6 +9,7 @@ from nsvd.compression.compress import Report, compress_
 from nsvd.compression.measure import prepare
 from nsvd.compression.request import RECIPES
 from nsvd.compression.strs import Sensitivity, sensitivity
+from nsvd.lab.advise import Advice, advise
 from nsvd.lab.calibration import domains
 from nsvd.lab.choices import Choices, accuracy_difference, multiple_choice, questions
 from nsvd.lab.compress import compress
@@ -34,6 +35,7 @@ __all__ = [
     "EMBEDDED",
     "METHODS",
     "RECIPES",
+    "Advice",
     "CacheReport",
     "CheckpointError",
     "Choices",
@@ -47,6 +49,7 @@ __all__ = [
     "Statistics",
     "__version__",
     "accuracy_difference",
+    "advise",
     "cache_bytes",
     "calibrate",
     "compress",

@@ -1,4 +1,4 @@
-"""The command line: ``nsvd run | runs | results | compress | evaluate | info``."""
+"""The command line: ``nsvd run | runs | results | advise | compress | evaluate | info``."""
 
 from __future__ import annotations
 
@@ -145,6 +145,26 @@ def _first(sizes: dict[str, int], most: int = 3) -> str:
 def _text(chosen: argparse.Namespace) -> dict:
     """How a text is cut."""
     return {"length": chosen.length, "count": chosen.count, "seed": chosen.seed, "bos": chosen.bos}
+
+
+def advise(chosen: argparse.Namespace) -> None:
+    """Show what each ratio costs a model, recommend one, and compress by it where an output is named."""
+    import nsvd
+    from nsvd.lab.compress import compressed
+
+    tell = lambda sentence: print(f"nsvd advise: {sentence}", file=sys.stderr)  # noqa: E731
+    text = {name: getattr(chosen, name) for name in ("calibration", "count", "length", "bos", "seed")}
+    model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    how = {"ratios": chosen.ratios, "limit": chosen.rise, "progress": sys.stderr.isatty(), "tell": tell}
+    advice = nsvd.advise(model, tokenizer, **text, **how)
+    del model
+    print(advice, flush=True)
+    if chosen.out and not advice.ratio:
+        raise ValueError(f"{chosen.out} is not written: {advice.sentence()}")
+    if chosen.out:
+        how = {"method": "best", "ratio": advice.ratio, "dtype": chosen.dtype, "device": chosen.device}
+        compressed(chosen.model, chosen.out, **how, **text, progress=sys.stderr.isatty(), tell=tell)
+        print(f"{chosen.out}: best, ratio {advice.ratio:g}")
 
 
 def evaluate(chosen: argparse.Namespace) -> None:
@@ -413,6 +433,25 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(results)
     sub.add_argument("files", nargs="+", metavar="FILE", help="files of results (.jsonl), or folders of them")
     sub.add_argument("--format", default="csv", help="csv, latex or markdown (default: csv)")
+
+    sub = command(advise)
+    sub.add_argument("model", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")
+    sub.add_argument("--out", metavar="DIR", help="also compress by best at the recommended ratio, into this folder")
+    sub.add_argument(
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=[0.05, 0.1, 0.2, 0.3, 0.4, 0.5],
+        metavar="RATIO",
+        help="fractions removed to try",
+    )
+    sub.add_argument(
+        "--rise", type=float, default=0.1, help="of the perplexity that is still accepted, 0.1 for 10 %% (default: 0.1)"
+    )
+    sub.add_argument(
+        "--calibration", default="self", metavar="CORPUS", help="as in compress (default: self, the model's own text)"
+    )
+    common(sub)
 
     sub = command(evaluate)
     sub.add_argument("models", nargs="+", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")

@@ -151,7 +151,7 @@ def compressed(
     request = None if ratio is None else _request(ask, windows)
     tell(f"the model is loaded whole: {why}")
     if request is not None and windows:
-        tell(_plan(model, request))
+        tell(plan(model, request))
     done = _in_memory(model, request, windows, about, ask, cache_ratio, joint)
     once(lambda: save(model, tokenizer, out, report=_as_json(source, done)))
     return done
@@ -188,14 +188,14 @@ def _by_block(
         _check_text(shelf, windows, tell)
         request = _request(ask, windows)
         if windows:
-            tell(_plan(model, request))
+            tell(plan(model, request))
         report = carry_out(model, request, shelf=shelf)
         done = Outcome(report, None, _told(about, report))
         once(lambda: save(model, tokenizer, out, report=_as_json(source, done), write=write_folder))
     return done
 
 
-def _plan(model: PreTrainedModel, ask: Request) -> str:
+def plan(model: PreTrainedModel, ask: Request) -> str:
     """What the work will take, as a sentence. The time is that of the operations, at the speed of products of matrices here."""
     takes, weight = cost(model, ask), model.get_input_embeddings().weight
     device, exact = weight.device, _speed(torch.float64, home(weight))

@@ -1,0 +1,179 @@
+"""From a model to a recommendation: what each ratio costs on held-out text, and the largest ratio that is cheap enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from nsvd.compression.measure import prepare, take_statistics
+from nsvd.compression.ranks import by_loss
+from nsvd.compression.report import Clock
+from nsvd.compression.request import resolve
+from nsvd.compression.strs import losses_with
+from nsvd.lab.calibration import domains
+from nsvd.lab.compress import plan
+from nsvd.linalg import METHODS, saves_parameters
+from nsvd.linalg.factors import check_ratio, n_params
+from nsvd.markup import bar, block, number, table
+from nsvd.walk.targets import shapes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METHOD, FACTORS = "kfac", "pivoted"  # what ``best`` does, but for following shifted inputs: one pass serves all ratios
+RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+HELD = 4  # every fourth window is held out
+
+
+@dataclass(frozen=True, repr=False)
+class Advice:
+    """The trade-off of a model. ``rows`` hold ``ratio, removed, perplexity, rise``; the first is the dense model, ratio 0.
+
+    ``removed`` is the share of the whole model's parameters, ``rise`` that of the perplexity over the dense one. ``best`` itself
+    follows shifted inputs as well, and usually loses less than these numbers say.
+    """
+
+    rows: list[dict]
+    limit: float  # the rise that is still accepted
+    windows: int  # held out, to measure on
+    calibration: str
+
+    @property
+    def ratio(self) -> float:
+        """The largest ratio up to which no rise is above the limit; 0 where the smallest one is."""
+        best = 0.0
+        for row in self.rows:
+            if row["rise"] > self.limit:
+                break
+            best = row["ratio"]
+        return best
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The rows as a DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def sentence(self) -> str:
+        """The recommendation in words."""
+        if not self.ratio:
+            return (
+                f"no ratio tried keeps the rise of perplexity below {self.limit:.0%}; try smaller ratios or more text"
+            )
+        row = next(row for row in self.rows if row["ratio"] == self.ratio)
+        return (
+            f"ratio {self.ratio:g}: {row['removed']:.1%} of the whole model's parameters go, and perplexity rises by "
+            f"{row['rise']:.1%} (limit {self.limit:.0%})"
+        )
+
+    def __repr__(self) -> str:
+        return f"Advice({self.sentence()}; {len(self.rows) - 1} ratios on {self.windows} windows of {self.calibration})"
+
+    def __str__(self) -> str:
+        lines = [f"{'ratio':>6}  {'removed':>11}  {'perplexity':>10}  {'rise':>7}"]
+        for row in self.rows:
+            mark = "  <- recommended" if row["ratio"] == self.ratio and self.ratio else ""
+            lines.append(
+                f"{row['ratio']:6g}  {row['removed']:11.1%}  {row['perplexity']:10.2f}  {row['rise']:+7.1%}{mark}"
+            )
+        return "\n".join([*lines, self.sentence()])
+
+    def _repr_html_(self) -> str:
+        most = max(row["rise"] for row in self.rows)
+        cells = [
+            [
+                number(row["ratio"], "{:g}"),
+                number(row["removed"], "{:.1%}"),
+                number(row["perplexity"], "{:.2f}"),
+                bar(row["rise"], most, "{:+.1%}"),
+            ]
+            for row in self.rows
+        ]
+        return block(self.sentence(), table(["ratio", "of the whole model", "perplexity", "rise"], cells))
+
+
+def advise(
+    model: nn.Module,
+    tokenizer,
+    *,
+    calibration: str = "self",
+    ratios: Sequence[float] = RATIOS,
+    limit: float = 0.1,
+    count: int | None = None,
+    length: int | None = None,
+    bos: bool | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> Advice:
+    """What each ratio costs, from one calibration; the model is left as it was.
+
+    A quarter of the text is held out and measured on. The rest calibrates: moments and gradients are taken once, every layer is
+    decomposed once, and cut for every ratio, with ranks by predicted loss. The model and its decompositions are in memory.
+
+    Args:
+        calibration: as in ``domains``: a corpus, a file, ``self`` (text of the model's own, the default), or a sum.
+        ratios: fractions removed to try, each in (0, 1).
+        limit: the rise of perplexity that is still accepted, 0.1 for 10 %.
+        tell: is told, before anything long starts, what it takes.
+
+    Raises:
+        ValueError: no ratio, one out of range, a limit that is not above 0, a text of fewer than two windows; and as ``compress_``.
+        FloatingPointError: NaN or Inf in an activation or a loss.
+    """
+    ratios = sorted(set(ratios))
+    _check(ratios, limit)
+    texts = domains(calibration, model, tokenizer, length=length, count=count, bos=bos, seed=seed)
+    used, held = zip(*(_parted(ids, calibration) for ids in texts), strict=True)
+    how = {"ranks": None, "allocation": "fisher", "factors": FACTORS, "shifted": None, "refine": 0, "distill": 0}
+    how |= {"windows": used, "weights": "uniform", "search_count": None, "seed": seed, "progress": progress}
+    tokens = sum(ids.numel() for ids in held)
+    tell(
+        f"{plan(model, resolve(METHOD, {}, ratio=ratios[-1], **how))}; then {len(ratios) + 1} times {tokens:,} tokens are read"
+    )
+    stats = take_statistics(model, None, used, METHODS[METHOD], "fisher", Clock(), seed, progress)
+    prepared, sizes, whole = prepare(model, stats, METHOD, progress=progress), shapes(model), _parameters(model)
+
+    def row(ratio: float) -> dict:
+        ranks = by_loss(model, stats, prepared, ratio, method=METHOD, factors=FACTORS) if ratio else {}
+        ranks = {name: k for name, k in ranks.items() if saves_parameters(*sizes[name], k, FACTORS)}
+        factors = {name: METHODS[METHOD].cut(prepared[name], k) for name, k in ranks.items()}
+        removed = sum(math.prod(sizes[name]) - n_params(*sizes[name], k, FACTORS) for name, k in ranks.items())
+        losses = [loss for ids in held for loss in losses_with(model, factors, ids)]
+        return {"ratio": ratio, "removed": removed / whole, "perplexity": math.exp(fmean(losses))}
+
+    rows = [row(ratio) for ratio in (0.0, *ratios)]
+    dense = rows[0]["perplexity"]
+    rows = [one | {"rise": one["perplexity"] / dense - 1} for one in rows]
+    return Advice(rows, limit, sum(map(len, held)), calibration)
+
+
+def _check(ratios: Sequence[float], limit: float) -> None:
+    if not ratios:
+        raise ValueError("no ratio to try; give one at least")
+    for ratio in ratios:
+        check_ratio(ratio)
+        if not ratio:
+            raise ValueError("ratio 0 removes nothing; the dense model is measured anyway")
+    if not 0 < limit < math.inf:
+        raise ValueError(f"the limit is {limit}, but the rise that is accepted is a number above 0")
+
+
+def _parted(ids: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """What calibrates and what is held out."""
+    if len(ids) < 2:
+        raise ValueError(f"{name} gives one window; two are the least, one to calibrate and one to measure on")
+    held = [i % HELD == HELD - 1 for i in range(len(ids))] if len(ids) >= HELD else [False] * (len(ids) - 1) + [True]
+    keep = [i for i, out in enumerate(held) if not out]
+    return ids[keep], ids[[i for i, out in enumerate(held) if out]]
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,80 @@
+"""From a model to a recommendation."""
+
+import copy
+
+import pytest
+import torch
+
+import nsvd
+from nsvd.cli import main
+from nsvd.compression.strs import losses_with
+from nsvd.lab.advise import Advice
+from tests.tiny import float32, tiny_model, tiny_tokenizer  # noqa: F401
+
+ROWS = [{"ratio": r, "removed": r / 2, "perplexity": 10 * (1 + rise), "rise": rise} for r, rise in
+        ((0.0, 0.0), (0.1, 0.02), (0.2, 0.08), (0.3, 0.3), (0.4, 0.05))]  # fmt: skip
+
+
+def test_the_largest_ratio_before_the_first_rise_above_the_limit_is_recommended():
+    """Also where a larger one happens to be below it again; none where the first is above."""
+    assert Advice(ROWS, 0.1, 4, "self").ratio == 0.2
+    assert Advice(ROWS, 1.0, 4, "self").ratio == 0.4
+    assert Advice(ROWS, 0.01, 4, "self").ratio == 0.0
+    assert "no ratio tried" in Advice(ROWS, 0.01, 4, "self").sentence()
+    shown = str(Advice(ROWS, 0.1, 4, "self"))
+    assert [line for line in shown.splitlines() if "recommended" in line] == [
+        "   0.2        10.0%       10.80    +8.0%  <- recommended"
+    ]
+    assert "<table>" in Advice(ROWS, 0.1, 4, "self")._repr_html_()
+    assert "\n" not in repr(Advice(ROWS, 0.1, 4, "self"))
+
+
+def test_what_is_measured_is_what_a_compressed_model_does():
+    """On the windows that were held out, at the same ranks; and the model is what it was."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    before, told = copy.deepcopy(model.state_dict()), []
+    advice = nsvd.advise(
+        model, tokenizer, calibration="random", ratios=[0.5, 0.2], count=32, length=16, tell=told.append
+    )
+    assert [row["ratio"] for row in advice.rows] == [0.0, 0.2, 0.5]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "passes over" in told[0]
+    assert "3 times" in told[0]
+    (ids,) = nsvd.domains("random", model, tokenizer, count=32, length=16)
+    used, held = ids[[i for i in range(32) if i % 4 != 3]], ids[3::4]
+    assert advice.windows == len(held)
+    stats = nsvd.calibrate(model, used).with_gradients(nsvd.fisher(model, used))
+    how = {"method": "kfac", "allocation": "fisher", "factors": "pivoted", "ratio": 0.5}
+    report = nsvd.compress_(model, stats, **how)
+    assert advice.rows[2]["removed"] == pytest.approx(report.model_ratio_reached)
+    assert advice.rows[2]["perplexity"] == pytest.approx(nsvd.perplexity(model, held), rel=0.02)
+    assert advice.rows[0]["perplexity"] == pytest.approx(
+        torch.tensor(losses_with(tiny_model(), {}, held)).double().mean().exp().item()
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ({"ratios": []}, "no ratio to try"),
+        ({"ratios": [0.0]}, "ratio 0 removes nothing"),
+        ({"ratios": [1.2]}, "ratio is 1.2"),
+        ({"limit": 0.0}, "the limit is 0.0"),
+        ({"count": 1}, "gives one window"),
+    ],
+)
+def test_what_cannot_be_advised_on_is_refused(how, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        nsvd.advise(tiny_model(), tiny_tokenizer(), **{"calibration": "random", "count": 8, "length": 16} | how)
+
+
+def test_the_command_line_tells_the_cost_first_and_writes_what_it_recommends(tmp_path, capsys):
+    nsvd.save(tiny_model(), tiny_tokenizer(), tmp_path / "m")
+    given = ["advise", str(tmp_path / "m"), "--calibration", "random", "--count", "8", "--length", "16"]
+    assert main([*given, "--ratios", "0.2", "--rise", "5", "--out", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert "passes over" in err.splitlines()[0]
+    assert "ratio 0.2" in out
+    assert (tmp_path / "out/config.json").is_file()
+    assert main([*given, "--ratios", "0.9", "--rise", "1e-9", "--out", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
