@@ -6,6 +6,7 @@ JOBS   ?= 2
 REAL_TEXT ?= 04_evaluation 10_beyond_nsvd
 SMOLLM2   ?= 01_activation_distributions 03_compression 04_evaluation 05_rank_split 07_kv_cache 08_rank_search 09_sola \
 	10_beyond_nsvd 12_downstream
+PUBLIC := -p questions 500 -p tasks '["tasks:arc_easy", "tasks:piqa", "tasks:openbookqa", "tasks:winogrande"]'
 RANGES := tests/walk tests/stored tests/compression tests/cache tests/lab tests/test_cli.py
 
 export TOKENIZERS_PARALLELISM := false
@@ -34,14 +35,14 @@ workbook: $(VENV)/ready ## run every notebook on the embedded model and corpora
 	$(BIN)/python -m nsvd.lab.readme
 	@echo "executed notebooks: notebooks/executed   figures: figures   numbers: data/results, and the tables of README and RESULTS"
 
-define link_eval
-@test -d "$(EVAL)" || { echo "make $@ EVAL=folder: there is no folder '$(EVAL)'"; exit 2; }
-@test ! -e eval -o -L eval || { echo "make $@: eval is to be a link to $(EVAL), and is a file or folder"; exit 2; }
-ln -sfn "$(realpath $(EVAL))" eval
+define link
+@test -d "$($(1))" || { echo "make $@ $(1)=folder: there is no folder '$($(1))'"; exit 2; }
+@test ! -e $(2) -o -L $(2) || { echo "make $@: $(2) is to be a link to $($(1)), and is a file or folder"; exit 2; }
+ln -sfn "$(realpath $($(1)))" $(2)
 endef
 
 real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=folder; see notebooks/presets/real-text.yaml
-	$(link_eval)
+	$(call link,EVAL,eval)
 	for name in $(REAL_TEXT); do \
 		HF_HUB_OFFLINE=1 $(BIN)/nsvd run $$name --preset notebooks/presets/real-text.yaml --out notebooks/executed/real-text \
 			-p results data/results/real-text/$$name.jsonl -p fresh true || exit 1; \
@@ -49,8 +50,10 @@ real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=f
 	@echo "executed notebooks: notebooks/executed/real-text   numbers: data/results/real-text"
 
 # A notebook that was run and is newer than its source stays; the measurements of one that was stopped are taken up.
+# TASKS=folder of NAME/test.jsonl gives notebook 12 public questions; without it, it asks our own.
 smollm2-workbook: smollm2 ## nine notebooks on SmolLM2 and a folder of real text, EVAL=folder; see notebooks/presets/smollm2-135m.yaml
-	$(link_eval)
+	$(call link,EVAL,eval)
+	$(if $(TASKS),$(call link,TASKS,tasks))
 	$(MAKE) $(SMOLLM2:%=notebooks/executed/smollm2-135m/%.ipynb)
 
 notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smollm2-135m.yaml
@@ -58,6 +61,8 @@ notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smo
 		-p figures build/smollm2-135m $(if $(filter 01% 03%,$*),,-p results data/results/smollm2-135m/$*.jsonl) $(MORE)
 
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := -p test_count 8 -p held_count 8  # the smallest set has 16 windows
+
+notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC))
 
 readme: $(VENV)/ready ## the tables of README and RESULTS from the numbers of the workbook
 	$(BIN)/python -m nsvd.lab.readme
