@@ -17,6 +17,9 @@ for _library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):  # what matters of what 
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
 
+MOST = 0.9  # of the blocks' parameters in the layers that are compressed; below it, the command says how many they hold
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input, 1 for a notebook that failed."""
     chosen = _parser().parse_args(arguments)
@@ -111,7 +114,7 @@ def compress(chosen: argparse.Namespace) -> None:
         "weights",
         "allocation",
     )
-    same += ("factors", "shifted", "refine", "distill", "search_count", "dtype", "device")
+    same += ("factors", "shifted", "refine", "distill", "search_count", "layers", "exclude", "dtype", "device")
     arguments = {name: getattr(chosen, name) for name in same} | options
     tell = lambda sentence: print(f"nsvd compress: {sentence}", file=sys.stderr)  # noqa: E731
     with together(chosen.device):
@@ -129,6 +132,10 @@ def compress(chosen: argparse.Namespace) -> None:
             f"{report.model_ratio_reached:.1%} of the whole model's {report.model_params_before:,} removed, "
             f"left alone {_first(report.left_alone)}"
         )
+        if report.blocks_covered < MOST:
+            said.append(
+                f"the layers taken hold {report.blocks_covered:.0%} of the blocks' parameters, the rest of these is dense"
+            )
     if report := done.cache:
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
     label = chosen.method if chosen.method in RECIPES else base_method(chosen.method).label
@@ -151,7 +158,12 @@ def advise(chosen: argparse.Namespace) -> None:
     """Show what each ratio costs a model, recommend one, and compress by it where an output is named."""
     import nsvd
     from nsvd.lab.compress import compressed
+    from nsvd.lab.models import check_apart
+    from nsvd.stored.checkpoint import check_target
 
+    if chosen.out:
+        check_target(chosen.out)
+        check_apart(chosen.model, chosen.out)
     tell = lambda sentence: print(f"nsvd advise: {sentence}", file=sys.stderr)  # noqa: E731
     text = {name: getattr(chosen, name) for name in ("calibration", "count", "length", "bos", "seed")}
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
@@ -422,6 +434,10 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="calibration windows that strs, lems and zero-sum read (default: 32, zero-sum all)",
     )
+    sub.add_argument(
+        "--layers", nargs="+", metavar="NAME", help="names or patterns of the layers to compress, such as 'mlp.*'"
+    )
+    sub.add_argument("--exclude", nargs="+", metavar="NAME", help="names or patterns of layers that stay dense")
     common(sub)
 
     sub = command(runs)

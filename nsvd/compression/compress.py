@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import check_statistics, take_statistics
 from nsvd.compression.prepared import Prepared, check_prepared
 from nsvd.compression.ranks import SEARCHING, uniform
-from nsvd.compression.report import Clock, Report, left_alone, peak_memory, text_of, versions
+from nsvd.compression.report import Clock, Report, covered, left_alone, peak_memory, text_of, versions
 from nsvd.compression.request import Request, resolve
 from nsvd.compression.sola import split
 from nsvd.compression.whole_layers import Result, factor
@@ -47,6 +47,8 @@ def compress_(
     windows: Tensor | Sequence[Tensor] | None = None,
     weights: Sequence[float] | str = "uniform",
     search_count: int | None = None,
+    layers: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
     prepared: Prepared | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -89,6 +91,8 @@ def compress_(
         weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
             ``mix``. Statistics that are given bring the weights they were mixed with.
         search_count: how many windows of every domain ``strs``, ``lems`` and ``zero-sum`` read; by default all.
+        layers, exclude: names or patterns of the target layers to compress, and of those to leave alone, see ``targets``; by
+            default all. ``ratio`` is that of the layers taken.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused; to follow inputs needs
             others.
         seed: of what is sampled.
@@ -101,6 +105,7 @@ def compress_(
     ask = resolve(
         method, options, ratio=ratio, ranks=ranks, allocation=allocation, factors=factors, shifted=shifted, refine=refine,
         distill=distill, windows=windows, weights=weights, search_count=search_count, seed=seed, progress=progress,
+        layers=layers, exclude=exclude,
     )  # fmt: skip
     return carry_out(model, ask, stats, prepared)
 
@@ -124,8 +129,8 @@ def carry_out(
         raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
-    layers, clock = targets(model), Clock()
-    wanted = _given(model, layers, ask)
+    layers, clock = targets(model, ask.layers, ask.exclude), Clock()
+    wanted = _given(layers, ask)
     for ids in ask.domains:
         check_readable(model, ids)
     check_values(model)
@@ -145,7 +150,7 @@ def carry_out(
         stats = Walked(decoder, texts, list(wanted), ask.weights, shelf=shelf, at=at, progress=ask.progress)
     else:
         given = stats is not None
-        how = {"weights": ask.weights, "ratio": ask.ratio, "shelf": shelf}
+        how = {"weights": ask.weights, "ratio": ask.ratio, "shelf": shelf, "layers": list(layers)}
         stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, ask.seed, ask.progress, **how)
         if given or stats is None:
             check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
@@ -177,10 +182,10 @@ def _texts(ask: Request, stats: Statistics | None) -> dict[str, dict]:
     }
 
 
-def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Request) -> dict[str, int] | None:
+def _given(layers: Mapping[str, nn.Linear], ask: Request) -> dict[str, int] | None:
     """The ranks that are known before anything is measured, None where they have to be found."""
     if ask.ranks is None:
-        return None if ask.searches or ask.splits else uniform(model, ask.ratio, ask.factors)
+        return None if ask.searches or ask.splits else uniform(layers, ask.ratio, ask.factors)
     for name, k in ask.ranks.items():
         if name not in layers:
             raise ValueError(f"no layer {name!r} to compress; the model has {', '.join(list(layers)[:3])}, …")
@@ -210,7 +215,8 @@ def _report(
         calibration=None if stats is None else stats.origin, texts=texts, search_tokens=result.tokens, ratio=ask.ratio,
         ratio_reached=1 - after / before, params_before=before, params_after=after,
         model_ratio_reached=(before - after) / (whole + before - after), model_params_before=whole + before - after,
-        model_params_after=whole, left_alone=left_alone(model, layers), bytes_before=before * size,
+        model_params_after=whole, blocks_covered=covered(model, before, before - after),
+        left_alone=left_alone(model, layers), bytes_before=before * size,
         bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), rows=result.rows,
         moves=list(result.moves),
     )  # fmt: skip

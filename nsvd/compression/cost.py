@@ -82,7 +82,7 @@ class _Sums:
     """The sizes that all stages are told from."""
 
     def __init__(self, model: nn.Module, ask: Request):
-        self.ask, layers = ask, targets(model)
+        self.ask, layers = ask, targets(model, ask.layers, ask.exclude)
         self.hidden = model.config.get_text_config().hidden_size
         first = next(iter(layers.values()))
         self.vocabulary = model.get_input_embeddings().num_embeddings

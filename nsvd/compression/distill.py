@@ -28,8 +28,8 @@ def distill_(
 ) -> list[float]:
     """Lower Σ weight · E KL(dense ‖ compressed) of the next-token distributions over the factors of the model, in place.
 
-    Nats a token, E over the tokens of a domain's windows (token ids, count × length each); ``layers`` are the dense ones
-    that the compressed layers stand for, so with them in place the model is its own teacher. Knowledge distillation
+    Nats a token, E over the tokens of a domain's windows (token ids, count × length each); ``layers`` are those of the
+    dense model, of all that are not what they were, so with them in place the model is its own teacher. Knowledge distillation
     (arXiv 1503.02531) at temperature 1: the text gives the contexts only, none of its tokens is a target. Every step needs
     the gradients of the whole model. Domains of weight 0 are left out. Several processes deal the windows of a step.
 

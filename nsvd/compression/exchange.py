@@ -139,6 +139,10 @@ class Exchange:
             return self._cut(name, fit, k)
         new = copy.deepcopy(self.layers[name])
         new.weight.copy_(fit)
+        if not new.weight.isfinite().all():
+            raise FloatingPointError(
+                f"layer {name}: the weight that fits its inputs is too large for {new.weight.dtype}"
+            )
         self.errors[name] = relative_errors(self.layers[name], new.weight, self.stats, name)
         self.clock.lap("errors")
         return new
@@ -189,9 +193,10 @@ class Exchange:
         """Where a finished block lies."""
         return self.shelf.file(f"{self.stage}-block/{index}")
 
-    def distill(self, names: Sequence[str]) -> list[float]:
-        """All exchanged layers together, towards what the dense model predicts; the loss at every step."""
-        ask, dense = self.ask, {name: self.layers[name] for name in names}
+    def distill(self, touched: Sequence[str], names: Sequence[str]) -> list[float]:
+        """All factors together, towards what the dense model predicts; the loss at every step. ``touched`` are all layers that
+        are not what they were, the ``names`` those that have factors."""
+        ask, dense = self.ask, {name: self.layers[name] for name in touched}
         how = {"steps": ask.distill, "seed": ask.seed, "progress": ask.progress}
         losses = distill_(self.model, dense, ask.domains, self._shares(), **how)
         self.clock.lap("distill")

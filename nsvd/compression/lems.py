@@ -18,7 +18,7 @@ from nsvd.linalg.precision import home
 from nsvd.walk.hooks import evaluating, exchanged
 from nsvd.walk.loss import check_text, divergence_of
 from nsvd.walk.processes import gathered
-from nsvd.walk.targets import targets
+from nsvd.walk.targets import among
 from nsvd.walk.text import tokens_at_once
 
 TEMPERATURE = 0.6  # of both models' predictions
@@ -54,7 +54,7 @@ def probes(
         ValueError: windows that the model cannot read; a model that cannot be run block by block.
         FloatingPointError: a divergence is NaN or Inf; the layer is named.
     """
-    chosen, layers = matrix_method(method), targets(model)
+    chosen, layers = matrix_method(method), among(model, prepared)
     check_text(model, windows)
     text, owner, found = Text(model, windows), owners(model, layers), {}
     for name, layer in tqdm(layers.items(), "divergences", disable=not progress, leave=False):

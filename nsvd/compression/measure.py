@@ -38,16 +38,23 @@ GRADIENTS_EVERY, GRADIENTS_LEAST = 8, 16  # every eighth window is enough for gr
 @torch.inference_mode(False)
 @torch.no_grad()
 def prepare(
-    model: nn.Module, stats: Statistics | None, method: str, *, progress: bool = False, **options: float | str
+    model: nn.Module,
+    stats: Statistics | None,
+    method: str,
+    *,
+    layers: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    progress: bool = False,
+    **options: float | str,
 ) -> Prepared:
-    """The method's outer decomposition of every target layer, for all ranks at once.
+    """The method's outer decomposition of every target layer, or of those chosen as in ``targets``, for all ranks at once.
 
     Give it to ``compress_(…, prepared=…)`` again and again: a sweep over ratios, over k1, or over methods with one outer
     step (``asvd-1``, ``nsvd-1``, ``nid-1``) decomposes each layer once. For ``sola``, of the blocks that it factors. Computed
     in float64 on the layer's device (on the CPU where that has none), kept in the host's memory. What it is of is kept with it:
     for another outer step, other options, weights or statistics it is refused.
     """
-    chosen, layers = by_name(method), targets(model)
+    chosen, layers = by_name(method), targets(model, layers, exclude)
     check_values(model)
     check_statistics(layers, stats, chosen)
     found: dict[str, Decomposition] = {}

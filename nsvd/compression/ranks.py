@@ -23,7 +23,7 @@ from nsvd.walk.processes import gathered
 from nsvd.walk.roles import places
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.statistics import Statistics
-from nsvd.walk.targets import shapes, targets
+from nsvd.walk.targets import among, shapes
 
 ALLOCATIONS = ("uniform", "strs", "spectrum", "fisher", "lems", "zero-sum", "svd-llm-v2")
 TRYING = ("strs", "lems")  # these try one layer after the other, on windows of one length
@@ -82,7 +82,9 @@ def searched(
     if allocation == "zero-sum":
         changes = zero_sum_changes(model, stats, prepared, domains, shelf=shelf, progress=progress)
         least = matrix_method(method).least_rank(options)
-        return zero_sum(changes, shapes(model), ratio, factors, least=least), sum(ids.numel() for ids in domains)
+        return zero_sum(changes, shapes(model, prepared), ratio, factors, least=least), sum(
+            ids.numel() for ids in domains
+        )
     windows = torch.cat(list(domains))
     if allocation == "lems":
         found = probes(model, windows, prepared, progress=progress, **how, **options)
@@ -91,12 +93,12 @@ def searched(
     return strs(model, table, ratio, factors), table.tokens
 
 
-def uniform(model: nn.Module, ratio: float, factors: str = "plain") -> dict[str, int]:
+def uniform(layers: Mapping[str, nn.Linear], ratio: float, factors: str = "plain") -> dict[str, int]:
     """The same fraction of parameters removed from every layer; none at ratio 0."""
     ranks = {}
-    for name, shape in shapes(model).items() if ratio else ():
+    for name, layer in layers.items() if ratio else ():
         with naming(name):
-            ranks[name] = rank_for_ratio(*shape, ratio, factors)
+            ranks[name] = rank_for_ratio(*layer.weight.shape, ratio, factors)
     return ranks
 
 
@@ -110,7 +112,7 @@ def spectrum(
     **options: float,
 ) -> dict[str, int]:
     """Equal relative truncation error per parameter at the margin, from the decompositions alone."""
-    sizes, spectra = shapes(model), _spectra(model, prepared, method, options)
+    sizes, spectra = shapes(model, prepared), _spectra(model, prepared, method, options)
     steps = spectrum_steps(spectra, sizes, factors, least=matrix_method(method).least_rank(options))
     return cut(steps, sizes, ratio, factors)
 
@@ -130,7 +132,7 @@ def by_loss(
     The squared singular values of ``kfac`` are twice that rise, in nats a token; those of the other methods are errors of
     the layer's output and are multiplied by mean(diag H), which ``stats`` then have to hold.
     """
-    sizes, chosen = shapes(model), matrix_method(method)
+    sizes, chosen = shapes(model, prepared), matrix_method(method)
     spectra = _spectra(model, prepared, method, options)
     if not chosen.needs_gradients:
         spectra = {name: s * _mean_square(stats[name].H).to(s) ** 0.5 for name, s in spectra.items()}
@@ -151,7 +153,7 @@ def lems(
 ) -> dict[str, int]:
     """The integer program of LEMS, from its measurements: see ``nsvd.linalg.lems``. Ranks are multiples of ``multiple``."""
     spectra, least = _spectra(model, prepared, method, options), matrix_method(method).least_rank(options)
-    return lems_ranks(found.measured, spectra, shapes(model), ratio, factors, multiple=multiple, least=least)
+    return lems_ranks(found.measured, spectra, shapes(model, prepared), ratio, factors, multiple=multiple, least=least)
 
 
 def zero_sum_changes(
@@ -168,10 +170,10 @@ def zero_sum_changes(
     See ``nsvd.linalg.zs_svd``. The gradients lie on the ``shelf`` until they are used. Several processes deal the windows, and
     then the layers.
     """
-    layers, shelf = targets(model), Shelf() if shelf is None else shelf
+    layers, shelf = among(model, prepared), Shelf() if shelf is None else shelf
     slopes, owner, found = shelf.kept("weight-gradients-whole"), owners(model, layers), {}
     shares = stats.shares(len(domains)) if stats else [1 / len(domains)] * len(domains)
-    weight_gradients_into(slopes, model, domains, shares, shelf=shelf, progress=progress)
+    weight_gradients_into(slopes, model, domains, shares, layers=list(layers), shelf=shelf, progress=progress)
     for name in layers:
         if is_mine(owner, name):
             found[name] = first_order(prepared[name], slopes[name].to(prepared[name].U))
@@ -195,7 +197,7 @@ def svd_llm_v2(
 
     Errors are means over tokens here, and sums over the tokens of the calibration in the paper, which gives the logarithm its unit.
     """
-    sizes, losses, ranks = shapes(model), {}, {}
+    sizes, losses, ranks = shapes(model, prepared), {}, {}
     inner = {name: place for name, (_, place) in places(model, sizes).items()}
     for name, s in _spectra(model, prepared, method, options).items():
         tokens = 1 if stats is None else stats[name].n
@@ -214,7 +216,7 @@ def _spectra(
 ) -> dict[str, Tensor]:
     """The singular values of every layer; what was kept for another outer step or other weights is refused."""
     if isinstance(prepared, Prepared):
-        check_step(prepared, targets(model), matrix_method(method), options)
+        check_step(prepared, among(model, prepared), matrix_method(method), options)
     return {name: one.s for name, one in prepared.items()}
 
 

@@ -20,6 +20,7 @@ from nsvd.linalg.precision import double
 from nsvd.markup import bar, block, number, size, table, text
 from nsvd.stored.files import fingerprint
 from nsvd.version import __version__
+from nsvd.walk.decoder import longest_list
 from nsvd.walk.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class Report(Tabled):
     model_ratio_reached: float  # the share of the whole model
     model_params_before: int
     model_params_after: int
+    blocks_covered: (
+        float  # the share of the blocks' parameters that the target layers hold; of a mixture of experts far from 1
+    )
     left_alone: dict[str, int]  # parameters outside the target layers, by name with * for numbers
     bytes_before: int
     bytes_after: int
@@ -133,6 +137,12 @@ class Report(Tabled):
         how = [f"{name} {value}" for name, value in self.options.items()]
         how += [f"allocation {self.allocation}", f"factors {self.factors}"]
         return block(title, table(head, lines), f"{', '.join(how)}. Time: {spent or 'none'}.")
+
+
+def covered(model: nn.Module, held: int, gone: int = 0) -> float:
+    """The share of the parameters of all blocks that target layers of ``held`` dense parameters have, ``gone`` of them removed."""
+    _, blocks = longest_list(model) or ("", model)
+    return held / (sum(parameter.numel() for parameter in blocks.parameters()) + gone)
 
 
 def left_alone(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:

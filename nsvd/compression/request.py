@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from nsvd.compression.ranks import ALLOCATIONS, SEARCHING, SOLA_ALLOCATIONS, che
 from nsvd.linalg import METHODS, Method, SplitMethod, by_name
 from nsvd.linalg.factors import check_factors
 from nsvd.walk.moments import check_mixture, check_windows
+from nsvd.walk.targets import patterns
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Request:
     search_count: int | None
     seed: int
     progress: bool
+    layers: tuple[str, ...] | None = None  # patterns, see ``targets``
+    exclude: tuple[str, ...] | None = None
     sampled_text: bool = False  # whether ``domains`` is what the model has written
 
     @property
@@ -112,6 +115,8 @@ def resolve(
     search_count: int | None,
     seed: int,
     progress: bool,
+    layers: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> Request:
     """All arguments resolved; raises ``ValueError`` for those that are wrong, or do not go together, for any model."""
     chosen, method = recipe(name), base_method(name)
@@ -126,6 +131,7 @@ def resolve(
         refine=refine, distill=distill,
         domains=[windows] if isinstance(windows, Tensor) else list(windows or ()),
         weights=weights, search_count=search_count, seed=seed, progress=progress,
+        layers=patterns(layers), exclude=patterns(exclude),
     )  # fmt: skip
     for ids in ask.domains:
         check_windows(ids)
@@ -139,6 +145,7 @@ def resolve(
     check_allocation(ask.allocation, ratio, ranks, ask.domains, among=SOLA_ALLOCATIONS if splits else ALLOCATIONS)
     absent = {"pivoted factors": ask.factors != "plain", "shifted inputs": ask.shifted}
     absent |= {"refinement": refine, "distillation": distill}
+    absent |= {"choice of layers": ask.layers is not None or ask.exclude is not None}
     for what, wanted in absent.items():
         if splits and wanted:
             raise ValueError(f"{method.label} has no {what}")

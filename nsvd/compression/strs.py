@@ -35,7 +35,7 @@ from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.stream import Batch, Stream, in_order, numbered
-from nsvd.walk.targets import shapes, targets
+from nsvd.walk.targets import among, shapes, targets
 from nsvd.walk.text import windows_at_once
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def measured(
     **options: float,
 ) -> Sensitivity:
     """``sensitivity`` with decompositions that were just made for it, and are trusted. Several processes deal the layers."""
-    chosen, layers = matrix_method(method), targets(model)
+    chosen, layers = matrix_method(method), among(model, prepared)
     settings = chosen.resolve(options)
     check_values(model)
     check_statistics(layers, stats, chosen)
@@ -208,7 +208,7 @@ def measured(
 
 def strs(model: nn.Module, table: Sensitivity, ratio: float, factors: str = "plain") -> dict[str, int]:
     """The ASVD paper's rank search, from its table: see ``nsvd.linalg.budget``."""
-    sizes = shapes(model)
+    sizes = shapes(model, dict.fromkeys(row["layer"] for row in table.rows))
     return cut(strs_steps(table.scores, sizes, factors), sizes, ratio, factors)
 
 

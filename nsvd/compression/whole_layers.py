@@ -46,19 +46,19 @@ def factor(
             ranks, prepared, again = _search(job, None, "both", only_ranks=True)
             tokens += again
     smaller = job.smaller(ranks)
-    touched = smaller
-    if ask.shifted:  # those that stay dense are fitted, too
-        touched = ranks if ask.ranks is not None else job.layers
+    touched = list(smaller)
+    if ask.shifted and smaller:  # those that stay dense are fitted, too
+        touched = list(ranks if ask.ranks is not None else job.layers)
     try:
         if ask.shifted:
-            job.in_order(list(touched), smaller)
+            job.in_order(touched, smaller)
         else:
             job.at_once(smaller, prepared)
         if ask.distill:
-            losses = job.distill(list(smaller))
+            losses = job.distill(touched, list(smaller))
         check_exchanged(job.model, {name: job.layers[name] for name in touched}, before)
     except BaseException:
-        job.undo(smaller)
+        job.undo(touched)
         raise
     return Result(job.rows(ranks, smaller), list(smaller), tokens, losses)
 

@@ -21,6 +21,7 @@ from nsvd.lab.compress import plan
 from nsvd.linalg import METHODS, saves_parameters
 from nsvd.linalg.factors import check_ratio, n_params
 from nsvd.markup import bar, block, number, table
+from nsvd.stored.checkpoint import is_compressed
 from nsvd.walk.targets import shapes
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def advise(
     """
     ratios = sorted(set(ratios))
     _check(ratios, limit)
+    if is_compressed(model):
+        raise ValueError("this model is compressed already; dequantize() it first")
     texts = domains(calibration, model, tokenizer, length=length, count=count, bos=bos, seed=seed)
     used, held = zip(*(_parted(ids, calibration) for ids in texts), strict=True)
     how = {"ranks": None, "allocation": "fisher", "factors": FACTORS, "shifted": None, "refine": 0, "distill": 0}

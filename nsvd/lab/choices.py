@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ class Question(NamedTuple):
     scored: tuple[str, ...]
     choices: tuple[str, ...]
     answer: int
+
+
+GAP = re.compile(r"(?<!\w)_(?!\w)")  # of a sentence to be filled
 
 
 @dataclass(frozen=True)
@@ -198,8 +202,9 @@ def _question(file: Path, number: int, line: str) -> Question:
             f'{file}, line {number}: expected {{"question": …, "choices": [two at least], "answer": from 0}}'
         )
     name = file.parent.name
-    before, gap, after = text.partition("_")
-    if gap and "_" not in after and after.strip():
+    before, *rest = GAP.split(text)
+    if len(rest) == 1 and rest[0].strip():
+        after = rest[0]
         return Question(
             tuple(before + choice for choice in choices), (f" {after.strip()}",) * len(choices), tuple(choices), answer
         )

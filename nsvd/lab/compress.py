@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -40,6 +40,7 @@ from nsvd.walk.processes import count as processes
 from nsvd.walk.processes import once, rank, same, together
 from nsvd.walk.sampling import own_text
 from nsvd.walk.shelf import Shelf
+from nsvd.walk.targets import patterns
 
 SEARCH_COUNT = 32  # windows of every part that strs searches on, as in the ASVD paper; and lems
 
@@ -90,6 +91,8 @@ def compressed(
     refine: int = 0,
     distill: int = 0,
     search_count: int | None = None,
+    layers: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
     dtype="auto",
     device: str = "auto",
     verify: bool = True,
@@ -128,12 +131,21 @@ def compressed(
     """
     text = _Text(calibration, count, length, bos, seed)
     tell = tell if rank() == 0 else lambda _sentence: None
-    _check(ratio, cache_ratio, joint, weights, allocation, search_count, (factors, shifted, refine, distill))
+    _check(
+        ratio,
+        cache_ratio,
+        joint,
+        weights,
+        allocation,
+        search_count,
+        (factors, shifted, refine, distill, layers, exclude),
+    )
     base_method(method).resolve(options)
     check_target(out)
     check_apart(source, out)
     ask = dict(method=method, ratio=ratio, allocation=allocation, factors=factors, shifted=shifted, refine=refine)
     ask |= dict(distill=distill, weights=weights, seed=seed, progress=progress, options=options)
+    ask |= {"layers": patterns(layers), "exclude": patterns(exclude)}
     ask |= {"search_count": search_count or (SEARCH_COUNT if allocation in TRYING else None)}
     place, how = place_of(source), {"dtype": dtype, "device": device, "verify": verify}
     why = _whole(cache_ratio, distill, allocation)
@@ -242,7 +254,8 @@ def _check(ratio, cache_ratio, joint, weights, allocation, search_count, rest: t
     if search_count is not None and (search_count < 1 or allocation not in SEARCHING):
         names = ", ".join(map(repr, SEARCHING))
         raise ValueError(f"search_count is {search_count}; it goes with allocation {names}, 1 window is the least")
-    for name, value in zip(("allocation", "factors", "shifted", "refine", "distill"), (allocation, *rest), strict=True):
+    names = ("allocation", "factors", "shifted", "refine", "distill", "layers", "exclude")
+    for name, value in zip(names, (allocation, *rest), strict=True):
         if value and ratio is None:
             raise ValueError(f"{name} goes with a ratio")
     for name, steps in (("refine", rest[2]), ("distill", rest[3])):

@@ -116,10 +116,10 @@ class Bench:
             ("dense", self.model),
             (f"{method}, {ratio:.0%} removed", self.compressed(method, ratio, k1)),
         ):
-            out = one.generate(
-                ids.to(one.device), attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-            )  # fmt: skip
+            here, pad = ids.to(one.device), self.tokenizer.pad_token_id
+            pad = self.tokenizer.eos_token_id if pad is None else pad
+            how = {"attention_mask": torch.ones_like(here), "max_new_tokens": new, "do_sample": False}
+            out = one.generate(here, pad_token_id=pad, **how)
             told[name] = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         return pd.Series(told, name=prompt)
 

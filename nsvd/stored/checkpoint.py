@@ -56,7 +56,8 @@ class LowRankQuantizer(HfQuantizer):
                 )
             model.set_submodule(name, empty_layer(name, layers[name], spec))
         _check_latent(model, self.latent_layers)
-        LATENT_CACHE["attach"](model, self.latent_layers)
+        if self.latent_layers:
+            LATENT_CACHE["attach"](model, self.latent_layers)
         if checkpoint_files:
             folder = Path(checkpoint_files[0]).parent
             manifest.check_files([folder / CONFIG, *checkpoint_files])
@@ -265,7 +266,7 @@ def save(
             (part / "nsvd_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if kept is not None and not model_card.is_ours(kept):
             (part / model_card.NAME).write_bytes(kept.read_bytes())
-        elif getattr(model, "hf_quantizer", None) is not None:
+        elif isinstance(getattr(model, "hf_quantizer", None), LowRankQuantizer):
             card = model_card.text(model, place.resolve().name, report)
             (part / model_card.NAME).write_text(card, encoding="utf-8")
         manifest.write(part)

@@ -128,10 +128,11 @@ def weight_gradients_into(
     domains: Sequence[Tensor],
     shares: Sequence[float],
     *,
+    layers: Iterable[str] | None = None,
     shelf: Shelf | None = None,
     progress: bool = False,
 ) -> None:
-    """Put ∂L/∂W (d_out, d_in) of every target layer into a mapping.
+    """Put ∂L/∂W (d_out, d_in) of the named layers, by default every target layer, into a mapping.
 
     L = Σ share · mean nats a token of what comes next in the windows. The same walks as ``fisher_into``, and what it raises.
 
@@ -142,6 +143,7 @@ def weight_gradients_into(
         raise ValueError("windows of one token have no next one: the loss has no gradient")
     inputs, labels = [ids[:, :-1] for ids in domains], [ids[:, 1:] for ids in domains]
     how = {
+        "layers": layers,
         "labels": labels,
         "shelf": shelf,
         "walk": "weight-gradients",

@@ -162,7 +162,7 @@ def inputs_of(model: nn.Module, names: Sequence[str], windows: Tensor, batch: in
     if silent:
         raise ValueError(
             f"{len(silent)} of {len(names)} layers saw no input, first {silent[0]}: take a text that reaches them, "
-            "or calibrate(layers=) those that run, and give compress_ their ranks="
+            "or leave them out: exclude=, --exclude on the command line, layers= of calibrate"
         )
     return inputs
 

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nsvd.linalg.methods import check_finite
 from nsvd.stored.folder import CheckpointError
+from nsvd.stored.layers import CompressedLayer
+from nsvd.stored.reread import reread
 from nsvd.walk.hooks import evaluating, exchanged, watch_outputs
 from nsvd.walk.lazy import LazyBlock, is_lazy, slots
 from nsvd.walk.text import TRIED, trial
+
+CLOSE = 1e-2  # relative error of what a model read again says: 0, but where it keeps parameters in several precisions
 
 
 def check_values(model: nn.Module) -> None:
@@ -40,6 +45,7 @@ def predicted(model: nn.Module) -> Tensor:
     """What the model says to a few tokens, logits where it has a head.
 
     Raises:
+        ValueError: if the model changes its parameters while it runs: once saved and read again, they would be changed twice.
         FloatingPointError: if that holds NaN or Inf; the first module that gives it out is named.
     """
     out = _run(model)
@@ -63,16 +69,19 @@ def first_broken(model: nn.Module, ids: Tensor | None = None) -> str:
 
 
 def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Tensor) -> None:
-    """Run a few tokens through a model whose ``dense`` layers have been exchanged.
+    """Run a few tokens through a model whose ``dense`` layers have been exchanged, and through what is read of it once it is saved.
 
-    ``before`` is what it ``predicted`` with them.
+    ``before`` is what it ``predicted`` with them. Of a model whose blocks lie in files, only the names and shapes of what is read
+    again are looked at.
 
     Raises:
-        ValueError: if it does not run, or gives out another shape; the layer that does this alone is named.
+        ValueError: if it does not run, or gives out another shape; the layer that does this alone is named. If it cannot be read
+            again, or says something else then.
         FloatingPointError: likewise, if it predicts NaN or Inf.
     """
     fault = _fault(model, before)
     if fault is None:
+        _check_reread(model)
         return
     for name in () if is_lazy(model) else dense:  # the dense layers of a lazy model are not at hand any more
         with exchanged(model, {other: layer for other, layer in dense.items() if other != name}):
@@ -81,6 +90,25 @@ def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Te
     raise type(fault)(
         f"layer {next(iter(dense))} and {len(dense) - 1} others: once they are exchanged, {fault}"
     ) from fault
+
+
+def _check_reread(model: nn.Module) -> None:
+    """Raise ``ValueError`` unless the model, saved and read again, says the same; a tensor or layer that differs is named."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, CompressedLayer)}
+    try:
+        again = reread(model, layers)
+    except Exception as error:  # of whatever kind, a folder with this model could not be read
+        raise ValueError(f"{type(model).__name__} could not be read again once it is saved: {error}") from error
+    kinds = [{name: type(part) for name, part in one.named_modules()} for one in (model, again)]
+    if is_lazy(model) or kinds[0] != kinds[1]:  # with a class put in by hand, no folder gives the model back
+        return
+    said, now = _run(model), _run(again)
+    if not (now - said).norm() <= CLOSE * said.norm():
+        differs = (n for n, layer in layers.items() if not torch.equal(again.get_submodule(n).dense(), layer.dense()))
+        where = next((f"; layer {name} is another" for name in differs), "")
+        raise ValueError(f"{type(model).__name__} says something else once it is saved and read again{where}")
 
 
 def _fault(model: nn.Module, before: Tensor) -> Exception | None:
@@ -100,6 +128,9 @@ def _fault(model: nn.Module, before: Tensor) -> Exception | None:
 @torch.no_grad()
 def _run(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     ids = trial(model) if ids is None else ids
+    versions = [p._version for p in model.parameters() if not p.is_inference()]
     with evaluating(model):
         out = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    if versions != [p._version for p in model.parameters() if not p.is_inference()]:
+        raise ValueError(f"{type(model).__name__} changes its own parameters while it runs, which is not supported")
     return out if isinstance(out, Tensor) else out[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,23 @@ from nsvd.walk.decoder import longest_list, text_decoder
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight of another dtype is quantized
 
 
-def targets(model: nn.Module) -> dict[str, nn.Linear]:
+def targets(
+    model: nn.Module, layers: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+) -> dict[str, nn.Linear]:
     """The layers that are compressed, by dotted name, in the order of the model.
 
     A layer is taken if it is an ``nn.Linear`` of more than one output in the text decoder's blocks. A subclass with a
     ``forward`` of its own is taken if it gives W x + b for a random x. The output embedding, and vision towers, are left out.
     A model without a list of blocks counts as one block.
 
+    Args:
+        layers: names or glob patterns (``*``, ``?``, ``[…]``) of those to take; by default all.
+        exclude: likewise, of those to leave alone. Either is held against a layer's whole name, and against its end after a
+            dot: ``q_proj``, ``mlp.*`` and ``model.layers.0.*`` all take some.
+
     Raises:
-        ValueError: if there is no such layer (the message names what the model has instead), or the model is wrapped, is no
-            decoder, is quantized, or holds an adapter that is not merged; the layer is named.
+        ValueError: if there is no such layer (the message names what the model has instead), a pattern fits none, or nothing is
+            left; or the model is wrapped, is no decoder, is quantized, or holds an adapter that is not merged; the layer is named.
     """
     _check_model(model)
     name, whole = longest_list(model) or text_decoder(model)
@@ -42,7 +50,7 @@ def targets(model: nn.Module) -> dict[str, nn.Linear]:
                 found[inner] = module
     if not found:
         raise ValueError(_instead(model))
-    return found
+    return _picked(found, patterns(layers), patterns(exclude) or ())
 
 
 def by_block(model: nn.Module, names: Iterable[str]) -> dict[int, list[str]]:
@@ -55,11 +63,49 @@ def by_block(model: nn.Module, names: Iterable[str]) -> dict[int, list[str]]:
     return dict(sorted(groups.items()))
 
 
+def patterns(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """One name or pattern, or several, as a tuple; None stays None. Raises ``ValueError`` for anything else, or an empty one."""
+    if given is None:
+        return None
+    found = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if not found or not all(isinstance(pattern, str) and pattern for pattern in found):
+        raise ValueError(f"layers are chosen by names or patterns, not by {given!r}")
+    return found
+
+
+def _picked(
+    found: Mapping[str, nn.Linear], wanted: tuple[str, ...] | None, excluded: tuple[str, ...]
+) -> dict[str, nn.Linear]:
+    """Those of the layers that fit one of the wanted patterns, if there are any, and none of the excluded ones."""
+    for pattern in (*(wanted or ()), *excluded):
+        if not any(_fits(name, pattern) for name in found):
+            raise ValueError(f"no layer is called {pattern!r}; the model has {', '.join(list(found)[:3])}, …")
+    picked = {
+        name: layer
+        for name, layer in found.items()
+        if (wanted is None or any(_fits(name, pattern) for pattern in wanted))
+        and not any(_fits(name, pattern) for pattern in excluded)
+    }
+    if not picked:
+        raise ValueError(f"exclude {', '.join(excluded)} leaves no layer to compress")
+    return picked
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def among(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Linear]:
+    """The target layers that are named, or all, in the order of the model."""
+    layers, known = targets(model), None if names is None else set(names)
+    return layers if known is None else {name: layer for name, layer in layers.items() if name in known}
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of every target layer."""
-    return {name: tuple(layer.weight.shape) for name, layer in targets(model).items()}
+def shapes(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of the target layers that are named, or of all."""
+    return {name: tuple(layer.weight.shape) for name, layer in among(model, names).items()}
 
 
 def is_plain(layer: nn.Linear) -> bool:

@@ -13,7 +13,7 @@ from nsvd.compression.measure import naming
 from nsvd.compression.ordered import DENSE, OURS, followed
 from nsvd.linalg import Moments
 from nsvd.walk.decoder import Decoder, block_list, run_block, same
-from nsvd.walk.hooks import evaluating
+from nsvd.walk.hooks import evaluating, exchanged
 from nsvd.walk.landmarks import landmark, value_at
 from nsvd.walk.moments import shared_inputs
 from nsvd.walk.shelf import Shelf
@@ -541,3 +541,36 @@ def test_with_the_dense_layers_fitted_the_model_is_closer():
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(ids).logits
+
+
+def test_where_the_last_check_fails_the_fitted_layers_are_put_back_too(monkeypatch):
+    model, other = tiny_model("llama"), tiny_model("llama")
+    how = {"windows": IDS, "method": "ridge", "shifted": True, "allocation": "spectrum", "ratio": 0.4}
+    report = nsvd.compress_(other, **how)
+    dense = [row.layer for row in report.table.itertuples() if row.dense]
+    assert any(not torch.equal(other.get_submodule(n).weight, model.get_submodule(n).weight) for n in dense)
+    before = state(model)
+
+    def fails(*_args):
+        raise FloatingPointError("at the end")
+
+    monkeypatch.setattr("nsvd.compression.whole_layers.check_exchanged", fails)
+    with pytest.raises(FloatingPointError, match="at the end"):
+        nsvd.compress_(model, **how)
+    assert_same(before, model)
+
+
+def test_the_teacher_of_a_distillation_is_the_dense_model(monkeypatch):
+    """Fitted layers are put back for it, too."""
+    model, taught = tiny_model("llama"), []
+    wanted = logits(model)
+
+    def distilled(model, layers, *_args, **_how):
+        with exchanged(model, layers):
+            taught.append(logits(model))
+        return [0.0]
+
+    monkeypatch.setattr("nsvd.compression.exchange.distill_", distilled)
+    how = {"windows": IDS, "method": "ridge", "shifted": True, "allocation": "spectrum", "ratio": 0.4}
+    nsvd.compress_(model, distill=1, **how)
+    torch.testing.assert_close(taught[0], wanted)
