@@ -267,6 +267,8 @@ def save(
         if kept is not None and not model_card.is_ours(kept):
             (part / model_card.NAME).write_bytes(kept.read_bytes())
         elif isinstance(getattr(model, "hf_quantizer", None), LowRankQuantizer):
-            card = model_card.text(model, place.resolve().name, report)
+            card = model_card.text(model, report)
             (part / model_card.NAME).write_text(card, encoding="utf-8")
+        for file in part.glob("*.safetensors"):
+            guard.sort_metadata(file)
         manifest.write(part)

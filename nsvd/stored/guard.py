@@ -33,6 +33,25 @@ def metadata(config: LowRankConfig) -> dict[str, str]:
     return {METHOD: json.dumps(config.to_dict(), sort_keys=True)}
 
 
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata in the header of a weight file, in their place: safetensors writes several in any order."""
+    scan = json.JSONDecoder().raw_decode
+    with file.open("r+b") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little")).decode()
+        begin = header.find('"__metadata__":{')
+        if begin < 0 or '"__metadata__":{}' in header:
+            return
+        at, pairs = begin + len('"__metadata__":'), []
+        first = at
+        while header[at] != "}":
+            start = at + 1
+            value = scan(header, start)[1] + 1  # behind the name and its colon
+            at = scan(header, value)[1]
+            pairs.append(header[start:at])
+        stream.seek(8)
+        stream.write(f"{header[:first]}{{{','.join(sorted(pairs))}}}{header[at + 1 :]}".encode())
+
+
 def told(files: Iterable[str | Path]) -> dict | None:
     """What the header of the first weight file tells of a compression, None if nothing; ``CheckpointError`` if damaged."""
     file = next(iter(files))

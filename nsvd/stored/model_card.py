@@ -23,7 +23,7 @@ TEXT = """---
 {front}---
 {mark}
 
-# {title}
+# {base}, compressed
 
 {base}, compressed by low-rank factors with [nsvd](https://arxiv.org/abs/2503.17101): {removed}.
 
@@ -33,8 +33,8 @@ TEXT = """---
 import nsvd  # first: it teaches transformers to read the factors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{title}")
-tokenizer = AutoTokenizer.from_pretrained("{title}")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
 `model.dequantize()` gives plain dense weights, for programs that know no factors.
@@ -51,7 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained("{title}")
 """
 
 
-def text(model: nn.Module, title: str, report: Mapping | None = None) -> str:
+def text(model: nn.Module, report: Mapping | None = None) -> str:
     """The card of a compressed model of transformers; what a report as ``nsvd_report.json`` knows besides is told, too."""
     section = model.hf_quantizer.quantization_config.to_dict()
     source, report = section.get("base_model"), report or {}
@@ -69,7 +69,7 @@ def text(model: nn.Module, title: str, report: Mapping | None = None) -> str:
         made["calibration"] = {"corpus": names} | {key: about[key] for key in ("windows", "bos") if key in about}
     told = f"Its licence is that of the base model, {licence['license']}." if licence else ""
     return TEXT.format(
-        front=yaml.safe_dump(front, sort_keys=False), mark=MARK, title=title,
+        front=yaml.safe_dump(front, sort_keys=False), mark=MARK,
         base=f"`{source}`" if source else "A model", removed=_removed(section),
         made="\n".join(f"* {key}: `{json.dumps(value, ensure_ascii=False)}`" for key, value in made.items()),
         rows="\n".join(_rows(model)),

@@ -134,3 +134,18 @@ def test_every_header_tells(folder):
     with safe_open(folder / "model.safetensors", "pt") as stored:
         told = json.loads(stored.metadata()["nsvd"])
     assert told == json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("about", [{}, {"format": "pt"}, {"z": '{"ä": [1, "}"]}', "format": "pt", "a": "b"}])
+def test_metadata_are_sorted_in_their_place(about, tmp_path):
+    """Whatever they hold; the tensors and all else stay. Two files of the same are the same bytes."""
+    values, seen = {"w": torch.arange(5.0), "v": torch.ones(2, 3)}, set()
+    for number in range(12):
+        file = tmp_path / f"{number}.safetensors"
+        save_file(values, file, metadata=about or None)
+        guard.sort_metadata(file)
+        seen.add(file.read_bytes())
+        with safe_open(file, "pt") as stored:
+            assert (stored.metadata() or {}) == about
+        assert all(torch.equal(value, values[name]) for name, value in load_file(file).items())
+    assert len(seen) == 1

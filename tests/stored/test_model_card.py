@@ -38,7 +38,7 @@ def test_from_folder_to_folder_the_card_tells_all(dense, tmp_path):
         "license": "mit",
     }
     for told in (
-        "# low",
+        "# `base`, compressed",
         "`base`, compressed",
         "import nsvd",
         '* method: `"nsvd-1"`',
@@ -81,7 +81,7 @@ def test_a_readme_in_the_folder_is_no_obstacle(own, tmp_path):
     folder = tmp_path / "low"
     nsvd.save(compressed(tiny_model(), method="svd"), tiny_tokenizer(), folder)
     first = (folder / "README.md").read_bytes()
-    text = b"# mine\r\n\xff" if own else first.replace(b"# low", b"# changed")
+    text = b"# mine\r\n\xff" if own else first.replace(b"\n# ", b"\n# changed ", 1)
     (folder / "README.md").write_bytes(text)
     nsvd.load(folder, device="cpu")
     nsvd.save(compressed(tiny_model(seed=1), method="svd"), tiny_tokenizer(), folder)
