@@ -20,7 +20,7 @@ def reread(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
     """What ``from_pretrained`` makes of the tensors and the configuration of a model with these compressed layers.
 
     Names and shapes are changed as on the way to a file and back. The tensors are those of the model itself, but for the
-    few that transformers joins or splits on that way. Where some have no numbers, none has.
+    few that transformers joins or splits on that way. Where they do not all lie in the memory of the CPU, none has numbers.
 
     Raises:
         CheckpointError: if transformers cannot read it, or a tensor is lost on the way or comes from nowhere; it is named.
@@ -28,13 +28,13 @@ def reread(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     config.quantization_config = LowRankConfig({name: describe(model.get_submodule(name)) for name in names}).to_dict()
     state = {key: value for key, value in model.state_dict().items() if key not in model.all_tied_weights_keys}
-    places = {str(value.device) for value in state.values()}
-    one = {"": "meta" if "meta" in places else min(places)}
-    where = one if len(places) == 1 or "meta" in places else getattr(model, "hf_device_map", one)
+    here = all(
+        value.device.type == "cpu" for value in state.values()
+    )  # elsewhere loading takes memory for a second model
     with quiet():
         again, info = type(model).from_pretrained(
             None, config=config, state_dict=revert_weight_conversion(model, state), dtype=model.dtype,
-            device_map=where, output_loading_info=True, ignore_mismatched_sizes=True,
+            device_map={"": "cpu" if here else "meta"}, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     wrong = {"missing": info["missing_keys"], "misshaped": [key for key, *_ in info["mismatched_keys"]]}
     for what, keys in (wrong | {"unexpected": info["unexpected_keys"]}).items():
