@@ -171,6 +171,7 @@ def write_folder(model: PreTrainedModel, folder: Path) -> None:
         if keys is shards[-1]:
             tensors |= beside
         save_file(tensors, folder / file, metadata={"format": "pt"} | about)
+        guard.sort_metadata(folder / file)
     if len(files) > 1:
         where = {key: file for file, keys in files.items() for key in keys} | dict.fromkeys(beside, file)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)

