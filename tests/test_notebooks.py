@@ -91,8 +91,6 @@ def run_small(source, folder, **more) -> workbook.Outcome:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.stem)
 def test_a_notebook_runs_with_small_parameters(source, tmp_path):
     """From start to end, without an error and without a word on stderr."""
-    if source.stem[:2] in ("12", "15", "20"):
-        pytest.skip("run whole in the workbook; small runs of this notebook are not settled yet")
     outcome = run_small(source, tmp_path)
     assert outcome.error is None
     outputs = [out for cell in nbformat.read(outcome.file, 4).cells for out in cell.get("outputs", [])]

@@ -214,7 +214,10 @@ def _question(file: Path, number: int, line: str) -> Question:
 
 
 def _ids(tokenizer, context: str, scored: str, first: int | None) -> tuple[list[int], int]:
-    """Token ids of a text, and how many of them, at its end, are scored. Spaces that end the context belong to what is scored."""
+    """Token ids of a text, and how many of them, at its end, are scored. Spaces that end the context belong to what is scored.
+
+    As in lm-evaluation-harness the context keeps its own tokens, also where one would reach into what is scored.
+    """
     bare = context.rstrip()
     whole, known = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context + scored, bare))
     if len(whole) <= len(known):
@@ -222,7 +225,7 @@ def _ids(tokenizer, context: str, scored: str, first: int | None) -> tuple[list[
     begin = [] if first is None else [first]
     if not begin + known:
         raise ValueError(f"there is no token before {scored!r}")
-    return begin + whole, len(whole) - len(known)
+    return begin + known + whole[len(known) :], len(whole) - len(known)
 
 
 def _likelihoods(model: nn.Module, texts: Sequence[tuple[list[int], int]], progress: bool) -> list[float]:
@@ -235,7 +238,12 @@ def _likelihoods(model: nn.Module, texts: Sequence[tuple[list[int], int]], progr
     found, start = [math.nan] * len(texts), 0
     with tqdm(total=len(texts), desc="choices", disable=not progress, leave=False) as bar:
         while start < len(order):
-            batch = order[start : start + max(1, tokens_at_once(model) // len(texts[order[start]][0]))]
+            end, most = start + 1, tokens_at_once(model)
+            while (
+                end < len(order) and (end + 1 - start) * len(texts[order[end]][0]) <= most
+            ):  # all are as long as the last
+                end += 1
+            batch = order[start:end]
             longest = len(texts[batch[-1]][0])
             ids = torch.tensor([texts[i][0] + [0] * (longest - len(texts[i][0])) for i in batch])
             for i, losses in zip(batch, token_losses(model, ids), strict=True):
