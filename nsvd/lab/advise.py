@@ -37,7 +37,7 @@ class Advice:
     """The trade-off of a model. ``rows`` hold ``ratio, removed, perplexity, rise``; the first is the dense model, ratio 0.
 
     ``removed`` is the share of the whole model's parameters, ``rise`` that of the perplexity over the dense one. ``best`` itself
-    follows shifted inputs as well, and usually loses less than these numbers say.
+    follows shifted inputs as well; what it loses is not measured here.
     """
 
     rows: list[dict]
@@ -84,7 +84,10 @@ class Advice:
             lines.append(
                 f"{row['ratio']:6g}  {row['removed']:11.1%}  {row['perplexity']:10.2f}  {row['rise']:+7.1%}{mark}"
             )
-        return "\n".join([*lines, self.sentence()])
+        text = "the model's own text" if self.calibration == "self" else self.calibration
+        return "\n".join(
+            [f"Perplexity of {text}, {self.windows} windows that did not calibrate:", *lines, self.sentence()]
+        )
 
     def _repr_html_(self) -> str:
         most = max(row["rise"] for row in self.rows)
