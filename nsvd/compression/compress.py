@@ -130,7 +130,7 @@ def carry_out(
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
     layers, clock = targets(model, ask.layers, ask.exclude), Clock()
-    wanted = _given(layers, ask)
+    wanted = _given(model, layers, ask)
     for ids in ask.domains:
         check_readable(model, ids)
     check_values(model)
@@ -182,10 +182,10 @@ def _texts(ask: Request, stats: Statistics | None) -> dict[str, dict]:
     }
 
 
-def _given(layers: Mapping[str, nn.Linear], ask: Request) -> dict[str, int] | None:
+def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Request) -> dict[str, int] | None:
     """The ranks that are known before anything is measured, None where they have to be found."""
     if ask.ranks is None:
-        return None if ask.searches or ask.splits else uniform(layers, ask.ratio, ask.factors)
+        return None if ask.searches or ask.splits else uniform(model, ask.ratio, ask.factors, layers=layers)
     for name, k in ask.ranks.items():
         if name not in layers:
             raise ValueError(f"no layer {name!r} to compress; the model has {', '.join(list(layers)[:3])}, …")

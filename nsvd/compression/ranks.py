@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +93,14 @@ def searched(
     return strs(model, table, ratio, factors), table.tokens
 
 
-def uniform(layers: Mapping[str, nn.Linear], ratio: float, factors: str = "plain") -> dict[str, int]:
-    """The same fraction of parameters removed from every layer; none at ratio 0."""
+def uniform(
+    model: nn.Module, ratio: float, factors: str = "plain", *, layers: Iterable[str] | None = None
+) -> dict[str, int]:
+    """The same fraction of parameters removed from every target layer, or from those named; none at ratio 0."""
     ranks = {}
-    for name, layer in layers.items() if ratio else ():
+    for name, shape in shapes(model, layers).items() if ratio else ():
         with naming(name):
-            ranks[name] = rank_for_ratio(*layer.weight.shape, ratio, factors)
+            ranks[name] = rank_for_ratio(*shape, ratio, factors)
     return ranks
 
 
