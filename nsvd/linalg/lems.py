@@ -92,13 +92,18 @@ def _program(number: np.ndarray, errors: np.ndarray, sizes: np.ndarray, budget: 
     one_each = np.zeros((number.max() + 1, len(number)))
     one_each[number, np.arange(len(number))] = 1
     unit = np.gcd.reduce(sizes)  # a share of it is no more than nothing: the solver compares up to 1e-6
-    result = milp(
-        errors / (errors.max() or 1.0),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes / unit, ub=budget // unit)],
-        bounds=Bounds(0, 1),
-        integrality=np.ones(len(number)),
-        options={"mip_rel_gap": 1e-6},
-    )
-    if result.x is None:
-        raise ValueError(f"the integer program was not solved: {result.message}")
-    return [int(i) for i in np.flatnonzero(result.x > 0.5)]
+    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(sizes / unit, ub=budget // unit)]
+
+    def solved(most: float) -> list[int]:
+        """In units of ``most``, and without the choices that are worse than that alone: the solver stops 1e-6 above the least."""
+        result = milp(
+            np.minimum(errors / most, 1.0), constraints=limits, bounds=Bounds(0, errors <= most),
+            integrality=np.ones(len(number)), options={"mip_rel_gap": 1e-6},
+        )  # fmt: skip
+        if result.x is None:
+            raise ValueError(f"the integer program was not solved: {result.message}")
+        return [int(i) for i in np.flatnonzero(result.x > 0.5)]
+
+    taken = solved(errors.max() or 1.0)
+    least = errors[taken].sum()
+    return solved(least) if 0 < least < errors.max() else taken

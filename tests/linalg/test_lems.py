@@ -97,3 +97,18 @@ def test_a_multiple_that_means_nothing_is_refused():
     """Zero divides nothing."""
     with pytest.raises(ValueError, match="multiple is 0"):
         lems_ranks({}, {}, {}, 0.2, multiple=0)
+
+
+def test_a_layer_of_large_errors_does_not_hide_those_of_small_ones():
+    """The solver stops a millionth above the least, which is no more than what small errors differ by."""
+    values = {
+        "a": torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+        "b": torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64),
+    }
+    shapes = {name: (40, 4) for name in values}
+    for kl in ((1e6, 1e-3), (1.0, 1e-9)):
+        measured = {name: (1, divergence) for name, divergence in zip(values, kl, strict=True)}
+        for ratio in (0.1, 0.2, 0.4):
+            best = exhaustive(measured, values, shapes, ratio, "plain", 1)
+            ranks = lems_ranks(measured, values, shapes, ratio, "plain", kept=FEW, multiple=1)
+            assert modelled(ranks, measured, values) == pytest.approx(best, rel=1e-5)
