@@ -20,7 +20,7 @@ def reread(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
     """What ``from_pretrained`` makes of the tensors and the configuration of a model with these compressed layers.
 
     Names and shapes are changed as on the way to a file and back. The tensors are those of the model itself, but for the
-    few that transformers joins or splits on that way. Where they do not all lie in the memory of the CPU, none has numbers.
+    few that transformers joins or splits on that way. None has numbers unless ``with_numbers``.
 
     Raises:
         CheckpointError: if transformers cannot read it, or a tensor is lost on the way or comes from nowhere; it is named.
@@ -28,16 +28,18 @@ def reread(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     config.quantization_config = LowRankConfig({name: describe(model.get_submodule(name)) for name in names}).to_dict()
     state = {key: value for key, value in model.state_dict().items() if key not in model.all_tied_weights_keys}
-    here = all(
-        value.device.type == "cpu" for value in state.values()
-    )  # elsewhere loading takes memory for a second model
     with quiet():
         again, info = type(model).from_pretrained(
             None, config=config, state_dict=revert_weight_conversion(model, state), dtype=model.dtype,
-            device_map={"": "cpu" if here else "meta"}, output_loading_info=True, ignore_mismatched_sizes=True,
+            device_map={"": "cpu" if with_numbers(model) else "meta"}, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     wrong = {"missing": info["missing_keys"], "misshaped": [key for key, *_ in info["mismatched_keys"]]}
     for what, keys in (wrong | {"unexpected": info["unexpected_keys"]}).items():
         if keys:
             raise CheckpointError(f"tensor {min(keys)} is {what}")
     return again.eval()
+
+
+def with_numbers(model: PreTrainedModel) -> bool:
+    """Whether all lies in the memory of the CPU: elsewhere loading would take room for a second model."""
+    return all(value.device.type == "cpu" for value in model.state_dict().values())
