@@ -1,4 +1,4 @@
-"""The command line: ``nsvd run | runs | results | advise | compress | evaluate | info``."""
+"""The command line: ``nsvd run | runs | results | advise | compress | evaluate | lm_eval | info``."""
 
 from __future__ import annotations
 
@@ -230,12 +230,14 @@ def _perplexities(model, tokenizer, chosen: argparse.Namespace) -> Iterator[dict
 def _accuracies(model, tokenizer, chosen: argparse.Namespace) -> Iterator[dict]:
     """A row a task."""
     import nsvd
+    from nsvd.lab import harness
 
     if chosen.length is not None:
         raise ValueError("a question is read as long as it is: --length goes with --data")
-    how = {"count": chosen.count, "seed": chosen.seed, "bos": chosen.bos}
-    for task in (name for names in chosen.tasks for name in names.split(",") if name):
-        result = nsvd.multiple_choice(model, tokenizer, task, **how, progress=sys.stderr.isatty())
+    how = {"count": chosen.count, "bos": chosen.bos}
+    ours, theirs = _tasks(chosen.tasks)
+    for task in ours:
+        result = nsvd.multiple_choice(model, tokenizer, task, **how, seed=chosen.seed, progress=sys.stderr.isatty())
         yield {
             "task": task,
             "acc": result.accuracy,
@@ -244,6 +246,33 @@ def _accuracies(model, tokenizer, chosen: argparse.Namespace) -> Iterator[dict]:
             "chance": result.chance,
             "questions": len(result.plain),
         }
+    if theirs:
+        yield from harness.measured(model, tokenizer, theirs, **how)
+
+
+def _tasks(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tasks of ours, and those that lm-evaluation-harness knows; in ``DIR:a,b`` both are of DIR."""
+    from nsvd.lab.choices import EMBEDDED_TASKS
+
+    ours, theirs = [], []
+    for names in given:
+        folder = ""
+        for name in filter(None, names.split(",")):
+            folder = name[: name.rfind(":") + 1] or folder
+            if name.startswith("mini/") or name in EMBEDDED_TASKS:
+                ours.append(name)
+            elif folder:
+                ours.append(name if ":" in name else folder + name)
+            else:
+                theirs.append(name)
+    return ours, theirs
+
+
+def lm_eval(chosen: argparse.Namespace) -> None:
+    """Run lm-evaluation-harness's own command with these arguments; it then reads compressed folders."""
+    from nsvd.lab import harness
+
+    harness.program(chosen.arguments)
 
 
 def info(chosen: argparse.Namespace) -> None:
@@ -340,8 +369,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("nsvd", description="Low-rank compression of language models.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
-    def command(function) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+    def command(function, **about) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__, **about)
         sub.set_defaults(command=function)
         return sub
 
@@ -474,10 +503,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", nargs="+", metavar="CORPUS", help="corpora (default: the eight embedded ones)")
     sub.add_argument(
         "--tasks", nargs="+", metavar="TASK",
-        help="multiple choice in place of perplexity: mini/completion_en, …, or DIR:name for DIR/name/test.jsonl",
+        help="multiple choice in place of perplexity: mini/completion_en, …, DIR:name for DIR/name/test.jsonl, "
+        "or a task of lm-evaluation-harness",
     )  # fmt: skip
     sub.add_argument("--json", metavar="FILE", help="also write the table there")
     common(sub)
+
+    sub = command(lm_eval, prefix_chars="\0", add_help=False)  # whatever stands there is the harness's own
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="of lm_eval")
 
     sub = command(info)
     sub.add_argument("model", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")

@@ -129,7 +129,7 @@ def test_evaluate_tells_accuracies(here, models, capsys):
     rows = [{"question": f"{n} and", "choices": ["one more", "no more"], "answer": n % 2} for n in range(6)]
     (here / "some" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     dense, low = str(models / "dense"), str(models / "low")
-    printed = said(capsys, "evaluate", dense, low, "--tasks", ".:some,.:some", "--count", "5", "--json", "numbers.json")
+    printed = said(capsys, "evaluate", dense, low, "--tasks", ".:some,some", "--count", "5", "--json", "numbers.json")
     results = json.loads((here / "numbers.json").read_text(encoding="utf-8"))["results"]
     assert [(row["model"], row["task"]) for row in results] == [(m, ".:some") for m in (dense, low) for _ in range(2)]
     for row in results:
@@ -141,7 +141,7 @@ def test_evaluate_tells_accuracies(here, models, capsys):
     command = ("evaluate", dense, "--tasks", ".:some")
     assert "not both" in refused(capsys, here, *command, "--data", "mini/web")
     assert "--length goes with --data" in refused(capsys, here, *command, "--length", "8")
-    assert "unknown task 'some'" in refused(capsys, here, "evaluate", dense, "--tasks", "some")
+    assert "unknown task 'mini/some'" in refused(capsys, here, "evaluate", dense, "--tasks", "mini/some")
     assert "no file absent/test.jsonl" in refused(capsys, here, "evaluate", dense, "--tasks", ".:absent")
 
 

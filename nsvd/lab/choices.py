@@ -52,8 +52,9 @@ GAP = re.compile(r"(?<!\w)_(?!\w)")  # of a sentence to be filled
 class Choices:
     """What a model chose: 1 where it was right, 0 elsewhere, a number a question.
 
-    ``plain`` goes by the log-likelihood of a choice, ``normalized`` by that divided by the characters of the choice: ``acc`` and
-    ``acc_norm`` of lm-evaluation-harness. ``chance`` is the mean share of right answers of a guess.
+    ``plain`` goes by the log-likelihood of what is scored, ``normalized`` by that divided by its characters, but for the space
+    before it: ``acc`` and ``acc_norm`` of lm-evaluation-harness. In a question with a gap the same is scored after every choice,
+    so both are equal. ``chance`` is the mean share of right answers of a guess.
     """
 
     plain: Tensor  # (count,), float64
@@ -125,7 +126,7 @@ def multiple_choice(
     plain, normalized = [], []
     for q in asked:
         likely = torch.tensor([next(likelihoods) for _ in q.choices], dtype=torch.float64)
-        sizes = torch.tensor([len(choice) for choice in q.choices], dtype=torch.float64)
+        sizes = torch.tensor([len(scored.removeprefix(" ")) for scored in q.scored], dtype=torch.float64)
         plain.append(float(likely.argmax() == q.answer))
         normalized.append(float((likely / sizes).argmax() == q.answer))
     chance = sum(1 / len(q.choices) for q in asked) / len(asked)

@@ -64,7 +64,7 @@ def test_likelihoods_are_those_of_every_text_alone(task):
     found = multiple_choice(model, tokenizer, asked)
     for i, q in enumerate(asked):
         likely = [likelihood(model, tokenizer, *pair) for pair in zip(q.contexts, q.scored, strict=True)]
-        each = [value / len(choice) for value, choice in zip(likely, q.choices, strict=True)]
+        each = [value / len(text.strip()) for value, text in zip(likely, q.scored, strict=True)]
         assert found.plain[i] == (likely.index(max(likely)) == q.answer)
         assert found.normalized[i] == (each.index(max(each)) == q.answer)
     texts = [module._ids(tokenizer, *pair, None) for q in asked for pair in zip(q.contexts, q.scored, strict=True)]
@@ -82,6 +82,14 @@ def test_accuracies_are_the_harnesss(monkeypatch):
         tiny_model(), tiny_tokenizer(), [Question(("q", "q"), (" ab", " abcdef"), ("ab", "abcdef"), 1)]
     )
     assert (found.accuracy, found.accuracy_normalized) == (0.0, 1.0)
+
+
+def test_a_gap_is_normalized_by_what_is_scored(monkeypatch):
+    """The same after every choice, however long the choices are."""
+    monkeypatch.setattr(module, "_likelihoods", lambda *_: [-4.0, -6.0])
+    gap = Question(("ab", "abcdef"), (" end",) * 2, ("ab", "abcdef"), 0)
+    found = multiple_choice(tiny_model(), tiny_tokenizer(), [gap])
+    assert (found.accuracy, found.accuracy_normalized) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
