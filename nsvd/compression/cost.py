@@ -197,7 +197,7 @@ class _Sums:
         seen = self._product(batch, wide, wide) + SINGLE * batch * wide + self._activations(batch)
         solved = DOUBLE * max(2 * one.d_in**2 for one in groups)
         made = max(solved, *map(self._decomposed, self.largest), *map(self._pivoted, self.largest))
-        device = self._held + max(sums + seen, missing + made)
+        device = self._held + max(sums + seen, missing + made + self._fits)
         waiting = self.tokens * self.bytes * (places + self.hidden + remembered)
         metric = DOUBLE * max(one.d_out for one in self.largest) ** 2 * self._judged
         host = min(LIMIT, waiting) + metric
@@ -296,6 +296,17 @@ class _Sums:
     def _pieces(self, one: Layer) -> int:
         """Numbers of a decomposition that are kept."""
         return min(one.d_out, one.d_in) * (one.d_out + one.d_in)
+
+    @property
+    def _fits(self) -> float:
+        """Bytes of what layers that read one input should be, but for the last of them: all wait until their input is done with."""
+        groups: list[list[int]] = []
+        for one in self.largest:
+            fit = one.rank * (one.d_out + one.d_in) if one.rank else one.d_out * one.d_in
+            if one.first or not groups:
+                groups.append([])
+            groups[-1].append(fit)
+        return DOUBLE * max(sum(fits) - min(fits) for fits in groups)
 
     def _pivoted(self, one: Layer) -> float:
         """Bytes of the factors, of LU of the left one twice, and of what the other rows are in terms of the chosen ones."""
