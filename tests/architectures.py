@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     PreTrainedModel,
@@ -36,10 +37,19 @@ DEEPSEEK = GROUPED | ROUTED | LATENT | {"num_key_value_heads": 4, "n_routed_expe
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 TWO = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 STATES = {"mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+PLAIN = {"intermediate_size": 48}
 VISION = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+VISION |= {"image_size": 28, "patch_size": 14}
+SIGLIP = VISION | {"model_type": "siglip_vision_model", "projection_dim": 32, "vision_use_head": False}
+DEEP = {"depth": 4, "hidden_size": 32, "num_heads": 4, "patch_size": 14}
+STACKED = DEEP | PLAIN | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+TILES = {"attention_heads": 4, "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64}
+TILES |= {"supported_aspect_ratios": [[1, 1]], "max_num_tiles": 1}
+SOUND = {"model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 4}
+SOUND |= {"encoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 32}
+ROTATED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 ENDS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 SPEECH = {"max_source_positions": 32, "max_target_positions": 64, "num_mel_bins": 8, "decoder_start_token_id": 2}
-PLAIN = {"intermediate_size": 48}
 ARCHITECTURES: dict[str, dict] = FAMILIES | {
     "gemma": WIDE,
     "gemma3_text": WIDE,
@@ -80,23 +90,52 @@ ARCHITECTURES: dict[str, dict] = FAMILIES | {
     "gpt2": GPT,
     "gemma3": {
         "text_config": SIZES | WIDE,
-        "vision_config": VISION | {"image_size": 28, "patch_size": 14},
+        "vision_config": VISION,
         "mm_tokens_per_image": 4,
     },
 }
-OTHERS: dict[str, tuple[type, str, dict]] = {  # of another kind than those that continue a text
+
+
+def beside(kind: str, vision: dict | None = None, **text) -> dict:
+    """Sizes of a model with a text decoder of this kind beside a vision tower; token 299 stands for an image."""
+    images = {"image_token_index": 299, "image_token_id": 299, "vision_config": vision or VISION}
+    return images | {"text_config": SIZES | GROUPED | {"model_type": kind} | text}
+
+
+OTHERS: dict[str, tuple[type, str, dict]] = {  # of another kind than those that continue a text alone
+    "llava": (AutoModelForMultimodalLM, "llava", beside("llama", VISION | {"model_type": "clip_vision_model"})),
+    "mistral3": (AutoModelForMultimodalLM, "mistral3", beside("mistral", VISION | {"model_type": "pixtral"}, head_dim=8)),
+    "idefics3": (AutoModelForMultimodalLM, "idefics3", beside("llama")),
+    "qwen2_vl": (AutoModelForMultimodalLM, "qwen2_vl", beside("qwen2_vl_text", DEEP | {"embed_dim": 32}, **ROTATED)),
+    "qwen3_vl": (AutoModelForMultimodalLM, "qwen3_vl", beside("qwen3_vl_text", STACKED, head_dim=8, **ROTATED)),
+    "qwen3_5, with vision": (
+        AutoModelForMultimodalLM, "qwen3_5",
+        beside("qwen3_5_text", STACKED, head_dim=8, layer_types=["linear_attention", "full_attention"], **TWO),
+    ),
+    "qwen2_audio": (
+        AutoModelForMultimodalLM, "qwen2_audio",
+        {"text_config": SIZES | GROUPED | {"model_type": "qwen2"}, "audio_config": SOUND, "audio_token_index": 299},
+    ),
+    "mllama, with vision": (
+        AutoModelForMultimodalLM, "mllama",
+        beside("mllama_text_model", VISION | TILES, num_hidden_layers=3, cross_attention_layers=[1],
+               rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    ),
+    "paligemma": (AutoModelForMultimodalLM, "paligemma", beside("gemma", SIGLIP, head_dim=8) | {"projection_dim": 32}),
+    "bert, not as a decoder": (AutoModelForCausalLM, "bert", PLAIN),
     "bert, masked": (AutoModelForMaskedLM, "bert", PLAIN),
     "modernbert": (AutoModelForMaskedLM, "modernbert", PLAIN),
     "t5": (AutoModelForSeq2SeqLM, "t5", {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}),
     "bart": (AutoModelForSeq2SeqLM, "bart", {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48} | ENDS),
     "whisper": (AutoModelForSpeechSeq2Seq, "whisper", {"d_model": 32} | ENDS | SPEECH),
-}
+}  # fmt: skip
 HEAD = """# Architectures
 
 Tiny random models, tried with methods that need no text (`svd`), one pass over a text (`asvd-1`), and gradients, shifted inputs and
 pivoted factors (`best`). **works**: compressed, saved, and read again with the same bits. Otherwise the sentence with which
 it is refused before anything is changed. The second column is the share of the blocks' parameters in the layers that are
 compressed; what else there is stays dense, such as experts that are one tensor of three dimensions, convolutions and states.
+Of a model that reads images or sounds the blocks are those of its text decoder; all else is left alone.
 
 Written by `python -m tests.architectures`, and held to what happens by `tests/walk/test_table.py`.
 

@@ -20,6 +20,7 @@ from nsvd.stored import guard, manifest, model_card
 from nsvd.stored.files import check_writable, reached, replacing
 from nsvd.stored.folder import CONFIG, METHOD, CheckpointError, Stored, headers, read_json
 from nsvd.stored.foreign import quiet
+from nsvd.stored.kinds import copy_processors
 from nsvd.stored.layers import LAYERS, CompressedLayer, LowRankLinear
 from nsvd.stored.section import LowRankConfig
 from nsvd.stored.skeleton import check_dtypes, check_finite, check_fits, matched
@@ -28,7 +29,8 @@ MODEL_FILES = (  # what ``save`` may find in the place of a model: names that tr
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "nsvd_report.json", manifest.NAME,
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "nsvd_report.json",
+    manifest.NAME,
 )  # fmt: skip
 
 
@@ -242,7 +244,7 @@ def save(
     ``report`` is put beside the weights as ``nsvd_report.json``, the sums of all files as ``nsvd_manifest.json``, and a card of
     a compressed model as README.md, unless there is one that was not written here. ``write`` puts the weights and the
     configuration of the model into a folder; by default it is ``save_pretrained``, which makes files of ``max_shard_size`` at
-    most (bytes, or such as ``"2GB"``).
+    most (bytes, or such as ``"2GB"``). What the folder that the model came from tells of reading images and sounds is copied.
 
     Raises:
         OSError: if the folder cannot be written, or something else than a model would be lost.
@@ -262,6 +264,7 @@ def save(
         model.save_pretrained(part, **size) if write is None else write(model, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
+        copy_processors(model.config, part)
         if report is not None:
             (part / "nsvd_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if kept is not None and not model_card.is_ours(kept):

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from nsvd.stored import guard, manifest
 from nsvd.stored.checkpoint import is_compressed
 from nsvd.stored.folder import CONFIG, CheckpointError, Stored, check_counts, headers, read_config, weight_files
 from nsvd.stored.foreign import quiet, reading
+from nsvd.stored.kinds import auto_class
 from nsvd.stored.skeleton import check_blocks, check_finite, check_fits, limited
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # that every layer computes with
@@ -89,7 +90,7 @@ def skeleton(folder: Path, dtype, stored: dict[str, Stored], told: dict) -> PreT
         dtype = config.dtype or next(floats, "float32")
     dtype = str(dtype).removeprefix("torch.")
     with reading(folder, f"model of {CONFIG}", told), limited(stored), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     with reading(folder):
         check_fits(model, stored)
     return model
@@ -107,7 +108,7 @@ def _read_model(folder: Path, dtype, stored: dict[str, Stored], told: dict) -> P
     else:  # the same is checked when the factors are in place
         config.quantization_config = told["quantization_config"]
     with reading(folder, config=told), limited(stored):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip  # a misshaped tensor is reported in ``info``, and raised below

@@ -10,8 +10,10 @@ from pathlib import Path
 import yaml
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from nsvd.stored.files import short_name
+from nsvd.stored.kinds import auto_class
 from nsvd.stored.layers import CompressedLayer
 
 NAME = "README.md"
@@ -31,9 +33,9 @@ TEXT = """---
 
 ```python
 import nsvd  # first: it teaches transformers to read the factors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
+model = {auto}.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
@@ -57,7 +59,9 @@ def text(model: nn.Module, report: Mapping | None = None) -> str:
     source, report = section.get("base_model"), report or {}
     licence = _licence(model.config._name_or_path) if source else {}
     hub = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nsvd", "low-rank"]}
+    auto = auto_class(model.config)
+    task = {"pipeline_tag": "text-generation"} if auto is AutoModelForCausalLM else {}
+    front = {"library_name": "transformers"} | task | {"tags": ["nsvd", "low-rank"]}
     front |= ({"base_model": source} if hub else {}) | licence
     keys = ("method", "options", "allocation", "factors", "shifted", "refine", "distill", "latent_cache")
     made = {key: section[key] for key in keys if section.get(key) not in (None, False, 0, {})}
@@ -70,7 +74,7 @@ def text(model: nn.Module, report: Mapping | None = None) -> str:
     told = f"Its licence is that of the base model, {licence['license']}." if licence else ""
     return TEXT.format(
         front=yaml.safe_dump(front, sort_keys=False), mark=MARK,
-        base=f"`{source}`" if source else "A model", removed=_removed(section),
+        auto=auto.__name__, base=f"`{source}`" if source else "A model", removed=_removed(section),
         made="\n".join(f"* {key}: `{json.dumps(value, ensure_ascii=False)}`" for key, value in made.items()),
         rows="\n".join(_rows(model)),
         licence=told or "The licence of the base model, which this one is bound to, was not told in its folder.",

@@ -47,13 +47,23 @@ def predicted(model: nn.Module) -> Tensor:
     """What the model says to a few tokens, logits where it has a head.
 
     Raises:
-        ValueError: if the model changes its parameters while it runs: once saved and read again, they would be changed twice.
+        ValueError: if the model changes its parameters while it runs: once saved and read again, they would be changed twice. If
+            it does not run on tokens alone; if what it says of a token depends on those behind it.
         FloatingPointError: if that holds NaN or Inf; the first module that gives it out is named.
     """
-    out = _run(model)
+    ids = trial(model)
+    if getattr(model, "can_generate", bool)():  # a second text beside it, of another last token
+        ids = torch.cat([ids, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)])
+    out = _run(model, ids)
     if not out.isfinite().all():
         raise FloatingPointError(f"the model predicts NaN or Inf for {TRIED} tokens{first_broken(model)}")
-    return out
+    said, other = out[0, :-1], out[-1, :-1]
+    if len(ids) > 1 and not (other - said).norm() <= torch.finfo(out.dtype).eps ** 0.5 * said.norm():
+        raise ValueError(
+            f"what {type(model).__name__} says of a token depends on those behind it, as in an encoder; "
+            "only models that continue a text are compressed"
+        )
+    return out[:1]
 
 
 @torch.no_grad()

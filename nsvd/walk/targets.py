@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nsvd.stored.checkpoint import check_unwrapped
+from nsvd.stored.kinds import check_continues
 from nsvd.stored.layers import CompressedLayer
 from nsvd.walk.decoder import longest_list, text_decoder
 
@@ -131,11 +132,7 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     kind = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{kind} is an encoder with a decoder; only models that are a decoder alone are compressed")
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-    if causal is None or (type(model) is not causal and type(model) in MODEL_FOR_MASKED_LM_MAPPING.values()):
-        raise ValueError(f"{kind} does not continue a text; only models that do are compressed")
+    check_continues(model)
     about = getattr(model.config, "quantization_config", None)
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
     if method is not None and method != "nsvd":

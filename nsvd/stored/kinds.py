@@ -1,0 +1,48 @@
+"""Which models of transformers continue a text, alone or beside images and sounds, and how they are read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """The class that reads a folder of this configuration: for a text alone, unless the model in it is of the other kind."""
+    beside = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
+    alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    stored = beside is not None and beside.__name__ in (config.architectures or ())
+    return AutoModelForMultimodalLM if stored or (beside is not None and alone is None) else AutoModelForCausalLM
+
+
+def check_continues(model: PreTrainedModel) -> None:
+    """Raise ``ValueError`` for a model that is an encoder, has one before its decoder, or is of a kind that continues no text."""
+    kind, alone = type(model), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{kind.__name__} is an encoder with a decoder; only models that are a decoder alone are compressed"
+        )
+    if kind is alone or kind is MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(model.config), None):
+        return
+    if kind in MODEL_FOR_MASKED_LM_MAPPING.values():
+        raise ValueError(f"{kind.__name__} fills gaps in a text; only models that continue a text are compressed")
+    if alone is None:
+        raise ValueError(
+            f"transformers does not know {kind.__name__} as a model that continues a text; only such models are compressed"
+        )
+
+
+def copy_processors(config: PretrainedConfig, folder: Path) -> None:
+    """Copy how images and sounds are read, unless it was written with the tokenizer."""
+    for file in sorted(Path(config.name_or_path).glob("*processor_config.json")) if config.name_or_path else ():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
