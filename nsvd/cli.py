@@ -79,7 +79,7 @@ def runs(chosen: argparse.Namespace) -> None:
     """Make a page of the notebooks that were run into a folder; compare two such folders."""
     from nsvd.lab.runs import difference, index
 
-    page = index(chosen.folder, chosen.other)
+    page = index(chosen.folder, chosen.other, chosen.page)
     print(page)
     if chosen.other:
         print(difference(chosen.folder, chosen.other).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
@@ -157,7 +157,7 @@ def _text(chosen: argparse.Namespace) -> dict:
 def advise(chosen: argparse.Namespace) -> None:
     """Show what each ratio costs a model, recommend one, and compress by it where an output is named."""
     import nsvd
-    from nsvd.lab.compress import compressed
+    from nsvd.lab.compress import Outcome, as_json
     from nsvd.lab.models import check_apart
     from nsvd.stored.checkpoint import check_target
 
@@ -169,14 +169,20 @@ def advise(chosen: argparse.Namespace) -> None:
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
     how = {"ratios": chosen.ratios, "limit": chosen.rise, "progress": sys.stderr.isatty(), "tell": tell}
     advice = nsvd.advise(model, tokenizer, **text, **how)
-    del model
     print(advice, flush=True)
     if chosen.out and not advice.ratio:
         raise ValueError(f"{chosen.out} is not written: {advice.sentence()}")
-    if chosen.out:
-        how = {"method": "best", "ratio": advice.ratio, "dtype": chosen.dtype, "device": chosen.device}
-        compressed(chosen.model, chosen.out, **how, **text, progress=sys.stderr.isatty(), tell=tell)
-        print(f"{chosen.out}: best, ratio {advice.ratio:g}")
+    if not chosen.out:
+        return
+    how = {"windows": advice.used, "seed": chosen.seed, "progress": sys.stderr.isatty()}
+    report = nsvd.compress_(model, method="best", ratio=advice.ratio, **how)
+    perplexity, about = advice.perplexity(model), {"corpus": chosen.calibration, "statistics": report.calibration}
+    about["windows"] = [list(ids.shape) for ids in advice.used]
+    nsvd.save(model, tokenizer, chosen.out, report=as_json(chosen.model, Outcome(report, None, about)))
+    rise = perplexity / advice.rows[0]["perplexity"] - 1
+    print(
+        f"{chosen.out}: compressed by best at ratio {advice.ratio:g}; perplexity {perplexity:.2f} ({rise:+.1%}) on the same windows"
+    )
 
 
 def evaluate(chosen: argparse.Namespace) -> None:
@@ -474,6 +480,7 @@ def _parser() -> argparse.ArgumentParser:
         "folder", metavar="DIR", help="where nsvd run --out put executed notebooks, or a folder of such folders"
     )
     sub.add_argument("other", nargs="?", metavar="OTHER", help="the folder of a second run, to compare with")
+    sub.add_argument("--page", metavar="FILE", help="where the page goes (default: build/runs/NAME.html)")
 
     sub = command(results)
     sub.add_argument("files", nargs="+", metavar="FILE", help="files of results (.jsonl), or folders of them")

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import nbformat
 import yaml
-from nbformat.v4 import new_markdown_cell, new_output
+from nbformat.v4 import new_markdown_cell
 
 from nsvd.lab import listing, workbook
 from nsvd.lab.paths import checkout
@@ -71,7 +71,6 @@ def _page(file: Path, about: dict) -> nbformat.NotebookNode:
     captions = about.get("figures", {})
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in code:
-        cell.outputs = [_seen(output) for output in cell.outputs]
         tags = set(cell.metadata.get("tags", []))
         kept = bool(tags & {"parameters", "injected-parameters"})
         fold = "hide-cell" if cell is code[-1] and "assert" in cell.source else "hide-input"
@@ -88,15 +87,6 @@ def _page(file: Path, about: dict) -> nbformat.NotebookNode:
     facts += [f"parameters {run.get('parameters') or 'as declared'}"]
     notebook.cells.append(new_markdown_cell(f'<p class="footer-of-run">This run: {escape(", ".join(facts))}.</p>'))
     return notebook
-
-
-def _seen(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An output as a page can show it: sliders need a running notebook."""
-    if "application/vnd.jupyter.widget-view+json" not in output.get("data", {}):
-        return output
-    return new_output(
-        "display_data", {"text/plain": "Sliders and menus are shown when this notebook runs in JupyterLab."}
-    )
 
 
 def _gallery(names: list[str], about: dict, source: Path) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -17,33 +18,43 @@ from nsvd.compression.report import Clock
 from nsvd.compression.request import resolve
 from nsvd.compression.strs import losses_with
 from nsvd.lab.calibration import domains
-from nsvd.lab.compress import plan
-from nsvd.linalg import METHODS, saves_parameters
+from nsvd.lab.compress import plan, spoken
+from nsvd.linalg import METHODS, LowRank, saves_parameters
 from nsvd.linalg.factors import check_ratio, n_params
 from nsvd.markup import bar, block, number, table
 from nsvd.stored.checkpoint import is_compressed
+from nsvd.walk.sampling import own_text, sample
 from nsvd.walk.targets import shapes
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel
 
-METHOD, FACTORS = "kfac", "pivoted"  # what ``best`` does, but for following shifted inputs: one pass serves all ratios
+METHOD, FACTORS = "kfac", "pivoted"  # ``best`` without following shifted inputs: one pass serves all ratios
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 HELD = 4  # every fourth window is held out
+FEW = 8  # tokens that are written to see how long all of them take
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Advice:
     """The trade-off of a model. ``rows`` hold ``ratio, removed, perplexity, rise``; the first is the dense model, ratio 0.
 
-    ``removed`` is the share of the whole model's parameters, ``rise`` that of the perplexity over the dense one. ``best`` itself
-    follows shifted inputs as well; what it loses is not measured here.
+    ``ratio`` counts the parameters of the layers that are compressed, ``removed`` those of the whole model. ``rise`` is that of the
+    perplexity over the dense one. The rows leave out one step of ``best``, which follows shifted inputs. To see what ``best``
+    itself loses, compress by it on ``used`` and give the model to ``perplexity``.
     """
 
     rows: list[dict]
     limit: float  # the rise that is still accepted
-    windows: int  # held out, to measure on
     calibration: str
+    used: list[Tensor]  # windows (count, length) that calibrated, a tensor a part of the text
+    held: list[Tensor]  # windows that were held out, to measure on
+
+    @property
+    def windows(self) -> int:
+        """How many windows were held out."""
+        return sum(map(len, self.held))
 
     @property
     def ratio(self) -> float:
@@ -54,6 +65,10 @@ class Advice:
                 break
             best = row["ratio"]
         return best
+
+    def perplexity(self, model: nn.Module) -> float:
+        """Of another model of the same tokens, on the windows that were held out; measured as in the rows."""
+        return _perplexity(model, self.held)
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -74,20 +89,23 @@ class Advice:
             f"{row['rise']:.1%} (limit {self.limit:.0%})"
         )
 
+    @property
+    def text(self) -> str:
+        """Which text the numbers are of, in words."""
+        name = "the model's own text" if self.calibration == "self" else self.calibration
+        return f"{self.windows} windows of {name} that did not calibrate"
+
     def __repr__(self) -> str:
         return f"Advice({self.sentence()}; {len(self.rows) - 1} ratios on {self.windows} windows of {self.calibration})"
 
     def __str__(self) -> str:
-        lines = [f"{'ratio':>6}  {'removed':>11}  {'perplexity':>10}  {'rise':>7}"]
+        lines = [f"{'ratio':>6}  {'of the whole model':>18}  {'perplexity':>10}  {'rise':>7}"]
         for row in self.rows:
             mark = "  <- recommended" if row["ratio"] == self.ratio and self.ratio else ""
             lines.append(
-                f"{row['ratio']:6g}  {row['removed']:11.1%}  {row['perplexity']:10.2f}  {row['rise']:+7.1%}{mark}"
+                f"{row['ratio']:6g}  {row['removed']:18.1%}  {row['perplexity']:10.2f}  {row['rise']:+7.1%}{mark}"
             )
-        text = "the model's own text" if self.calibration == "self" else self.calibration
-        return "\n".join(
-            [f"Perplexity of {text}, {self.windows} windows that did not calibrate:", *lines, self.sentence()]
-        )
+        return "\n".join([f"Perplexity on {self.text}:", *lines, self.sentence()])
 
     def _repr_html_(self) -> str:
         most = max(row["rise"] for row in self.rows)
@@ -100,7 +118,7 @@ class Advice:
             ]
             for row in self.rows
         ]
-        return block(self.sentence(), table(["ratio", "of the whole model", "perplexity", "rise"], cells))
+        return block(self.sentence(), table(["ratio", "of the whole model", "perplexity", "rise"], cells), self.text)
 
 
 def advise(
@@ -126,7 +144,7 @@ def advise(
         calibration: as in ``domains``: a corpus, a file, ``self`` (text of the model's own, the default), or a sum.
         ratios: fractions removed to try, each in (0, 1).
         limit: the rise of perplexity that is still accepted, 0.1 for 10 %.
-        tell: is told, before anything long starts, what it takes.
+        tell: is told, before anything long starts, what it takes; before that, how long the model writes where the text is its own.
 
     Raises:
         ValueError: no ratio, one out of range, a limit that is not above 0, a text of fewer than two windows; and as ``compress_``.
@@ -136,14 +154,15 @@ def advise(
     _check(ratios, limit)
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
-    texts = domains(calibration, model, tokenizer, length=length, count=count, bos=bos, seed=seed)
+    how = {"length": length, "count": count, "bos": bos, "seed": seed}
+    texts = domains(calibration, model, tokenizer, **how, write=partial(_written, tell=tell))
     used, held = zip(*(_parted(ids, calibration) for ids in texts), strict=True)
-    how = {"ranks": None, "allocation": "fisher", "factors": FACTORS, "shifted": None, "refine": 0, "distill": 0}
-    how |= {"windows": used, "weights": "uniform", "search_count": None, "seed": seed, "progress": progress}
+    how = {"ratio": ratios[-1], "ranks": None, "shifted": None, "refine": 0, "distill": 0, "search_count": None}
+    how |= {"windows": used, "weights": "uniform", "seed": seed, "progress": progress}
     tokens = sum(ids.numel() for ids in held)
-    tell(
-        f"{plan(model, resolve(METHOD, {}, ratio=ratios[-1], **how))}; then {len(ratios) + 1} times {tokens:,} tokens are read"
-    )
+    curve = plan(model, resolve(METHOD, {}, allocation="fisher", factors=FACTORS, **how))
+    tell(f"{curve}; then {len(ratios) + 1} times {tokens:,} tokens are read")
+    tell(f"to compress by best afterwards: {plan(model, resolve('best', {}, allocation=None, factors=None, **how))}")
     stats = take_statistics(model, None, used, METHODS[METHOD], "fisher", Clock(), seed, progress)
     prepared, sizes, whole = prepare(model, stats, METHOD, progress=progress), shapes(model), _parameters(model)
 
@@ -152,13 +171,26 @@ def advise(
         ranks = {name: k for name, k in ranks.items() if saves_parameters(*sizes[name], k, FACTORS)}
         factors = {name: METHODS[METHOD].cut(prepared[name], k) for name, k in ranks.items()}
         removed = sum(math.prod(sizes[name]) - n_params(*sizes[name], k, FACTORS) for name, k in ranks.items())
-        losses = [loss for ids in held for loss in losses_with(model, factors, ids)]
-        return {"ratio": ratio, "removed": removed / whole, "perplexity": math.exp(fmean(losses))}
+        return {"ratio": ratio, "removed": removed / whole, "perplexity": _perplexity(model, held, factors)}
 
     rows = [row(ratio) for ratio in (0.0, *ratios)]
     dense = rows[0]["perplexity"]
     rows = [one | {"rise": one["perplexity"] / dense - 1} for one in rows]
-    return Advice(rows, limit, sum(map(len, held)), calibration)
+    return Advice(rows, limit, calibration, list(used), list(held))
+
+
+def _perplexity(model: nn.Module, texts: Sequence[Tensor], factors: Mapping[str, LowRank] | None = None) -> float:
+    """Over all windows of all texts; with some layers replaced by factors for the moment."""
+    return math.exp(fmean(loss for ids in texts for loss in losses_with(model, factors or {}, ids)))
+
+
+def _written(model: PreTrainedModel, *, tell: Callable[[str], None], count: int = 128, length: int, **how) -> Tensor:
+    """``own_text``; how long that takes is told first."""
+    clock = time.perf_counter()
+    sample(model, count, FEW, start=how["start"])
+    seconds = (time.perf_counter() - clock) * length / 2 / FEW
+    tell(f"first the model writes {count} windows of {length // 2} tokens, some {spoken(seconds)}")
+    return own_text(model, count, length, **how)
 
 
 def _check(ratios: Sequence[float], limit: float) -> None:

@@ -165,7 +165,7 @@ def compressed(
     if request is not None and windows:
         tell(plan(model, request))
     done = _in_memory(model, request, windows, about, ask, cache_ratio, joint)
-    once(lambda: save(model, tokenizer, out, report=_as_json(source, done)))
+    once(lambda: save(model, tokenizer, out, report=as_json(source, done)))
     return done
 
 
@@ -203,7 +203,7 @@ def _by_block(
             tell(plan(model, request))
         report = carry_out(model, request, shelf=shelf)
         done = Outcome(report, None, _told(about, report))
-        once(lambda: save(model, tokenizer, out, report=_as_json(source, done), write=write_folder))
+        once(lambda: save(model, tokenizer, out, report=as_json(source, done), write=write_folder))
     return done
 
 
@@ -217,7 +217,7 @@ def plan(model: PreTrainedModel, ask: Request) -> str:
         where = f"{_size(takes.device + takes.host)} of memory"
     return (
         f"{takes.passes:.1f} passes over {sum(ids.numel() for ids in ask.domains):,} tokens; beside the interpreter up to {where}, "
-        f"{_size(takes.disk)} of disk beside the output; some {_spoken(seconds)}, more where other work goes on"
+        f"{_size(takes.disk)} of disk beside the output; some {spoken(seconds)}, more where other work goes on"
     )
 
 
@@ -236,11 +236,12 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
 
 
-def _spoken(seconds: float) -> str:
+def spoken(seconds: float) -> str:
+    """A time in words."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds)} seconds" if seconds >= 1.5 else "one second"
 
 
 def _check(ratio, cache_ratio, joint, weights, allocation, search_count, rest: tuple) -> None:
@@ -353,7 +354,7 @@ def _told(about: dict | None, report: Report) -> dict | None:
     return about and about | {"statistics": report.calibration}
 
 
-def _as_json(source: str | Path, done: Outcome) -> dict:
+def as_json(source: str | Path, done: Outcome) -> dict:
     """``nsvd_report.json``."""
     rows = lambda report: report.as_dict() | {"layers": [finite(row) for row in report.rows]}  # noqa: E731
     about = {"model": short_name(source)}

@@ -24,6 +24,7 @@ PALETTE = {
     "nid-1": "#6a4c93",
     "nid-2": "#a28bbf",
     "ridge": "#2d6a4f",
+    "kfac": "#00a6a6",
     "sola": "#e36414",
     "best": "#38b000",
     "dense": "#000000",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 from collections.abc import Iterator
@@ -26,19 +27,21 @@ td, th { padding: .1em .6em; text-align: left; font-size: 90% } code { backgroun
 """
 
 
-def index(folder: str | Path, other: str | Path | None = None) -> Path:
-    """Write ``index.html`` into a folder that ``nsvd run --out`` filled, and return its path; every run under it gets a section.
+def index(folder: str | Path, other: str | Path | None = None, page: str | Path | None = None) -> Path:
+    """Write a page of a folder that ``nsvd run --out`` filled, and return its path; every run under it gets a section.
 
-    With ``other``, the folder of a second run, the page ends with both beside each other, measurement by measurement.
+    The page is ``build/runs/NAME.html`` unless ``page`` says otherwise: the folder itself, which may be under version control, is
+    only read. With ``other``, the folder of a second run, the page ends with both beside each other, measurement by measurement.
 
     Raises:
         FileNotFoundError: a folder is not there, or holds no executed notebook.
         ValueError: a notebook or a file of results cannot be read; the two runs share no measurement.
         OSError: the page cannot be written.
     """
-    folder, page = Path(folder), Path(folder) / "index.html"
+    folder = Path(folder)
+    page = Path(page) if page else Path("build", "runs", f"{folder.resolve().name}.html")
     sections = [
-        f"<h1>{escape(str(run))}</h1>{''.join(_article(file, folder) for file in _executed(run))}"
+        f"<h1>{escape(str(run))}</h1>{''.join(_article(file, page.parent) for file in _executed(run))}"
         for run in _runs(folder)
     ]
     check_writable(page)
@@ -74,14 +77,14 @@ def _results(run: Path) -> Path:
     return run / "results" if (run / "results").is_dir() else run
 
 
-def _article(file: Path, top: Path) -> str:
+def _article(file: Path, place: Path) -> str:
     """One notebook: its title, how it was run, its headline numbers, its last figure."""
     try:
         notebook = nbformat.read(file, as_version=4)
     except Exception as error:  # nbformat raises what its walk through the JSON happens to meet
         raise ValueError(f"{file} is not a notebook: {str(error).splitlines()[0]}") from error
     about, title = notebook.metadata.get("nsvd", {}), _title(notebook) or file.stem
-    link, failed = quote(file.relative_to(top).as_posix()), file.stem.endswith(".failed")
+    link, failed = quote(Path(os.path.relpath(file, place)).as_posix()), file.stem.endswith(".failed")
     mark = ' <span class="failed">(failed)</span>' if failed else ""
     given = ", ".join(f"<code>{escape(k)} = {escape(repr(v))}</code>" for k, v in about.get("parameters", {}).items())
     spent = f"{about['seconds']} s" if "seconds" in about else ""

@@ -17,6 +17,7 @@ import nbformat
 import papermill
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import NoSuchKernel
+from nbformat.v4 import new_output
 from tqdm.auto import tqdm
 
 from nsvd.lab.parameters import check, declared, read_preset
@@ -170,13 +171,23 @@ def _execute(source: Path, parameters: dict, folder: Path) -> Outcome:
 
 
 def _clean(notebook: nbformat.NotebookNode, about: dict) -> nbformat.NotebookNode:
-    """Without the cells' times and other metadata; tags, kernel, and what is told ``about`` the run stay."""
+    """Without the cells' times, other metadata and sliders; tags, kernel, and what is told ``about`` the run stay."""
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type == "code":
+            cell.outputs = [_seen(output) for output in cell.outputs]
     kept = {k: v for k, v in notebook.metadata.items() if k in ("kernelspec", "language_info")}
     notebook.metadata = nbformat.from_dict(kept | {"nsvd": about})
     return notebook
+
+
+def _seen(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An output as a reader can see it: sliders need a notebook that runs."""
+    if "application/vnd.jupyter.widget-view+json" not in output.get("data", {}):
+        return output
+    words = "Sliders and menus are shown where this notebook runs in JupyterLab."
+    return new_output("display_data", {"text/markdown": words, "text/plain": words})
 
 
 def _known(given: Mapping, declared: set[str], what: str) -> None:

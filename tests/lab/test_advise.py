@@ -1,6 +1,7 @@
 """From a model to a recommendation."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -15,42 +16,63 @@ ROWS = [{"ratio": r, "removed": r / 2, "perplexity": 10 * (1 + rise), "rise": ri
         ((0.0, 0.0), (0.1, 0.02), (0.2, 0.08), (0.3, 0.3), (0.4, 0.05))]  # fmt: skip
 
 
+def advice(limit):
+    return Advice(ROWS, limit, "self", [torch.zeros(12, 8)], [torch.zeros(4, 8)])
+
+
 def test_the_largest_ratio_before_the_first_rise_above_the_limit_is_recommended():
     """Also where a larger one happens to be below it again; none where the first is above."""
-    assert Advice(ROWS, 0.1, 4, "self").ratio == 0.2
-    assert Advice(ROWS, 1.0, 4, "self").ratio == 0.4
-    assert Advice(ROWS, 0.01, 4, "self").ratio == 0.0
-    assert "no ratio tried" in Advice(ROWS, 0.01, 4, "self").sentence()
-    shown = str(Advice(ROWS, 0.1, 4, "self"))
+    assert advice(0.1).ratio == 0.2
+    assert advice(1.0).ratio == 0.4
+    assert advice(0.01).ratio == 0.0
+    assert "no ratio tried" in advice(0.01).sentence()
+    shown = str(advice(0.1))
     assert [line for line in shown.splitlines() if "recommended" in line] == [
-        "   0.2        10.0%       10.80    +8.0%  <- recommended"
+        "   0.2               10.0%       10.80    +8.0%  <- recommended"
     ]
-    assert "<table>" in Advice(ROWS, 0.1, 4, "self")._repr_html_()
-    assert "\n" not in repr(Advice(ROWS, 0.1, 4, "self"))
+    assert shown.startswith("Perplexity on 4 windows of the model's own text that did not calibrate:\n")
+    assert "of the whole model" in shown
+    html = advice(0.1)._repr_html_()
+    assert "<table>" in html
+    assert "the model&#x27;s own text" in html
+    assert "\n" not in repr(advice(0.1))
 
 
 def test_what_is_measured_is_what_a_compressed_model_does():
     """On the windows that were held out, at the same ranks; and the model is what it was."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
     before, told = copy.deepcopy(model.state_dict()), []
-    advice = nsvd.advise(
+    found = nsvd.advise(
         model, tokenizer, calibration="random", ratios=[0.5, 0.2], count=32, length=16, tell=told.append
     )
-    assert [row["ratio"] for row in advice.rows] == [0.0, 0.2, 0.5]
+    assert [row["ratio"] for row in found.rows] == [0.0, 0.2, 0.5]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "passes over" in told[0]
     assert "3 times" in told[0]
     (ids,) = nsvd.domains("random", model, tokenizer, count=32, length=16)
     used, held = ids[[i for i in range(32) if i % 4 != 3]], ids[3::4]
-    assert advice.windows == len(held)
+    assert found.windows == len(held)
+    assert torch.equal(found.held[0], held)
+    assert torch.equal(found.used[0], used)
     stats = nsvd.calibrate(model, used).with_gradients(nsvd.fisher(model, used))
     how = {"method": "kfac", "allocation": "fisher", "factors": "pivoted", "ratio": 0.5}
     report = nsvd.compress_(model, stats, **how)
-    assert advice.rows[2]["removed"] == pytest.approx(report.model_ratio_reached)
-    assert advice.rows[2]["perplexity"] == pytest.approx(nsvd.perplexity(model, held), rel=0.02)
-    assert advice.rows[0]["perplexity"] == pytest.approx(
+    assert found.rows[2]["removed"] == pytest.approx(report.model_ratio_reached)
+    assert found.rows[2]["perplexity"] == pytest.approx(nsvd.perplexity(model, held), rel=0.02)
+    assert found.perplexity(model) == pytest.approx(nsvd.perplexity(model, held))
+    assert found.rows[0]["perplexity"] == pytest.approx(
         torch.tensor(losses_with(tiny_model(), {}, held)).double().mean().exp().item()
     )
+
+
+def test_how_long_a_model_writes_is_told_before_it_writes():
+    """With the number of windows and of tokens, which are half of what is asked for."""
+    told = []
+    nsvd.advise(tiny_model(), tiny_tokenizer(), ratios=[0.5], count=8, length=32, tell=told.append)
+    assert told[0].split(",")[0] == "first the model writes 8 windows of 16 tokens"
+    assert told[0].endswith("second")
+    assert "passes over" in told[1]
+    assert told[2].startswith("to compress by best afterwards: ")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +97,11 @@ def test_the_command_line_tells_the_cost_first_and_writes_what_it_recommends(tmp
     out, err = capsys.readouterr()
     assert "passes over" in err.splitlines()[0]
     assert "ratio 0.2" in out
-    assert (tmp_path / "out/config.json").is_file()
+    assert "compressed by best at ratio 0.2; perplexity" in out
+    assert "on the same windows" in out
+    small, _ = nsvd.load(tmp_path / "out")
+    assert small.config.quantization_config.to_dict()["method"] == "best"
+    about = json.loads((tmp_path / "out/nsvd_report.json").read_text(encoding="utf-8"))
+    assert about["calibration"]["windows"] == [[6, 16]]
     assert main([*given, "--ratios", "0.9", "--rise", "1e-9", "--out", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
