@@ -241,7 +241,7 @@ def spoken(seconds: float) -> str:
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{round(seconds)} seconds" if seconds >= 1.5 else "one second"
+    return f"{max(1, round(seconds))} second{'s' * (seconds >= 1.5)}"
 
 
 def _check(ratio, cache_ratio, joint, weights, allocation, search_count, rest: tuple) -> None:

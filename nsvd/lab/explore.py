@@ -61,6 +61,7 @@ class Bench:
         self.stats = stats.with_gradients(fisher(self.model, texts[0], seed=seed))
         self.layers = targets(self.model)
         self.compressed = lru_cache(maxsize=4)(self._compressed)
+        self._drawn_errors, self._drawn_shares = lru_cache(maxsize=64)(self.errors), lru_cache(maxsize=64)(self.shares)
         self._whole = lru_cache(maxsize=None)(lambda layer: self._squares(layer, torch.zeros_like(self._weight(layer))))
         self._prepared: dict[tuple, Decomposition] = {}
 
@@ -113,8 +114,13 @@ class Bench:
         """What the dense and the compressed model make of a prompt, most likely token by token.
 
         A model that was not asked for before is compressed first; the last four are kept.
+
+        Raises:
+            ValueError: the prompt has no token; and as ``compress_``.
         """
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        if not ids.numel():
+            raise ValueError("the prompt has no token to continue from")
         told = {}
         for name, one in (
             ("dense", self.model),
@@ -141,7 +147,7 @@ class Bench:
         log_scale(axes[0], "y", subs=(1,))
         axes[0].minorticks_off()  # hundreds of ticks without a label take as long as everything else
         axes[0].set(xlabel="rank", ylabel="share of squared error left")
-        for name, column in self.errors(layer, method, k1).items():
+        for name, column in self._drawn_errors(layer, method, k1).items():
             axes[1].plot(column.index, column, label=name)
         axes[1].set(xlabel="rank", ylabel="relative error")
         for axis in axes[:2]:
@@ -151,7 +157,7 @@ class Bench:
             axes[2].plot(part.home, part.weight, marker=".", label=matrix_method(name).label, color=PALETTE[name])
         axes[2].set(xlabel="error at home", ylabel="error of the weight")
         axes[2].legend(fontsize=7)
-        shares = self.shares(method, ratio, k1)
+        shares = self._drawn_shares(method, ratio, k1)
         colors = [PALETTE["nsvd-1"] if name == layer else "#bbbbbb" for name in shares.layer]
         axes[3].vlines(range(len(shares)), 0, 100 * shares.share, colors=colors, lw=3)
         axes[3].set_ylim(bottom=0)
@@ -219,7 +225,7 @@ def panel(bench: Bench, prompt: str = "The"):
     k1 = widgets.FloatSlider(value=0.9, min=0.5, max=1.0, step=0.05, description="k1 / k", continuous_update=False)
     ratio = widgets.FloatSlider(value=0.3, min=0.1, max=0.8, step=0.05, description="removed", continuous_update=False)
     words, go = widgets.Text(value=prompt, description="prompt"), widgets.Button(description="compress, continue")
-    # Values, not captured output: a client without a browser answers what is captured, and may wait for ever then.
+    # Values, not an Output: nbclient answers captured output on the socket where it waits for the cell's end, and may miss that.
     shown, told = widgets.Image(format="png"), widgets.HTML()
 
     def draw(_change=None) -> None:

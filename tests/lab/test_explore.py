@@ -84,7 +84,41 @@ def test_the_panel_draws_at_every_change(bench):
     """A slider that is moved gives another figure; nothing is compressed unasked."""
     pytest.importorskip("ipywidgets")
     box = panel(bench)
-    ratio = box.children[1].children[1]
-    before = bench.compressed.cache_info().misses
+    ratio, image = box.children[1].children[1], box.children[2]
+    before, picture = bench.compressed.cache_info().misses, bytes(image.value)
+    assert picture.startswith(b"\x89PNG")
     ratio.value = 0.5
+    assert bytes(image.value).startswith(b"\x89PNG")
+    assert bytes(image.value) != picture
+    ratio.value = 0.3
+    assert bytes(image.value) == picture
     assert bench.compressed.cache_info().misses == before
+    assert not plt.get_fignums()
+
+
+def test_the_panel_compresses_on_a_click_and_tells_what_it_cannot(bench):
+    pytest.importorskip("ipywidgets")
+    box = panel(bench, "The old town")
+    (method, ratio), (words, go), told = (
+        box.children[0].children[1:] + box.children[1].children[1:],
+        box.children[3].children,
+        box.children[4],
+    )
+    method.value, ratio.value = "asvd-1", 0.2
+    go.click()
+    assert "asvd-1, 20% removed" in told.value
+    assert not go.disabled
+    words.value = ""
+    go.click()
+    assert told.value == "<b>the prompt has no token to continue from</b>"
+
+
+def test_the_panel_captures_no_output(bench):
+    """Run by papermill, a cell whose output is captured by a widget may never end: nbclient misses the kernel's reply."""
+    widgets = pytest.importorskip("ipywidgets")
+    seen, rest = [], [panel(bench)]
+    while rest:
+        seen.append(one := rest.pop())
+        rest += getattr(one, "children", ())
+    assert len(seen) > 8
+    assert not [one for one in seen if isinstance(one, widgets.Output)]
