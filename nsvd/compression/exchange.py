@@ -225,6 +225,7 @@ class Exchange:
             value: LowRank = self.ask.method.cut(one, k, **self.options)
             new = stand_in(self.layers[name], value, self.ask.factors)
         self.clock.lap("cut")
+        give_back()
         self.errors[name] = relative_errors(self.layers[name], value.dense(), self.stats, name)
         self.clock.lap("errors")
         return new

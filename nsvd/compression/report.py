@@ -40,11 +40,12 @@ def versions() -> dict[str, str]:
 def relative_errors(layer: nn.Linear, dense: Tensor, stats: Statistics | None, name: str) -> dict[str, float]:
     """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖ of ``dense``, Ŵ."""
     W = double(layer.weight)
-    E, size = W - double(dense).to(W.device), W.square().sum().item()
+    G = stats[name].G.to(W.device) if stats is not None and name in stats else None
+    size, whole = W.square().sum().item(), 0.0 if G is None else output_energy(W, G)
+    E = W - double(dense).to(W.device)
+    del W  # where a weight is no float64 already, this is a copy of it
     row = {"weight_error": (E.square().sum().item() / size) ** 0.5 if size else 0.0}  # a layer of zeros is met exactly
-    if stats is not None and name in stats:
-        G = stats[name].G.to(W.device)
-        whole = output_energy(W, G)
+    if G is not None:
         row["calibration_error"] = (max(output_energy(E, G), 0.0) / whole) ** 0.5 if whole else 0.0
     return row
 

@@ -93,7 +93,9 @@ def shift(G: Float[Tensor, "d_in d_in"], E: Float[Tensor, "rows d_in"], *, mu: f
     metric = ridged(G, mu)
     if not G.any():
         return torch.zeros_like(E)
-    return torch.cholesky_solve(E.mT, _cholesky(metric, "the second moment of the inputs")).mT
+    L = _cholesky(metric, "the second moment of the inputs")
+    half = torch.linalg.solve_triangular(L, E.mT, upper=False)  # cholesky_solve copies L
+    return torch.linalg.solve_triangular(L.mT, half, upper=True).mT
 
 
 def _cholesky(A: Float[Tensor, "d d"], what: str) -> Float[Tensor, "d d"]:
