@@ -76,13 +76,15 @@ class Arrived:
 
     def target(self, name: str) -> Tensor:
         """The best weight (d_out, d_in) of a layer for these inputs, of full rank; in float64."""
-        W = double(self.dense[name].weight)
-        return W + (W @ self._shift if self.itself else self._shift)
+        W = self.dense[name].weight.to(self._shift.device)
+        return (double(W) @ self._shift if self.itself else self._shift) + W
 
     @cached_property
     def _shift(self) -> Tensor:
-        """One for all layers: the moment is factored once."""
-        return shift(self.moments.G, self.missing, mu=self.mu)
+        """One for all layers: the moment is factored once, and what is missing is not needed any more."""
+        found = shift(self.moments.G, self.missing, mu=self.mu)
+        del self.missing
+        return found
 
 
 @torch.no_grad()
