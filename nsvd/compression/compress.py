@@ -17,6 +17,7 @@ from nsvd.compression.request import Request, resolve
 from nsvd.compression.sola import split
 from nsvd.compression.whole_layers import Result, factor
 from nsvd.stored.checkpoint import is_compressed, mark_compressed
+from nsvd.stored.transposed import linear_layers
 from nsvd.walk.calibrate import Walked, walkable
 from nsvd.walk.processes import rank
 from nsvd.walk.sampling import own_text
@@ -61,7 +62,7 @@ def compress_(
     dense and is reported so; the model's dtype is kept.
 
     Args:
-        model: a model with ``nn.Linear`` layers.
+        model: a model with ``nn.Linear`` layers, or GPT-2's ``Conv1D``.
         stats: moments from ``calibrate`` (not needed for ``svd``).
         method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``, ``eta``; for ``sola`` those
             of ``nsvd.linalg.sola.PUBLISHED`` and of its ``inner`` method). Or ``best``: ``kfac``
@@ -123,8 +124,14 @@ def carry_out(
 
     Several processes that work ``together`` call it with the same arguments, and all have the same model afterwards.
     """
+    with linear_layers(model):
+        return _carried_out(model, ask, stats, prepared, Shelf() if shelf is None else shelf)
+
+
+def _carried_out(
+    model: nn.Module, ask: Request, stats: Statistics | None, prepared: Prepared | None, shelf: Shelf
+) -> Report:
     ask = replace(ask, progress=ask.progress and rank() == 0)
-    shelf = Shelf() if shelf is None else shelf
     if ask.weights != "uniform" and stats is not None:
         raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
     if is_compressed(model):

@@ -26,6 +26,7 @@ from nsvd.linalg.precision import home
 from nsvd.markup import block, shaded, table, text
 from nsvd.stored.files import fingerprint
 from nsvd.stored.layers import LowRankLinear
+from nsvd.stored.transposed import as_linear
 from nsvd.walk.calibrate import calibrate
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating, exchanged
@@ -286,7 +287,7 @@ def losses_with(model: nn.Module, factors: Mapping[str, LowRank], windows: Tenso
 
 
 def stand_ins(model: nn.Module, factors: Mapping[str, LowRank]) -> dict[str, LowRankLinear]:
-    layers = {name: model.get_submodule(name) for name in factors}
+    layers = {name: as_linear(model.get_submodule(name)) for name in factors}
     return {n: LowRankLinear.from_factors(layer, factors[n].to(layer.weight.dtype)) for n, layer in layers.items()}
 
 

@@ -24,6 +24,7 @@ from nsvd.stored.kinds import copy_processors
 from nsvd.stored.layers import LAYERS, CompressedLayer, LowRankLinear
 from nsvd.stored.section import LowRankConfig
 from nsvd.stored.skeleton import check_dtypes, check_finite, check_fits, matched
+from nsvd.stored.transposed import as_linear
 
 MODEL_FILES = (  # what ``save`` may find in the place of a model: names that transformers and we give, no others
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
@@ -52,11 +53,12 @@ class LowRankQuantizer(HfQuantizer):
         modules = self.quantization_config.modules
         layers = dict(model.named_modules())
         for name, spec in modules.items():
-            if not isinstance(layers.get(name), nn.Linear):
+            layer = as_linear(layers.get(name))
+            if not isinstance(layer, nn.Linear):
                 raise CheckpointError(
                     f"config.json names a compressed layer {name}, but the model has no such linear layer"
                 )
-            model.set_submodule(name, empty_layer(name, layers[name], spec))
+            model.set_submodule(name, empty_layer(name, layer, spec))
         _check_latent(model, self.latent_layers)
         if self.latent_layers:
             LATENT_CACHE["attach"](model, self.latent_layers)

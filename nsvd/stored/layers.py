@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
 
 from nsvd.linalg import LowRank, Pivoted, pivoted
 from nsvd.linalg.sola import COLUMNS, ROWS, Split
+from nsvd.stored.transposed import Transposed, as_linear
 
 # How many products take as long as it takes to move one number of an output, in float32 and in formats of two bytes: measured
 # on one core with 512 tokens; a GPU has more of them.
@@ -36,6 +38,7 @@ class CompressedLayer(nn.Module, ABC):
     rank: int
     down: nn.Linear
     up: nn.Linear
+    transposed = False  # whether the dense layer is a ``Conv1D``
 
     @classmethod
     @abstractmethod
@@ -61,7 +64,9 @@ class CompressedLayer(nn.Module, ABC):
         weight, bias = layer.weight, layer.bias is not None
         cls.check(*weight.shape, **spec)
         sizes = (layer.in_features, layer.out_features)
-        return cls(*sizes, **spec, bias=bias, device=weight.device, dtype=weight.dtype)
+        new = cls(*sizes, **spec, bias=bias, device=weight.device, dtype=weight.dtype)
+        new.transposed = isinstance(layer, Transposed)
+        return new
 
     @classmethod
     def _filled(cls, layer: nn.Linear, spec: Mapping[str, int], state: Mapping[str, Tensor | None]) -> Self:
@@ -81,14 +86,20 @@ class CompressedLayer(nn.Module, ABC):
         return new.train(layer.training)
 
     @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """The dense layer that computes the same, multiplied out by ``dense`` and stored in the factors' dtype."""
+    def to_linear(self) -> nn.Linear | Conv1D:
+        """The dense layer that computes the same, multiplied out by ``dense`` and stored in the factors' dtype.
+
+        It is a ``Conv1D`` where this stands for one.
+        """
         bias, to = self.bias, {"device": self.down.weight.device, "dtype": self.down.weight.dtype}
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, **to)
-        linear.weight.copy_(self.dense())
+        if self.transposed:
+            layer = Conv1D(self.out_features, self.in_features).to(**to)
+        else:
+            layer = nn.Linear(self.in_features, self.out_features, bias is not None, **to)
+        as_linear(layer).weight.copy_(self.dense())
         if bias is not None:
-            linear.bias.copy_(bias)
-        return linear.train(self.training)
+            layer.bias.copy_(bias)
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, " + ", ".join(f"{k} {v}" for k, v in self.spec().items())

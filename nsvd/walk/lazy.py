@@ -22,6 +22,7 @@ from nsvd.stored.files import replacing
 from nsvd.stored.folder import CheckpointError
 from nsvd.stored.foreign import reading
 from nsvd.stored.skeleton import check_finite
+from nsvd.stored.transposed import as_linear
 from nsvd.walk import processes
 from nsvd.walk.memory import give_back
 
@@ -188,7 +189,7 @@ def weight_of(model: nn.Module, layer: str) -> Tensor:
     parts = layer.split(".")
     above = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts)))
     with held(next((module for module in above if isinstance(module, LazyBlock)), model)):
-        return model.get_submodule(layer).weight.detach()
+        return as_linear(model.get_submodule(layer)).weight.detach()
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:

@@ -14,6 +14,7 @@ from nsvd.stored.folder import CheckpointError
 from nsvd.stored.foreign import quiet
 from nsvd.stored.layers import CompressedLayer
 from nsvd.stored.reread import reread, with_numbers
+from nsvd.stored.transposed import Transposed
 from nsvd.walk.hooks import evaluating, exchanged, watch_outputs
 from nsvd.walk.lazy import LazyBlock, is_lazy, slots
 from nsvd.walk.text import TRIED, trial
@@ -130,7 +131,7 @@ def _by_hand(model: PreTrainedModel, layers: Iterable[str]) -> bool:
         plain = dict(type(model)(copy.deepcopy(model.config)).named_modules())
     beside = tuple(f"{name}." for name in layers)
     others = ((n, part) for n, part in model.named_modules() if n not in layers and not n.startswith(beside))
-    return any(type(part) is not type(plain.get(name)) for name, part in others)
+    return any(type(part) is not type(plain.get(name)) and not isinstance(part, Transposed) for name, part in others)
 
 
 def _fault(model: nn.Module, before: Tensor) -> Exception | None:

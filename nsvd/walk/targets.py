@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from nsvd.stored.checkpoint import check_unwrapped
 from nsvd.stored.kinds import check_continues
 from nsvd.stored.layers import CompressedLayer
+from nsvd.stored.transposed import Transposed, as_linear
 from nsvd.walk.decoder import longest_list, text_decoder
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight of another dtype is quantized
@@ -23,8 +24,9 @@ def targets(
 ) -> dict[str, nn.Linear]:
     """The layers that are compressed, by dotted name, in the order of the model.
 
-    A layer is taken if it is an ``nn.Linear`` of more than one output in the text decoder's blocks. A subclass with a
-    ``forward`` of its own is taken if it gives W x + b for a random x. The output embedding, and vision towers, are left out.
+    A layer is taken if it is an ``nn.Linear`` of more than one output in the text decoder's blocks, or a ``Conv1D`` as GPT-2 has
+    them (what is returned of it is a view as an ``nn.Linear``). A subclass with a ``forward`` of its own is taken if it gives
+    W x + b for a random x. The output embedding, and vision towers, are left out.
     A model without a list of blocks counts as one block.
 
     Args:
@@ -45,6 +47,7 @@ def targets(
         if id(module) in inside:
             continue
         _check_adapter(inner, module)
+        module = as_linear(module)
         if isinstance(module, nn.Linear) and module is not head and module.out_features > 1:
             _check_stored(inner, module)
             if is_plain(module):
@@ -110,10 +113,10 @@ def shapes(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, tu
 
 
 def is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer computes W x + b, to rounding, and holds nothing else: known of ``nn.Linear`` itself, else tried."""
+    """Whether a layer computes W x + b, to rounding, and holds nothing else: known of ``nn.Linear`` and ``Conv1D``, else tried."""
     if {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())} - {"weight", "bias"}:
         return False
-    if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
+    if type(layer).forward in (nn.Linear.forward, Transposed.forward) and "forward" not in vars(layer):
         return True
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
     try:
@@ -157,9 +160,4 @@ def _check_stored(name: str, layer: nn.Linear) -> None:
 
 def _instead(model: nn.Module) -> str:
     kinds = {type(m).__name__ for m in model.modules() if isinstance(vars(m)["_parameters"].get("weight"), Tensor)}
-    if "Conv1D" in kinds:
-        return (
-            f"{type(model).__name__} keeps its weights in Conv1D layers (as GPT-2 does), which are not supported; "
-            "only nn.Linear layers are compressed"
-        )
     return f"{type(model).__name__} has no nn.Linear layer left to compress (it has {', '.join(sorted(kinds))})"

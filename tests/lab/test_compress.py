@@ -48,6 +48,19 @@ def numbers(folder) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("way", ["asvd-1", "asvd-1, shifted, refined", "best"])
+def test_transposed_weights_are_read_from_their_files(way, dense):
+    """GPT-2's, as they lie there."""
+    out, sizes = dense.parent / "out", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    nsvd.save(tiny_model("gpt2", **sizes), tiny_tokenizer(), dense)
+    nsvd.compress(dense, out, ratio=0.3, **WAYS[way], **cut(dense))
+    model, tokenizer = nsvd.load(dense, device="cpu")
+    windows = nsvd.windows(str(dense.parent / "text.txt"), tokenizer, split="calibration", length=32, count=24)
+    nsvd.compress_(model, ratio=0.3, windows=[windows], **WAYS[way])
+    found = nsvd.load(out, device="cpu")[0].state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_what_compression_in_memory_gives(way, dense):
     """Every tensor to the bit, every row of the report; nothing is left beside the folder."""

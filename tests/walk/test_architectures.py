@@ -1,15 +1,18 @@
 """One path for every family: nothing in it knows a model by name."""
 
+import copy
 import json
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import nsvd
+from nsvd.compression import sola, whole_layers
 from nsvd.stored.layers import CompressedLayer
-from tests.tiny import FAMILIES, K1, logits, tiny_model, tiny_tokenizer, token_ids
+from tests.tiny import FAMILIES, K1, assert_same, logits, state, tiny_model, tiny_tokenizer, token_ids
 
 
 def biases(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -107,18 +110,76 @@ def test_the_stored_precision_is_kept(family, tmp_path):
         assert {p.dtype for p in held.parameters()} == {torch.bfloat16}
 
 
-def test_gpt2_is_refused_by_the_name_of_its_layers():
-    """GPT-2 keeps transposed weights in ``Conv1D``; every entrance says so and changes nothing."""
-    model = tiny_model("gpt2")
+RECIPES = {
+    "svd": {"method": "svd"},
+    "nsvd-1": {"method": "nsvd-1", "k1": K1, "windows": token_ids()},
+    "strs": {"method": "asvd-1", "allocation": "strs", "windows": token_ids()},
+    "zero-sum": {"method": "asvd-1", "allocation": "zero-sum", "windows": token_ids()},
+    "sola": {"method": "sola", "grid": 1, "keep_outer": 0, "floor": 0.0, "windows": token_ids()},
+    "best": {"method": "best", "windows": token_ids()},
+}
+
+
+def gpt2(**changes):
+    return tiny_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, **changes)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gpt2_keeps_its_transposed_weights_where_they_stay_dense(recipe, tmp_path):
+    """``Conv1D`` layers are compressed as linear ones are; ``dequantize`` gives a model that plain transformers reads."""
+    model, folder = gpt2(), tmp_path / "low"
+    names = [name for name, module in model.named_modules() if type(module) is Conv1D]
+    assert len(names) == 8
+    assert list(nsvd.targets(model)) == names
+    assert {type(model.get_submodule(name)) for name in names} == {Conv1D}
+    tensors = model.state_dict()
+    for name, layer in nsvd.targets(model).items():
+        assert torch.equal(layer.weight, tensors[f"{name}.weight"].T)
+    dense = logits(model)
+    report = nsvd.compress_(model, ratio=0.3, exclude="h.1.mlp.*" if recipe != "sola" else None, **RECIPES[recipe])
+    assert report.ratio_reached >= 0.3
+    found, said = low_rank(model), logits(model)
+    assert {type(model.get_submodule(name)) for name in names if name not in found} <= {Conv1D}
+    assert not torch.allclose(said, dense, atol=1e-4)
+    nsvd.save(model, tiny_tokenizer(), folder)
+    plain = read_again(folder, found, said, biases(model), True).dequantize()
+    assert {type(plain.get_submodule(name)) for name in names} == {Conv1D}
+    torch.testing.assert_close(logits(plain), said, rtol=0, atol=1e-5)
+    plain.save_pretrained(tmp_path / "plain")
+    reread, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(reread.eval()), logits(plain))
+
+
+def test_gpt2_is_what_the_same_model_of_linear_layers_is():
+    """The same moments, gradients and factors, to rounding."""
+    model = gpt2()
+    linear = copy.deepcopy(model)
+    for name, layer in nsvd.targets(linear).items():
+        same = nn.Linear(layer.in_features, layer.out_features)
+        same.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+        linear.set_submodule(name, same)
     before = logits(model)
-    for refused in (
-        lambda: nsvd.targets(model),
-        lambda: nsvd.calibrate(model, token_ids()),
-        lambda: nsvd.compress_(model, method="svd", ratio=0.3),
-    ):
-        with pytest.raises(ValueError, match="Conv1D"):
-            refused()
-    assert torch.equal(logits(model), before)
+    for one in (model, linear):
+        nsvd.compress_(one, windows=token_ids(), method="best", ratio=0.3)
+    assert (logits(model) - logits(linear)).norm() < 1e-3 * (logits(model) - before).norm()
+
+
+@pytest.mark.parametrize("recipe", ["nsvd-1", "sola", "best"])
+def test_gpt2_is_what_it_was_when_something_raises(recipe, monkeypatch):
+    """Every layer is the ``Conv1D`` that it was, the fitted and permuted ones among them."""
+    model = gpt2()
+    before, layers = state(model), dict(model.named_modules())
+
+    def fail(*_):
+        raise ValueError("not this one")
+
+    for place in (whole_layers, sola):
+        monkeypatch.setattr(place, "check_exchanged", fail)
+    with pytest.raises(ValueError, match="not this one"):
+        nsvd.compress_(model, ratio=0.3, **RECIPES[recipe])
+    assert_same(before, model)
+    assert dict(model.named_modules()) == layers
 
 
 def test_a_model_without_linear_layers_is_refused_by_what_it_has():
