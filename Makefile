@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 REAL_TEXT ?= 04_evaluation 10_beyond_nsvd
 SMOLLM2   ?= 01_activation_distributions 03_compression 04_evaluation 05_rank_split 07_kv_cache 08_rank_search 09_sola \
-	10_beyond_nsvd 12_downstream
+	10_beyond_nsvd 12_downstream 15_rivals
 PUBLIC := -p questions 500 -p tasks '["tasks:arc_easy", "tasks:piqa", "tasks:openbookqa", "tasks:winogrande"]'
 RANGES := tests/walk tests/stored tests/compression tests/cache tests/lab tests/test_cli.py
 
@@ -51,7 +51,7 @@ real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=f
 
 # A notebook that was run and is newer than its source stays; the measurements of one that was stopped are taken up.
 # TASKS=folder of NAME/test.jsonl gives notebook 12 public questions; without it, it asks our own.
-smollm2-workbook: smollm2 ## nine notebooks on SmolLM2 and a folder of real text, EVAL=folder; see notebooks/presets/smollm2-135m.yaml
+smollm2-workbook: smollm2 ## ten notebooks on SmolLM2 and a folder of real text, EVAL=folder; see notebooks/presets/smollm2-135m.yaml
 	$(call link,EVAL,eval)
 	$(if $(TASKS),$(call link,TASKS,tasks))
 	$(MAKE) $(SMOLLM2:%=notebooks/executed/smollm2-135m/%.ipynb)
@@ -59,6 +59,11 @@ smollm2-workbook: smollm2 ## nine notebooks on SmolLM2 and a folder of real text
 notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smollm2-135m.yaml
 	HF_HUB_OFFLINE=1 $(BIN)/nsvd run $* --preset notebooks/presets/smollm2-135m.yaml --out notebooks/executed/smollm2-135m \
 		-p figures build/smollm2-135m $(if $(filter 01% 03%,$*),,-p results data/results/smollm2-135m/$*.jsonl) $(MORE)
+
+notebooks/executed/smollm2-135m/04_evaluation.ipynb: MORE := -p check true
+
+RIVALS := -p count 32 -p search_count 2 -p multiple 8 -p test_count 8 -p ratios '[0.2, 0.3, 0.4]' -p seeds '[0]' -p check true
+notebooks/executed/smollm2-135m/15_rivals.ipynb: MORE := $(RIVALS)
 
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := -p test_count 8 -p held_count 8  # the smallest set has 16 windows
 
