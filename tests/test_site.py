@@ -1,5 +1,6 @@
 """The site: pages, links, formulas, tables; built offline and without a warning, where Sphinx is installed."""
 
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -54,7 +55,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder of the site; every warning is an error."""
+    """The folder of the site; every warning is an error. One that was built already is in ``NSVD_SITE``."""
+    if built := os.environ.get("NSVD_SITE"):
+        return Path(built)
     out = tmp_path_factory.mktemp("site") / "html"
     done = subprocess.run(
         [sys.executable, str(checkout() / "docs/site/build.py"), str(out)], capture_output=True, text=True

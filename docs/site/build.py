@@ -60,6 +60,7 @@ def prepare(source: Path) -> None:
             page = _page(executed, about.get(file.stem, {}))
             nbformat.write(page, source / "notebooks" / file.name)
     (source / "gallery.md").write_text(_gallery(names, about, source), encoding="utf-8")
+    shutil.copy(checkout() / "figures/00_overview.png", source / "static")
     (source / "results.md").write_text(_results(), encoding="utf-8")
     tables = (checkout() / "RESULTS.md").read_text(encoding="utf-8").replace("# Results", "# Summary tables", 1)
     (source / "tables.md").write_text(tables.replace("(notebooks/executed)", "(gallery.md)"), encoding="utf-8")

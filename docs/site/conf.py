@@ -1,9 +1,11 @@
 """How Sphinx builds the site; ``build.py`` beside it prepares the pages."""
 
 import re
+from html import escape
 
 from docutils.nodes import SkipNode
-from docutils.utils.math import latex2mathml
+from docutils.utils.math import MathError, latex2mathml
+from sphinx.util import logging
 
 project = "nsvd"
 author = "the nsvd authors"
@@ -12,6 +14,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "nsvd"
 html_static_path = ["static"]
+html_favicon = "static/favicon.svg"
 html_css_files = ["site.css"]
 html_js_files = ["tables.js"]
 html_show_sphinx = False
@@ -31,10 +34,27 @@ napoleon_google_docstring = True
 napoleon_use_rtype = False
 napoleon_use_param = False
 
+SPELLINGS = (  # of TeX, that docutils does not read or reads otherwise, and what it reads
+    (r"\\[bB]igg?[lr]?(?![a-zA-Z])", ""),
+    (r"\\dots(?![a-zA-Z])", r"\\ldots"),
+    (r"(\\[td]?frac)(\d)(\d)", r"\1{\2}{\3}"),
+)
+BAR = ('<mo accent="true">_</mo>', '<mo accent="true" stretchy="true">‾</mo>')  # over a formula, as wide as it is
+
 
 def _mathml(node, as_block):
-    """MathML of a formula; sizes of brackets are left to the browser, which stretches them."""
-    return latex2mathml.tex2mathml(re.sub(r"\\[bB]ig[lr]?(?![a-zA-Z])", "", node.astext()), as_block=as_block)
+    """MathML of a formula; sizes of brackets are left to the browser, which stretches them.
+
+    A formula that cannot be read is a warning, which names its page and fails the build.
+    """
+    text = node.astext()
+    for spelled, known in SPELLINGS:
+        text = re.sub(spelled, known, text)
+    try:
+        return latex2mathml.tex2mathml(text, as_block=as_block).replace(*BAR)
+    except MathError as error:
+        logging.getLogger(__name__).warning("formula %r: %s", text, error, location=node)
+        return escape(text)
 
 
 def _inline(translator, node):

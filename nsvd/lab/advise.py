@@ -118,7 +118,9 @@ class Advice:
             ]
             for row in self.rows
         ]
-        return block(self.sentence(), table(["ratio", "of the whole model", "perplexity", "rise"], cells), self.text)
+        return block(
+            self.sentence(), table(["ratio", "removed of the whole model", "perplexity", "rise"], cells), self.text
+        )
 
 
 def advise(

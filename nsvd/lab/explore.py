@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 from torch import Tensor
 
 from nsvd.compression.compress import compress_
@@ -211,6 +212,11 @@ def _known(method: str) -> Method | None:
     return None if method == "best" else matrix_method(method)
 
 
+def whole_text(told: pd.Series) -> Styler:
+    """A series of texts as a table that shows them whole, line by line."""
+    return told.to_frame("continued").style.set_properties(**{"white-space": "pre-wrap", "text-align": "left"})
+
+
 def panel(bench: Bench, prompt: str = "The"):
     """Sliders and menus for layer, method, k1 and ratio before the figure, and a prompt with both its continuations.
 
@@ -234,9 +240,7 @@ def panel(bench: Bench, prompt: str = "The"):
     def compress(_button) -> None:
         go.disabled, go.description = True, "compressing …"
         try:
-            told.value = (
-                bench.continued(words.value, method.value, ratio.value, k1.value).to_frame("continued").to_html()
-            )
+            told.value = whole_text(bench.continued(words.value, method.value, ratio.value, k1.value)).to_html()
         except (ValueError, ArithmeticError) as error:
             told.value = f"<b>{escape(str(error))}</b>"
         finally:

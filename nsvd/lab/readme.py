@@ -108,7 +108,7 @@ def _beyond(frame: pd.DataFrame) -> str:
         for ratio in (0.2, 0.3, 0.5)
     ]
     caption = (
-        "At equal stored parameters (`nsvd run 10`): perplexity at home / share of ASVD-I's excess log-perplexity closed on the "
+        "At equal stored parameters (`nsvd run 10`): perplexity at home / share of what ASVD-I loses that is won back on the "
         f"seven other sets, {_windows(frame)}:"
     )
     return _table(caption, ["removed", "ASVD-I", *recipes.values()], rows)

@@ -1,11 +1,12 @@
 """Looking around in a model: every answer is what the theory says, and quick."""
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
 import nsvd
-from nsvd.lab.explore import METRICS, Bench, panel
+from nsvd.lab.explore import METRICS, Bench, panel, whole_text
 from nsvd.linalg import rank_for_ratio
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -66,6 +67,14 @@ def test_a_prompt_is_continued_by_both_and_a_compressed_model_is_kept(bench):
     told = bench.continued("The old town", "asvd-1", 0.2, new=5)
     assert list(told.index) == ["dense", "asvd-1, 20% removed"]
     assert bench.compressed("asvd-1", 0.2, 0.95) is bench.compressed("asvd-1", 0.2, 0.95)
+
+
+def test_a_text_is_shown_whole():
+    """A DataFrame would end it after fifty letters, and show the ends of lines as letters."""
+    text = "word " * 30 + "\nlast"
+    html = whole_text(pd.Series({"dense": text})).to_html()
+    assert text in html
+    assert "pre-wrap" in html
 
 
 def test_a_figure_has_its_four_panels_and_a_layer_that_is_not_there_is_named(bench):
