@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+MINUTE = 60_000  # in milliseconds, as playwright counts
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -26,6 +27,7 @@ def chromium():
 def page(chromium):
     """A window of its own; what its console calls an error, and every request that leaves this machine, is in ``page.faults``."""
     context = chromium.new_context(viewport={"width": 1300, "height": 1000})
+    context.set_default_timeout(2 * MINUTE)  # on a machine that has other work to do
     window = context.new_page()
     window.faults = []
     window.on("console", lambda told: told.type == "error" and window.faults.append(told.text))

@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 
@@ -15,10 +16,10 @@ import pytest
 
 from nsvd.lab import workbook
 from nsvd.lab.paths import checkout
+from tests.browser.conftest import MINUTE
 
 pytest.importorskip("jupyterlab", reason="needs JupyterLab: pip install 'nsvd[notebooks]'")
 SMALL = {"count": 8, "length": 64, "ratios": [0.1, 0.2], "check": False}
-MINUTE = 60_000  # in milliseconds, as playwright counts
 
 
 def small(name, folder):
@@ -46,10 +47,14 @@ def served(tmp_path_factory):
     (recipe,) = re.findall(
         r"^lab:.*\n\t\$\(BIN\)/jupyter lab (.*)$", (checkout() / "Makefile").read_text("utf-8"), re.M
     )
-    shown = top / "settings/@jupyterlab/notebook-extension"
-    shown.mkdir(parents=True)
-    whole = {"windowingMode": "none"}  # cells that are out of sight are there, too
-    (shown / "tracker.jupyterlab-settings").write_text(json.dumps(whole), "utf-8")
+    settings = {
+        "notebook-extension/tracker": {"windowingMode": "none"},  # cells that are out of sight are there, too
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }
+    for name, values in settings.items():
+        file = top / f"settings/@jupyterlab/{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values), "utf-8")
     places = {
         f"JUPYTER{name}": str(top / name.lower()) for name in ("_CONFIG_DIR", "_RUNTIME_DIR", "LAB_WORKSPACES_DIR")
     }
@@ -70,6 +75,7 @@ def _address(server, log) -> str:
     while server.poll() is None:
         if found := re.search(r"http://127\.0\.0\.1:\d+/lab\?token=\w+", log.read_text("utf-8")):
             return found[0]
+        time.sleep(0.2)
     raise AssertionError(log.read_text("utf-8"))
 
 
@@ -77,14 +83,14 @@ def run_to_the_end(page, served, name):
     """Open a notebook, run all cells by the menu, save; returns the notebook as it was saved."""
     address, folder = served
     file = small(name, folder)
-    page.goto(address.replace("/lab?", f"/lab/tree/{file.name}?"), timeout=2 * MINUTE)
-    page.get_by_text("Python 3", exact=False).first.wait_for(timeout=2 * MINUTE)
+    page.goto(address.replace("/lab?", f"/lab/tree/{file.name}?"))
+    page.get_by_text("Python 3", exact=False).first.wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     last = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").last
     last.filter(has_text=re.compile(r"\[\d+\]")).wait_for(timeout=5 * MINUTE)
     page.keyboard.press("Control+s")
-    page.wait_for_function("!document.querySelector('.jp-mod-dirty')", timeout=MINUTE)
+    page.wait_for_function("!document.querySelector('.jp-mod-dirty')")
     return nbformat.read(file, 4)
 
 
@@ -109,7 +115,7 @@ def test_sliders_draw_another_figure(page, served):
     """Notebook 20 runs to its end; then a slider is moved, a menu is changed, and both change the picture."""
     assert errors(run_to_the_end(page, served, "20")) == []
     image = page.locator(".jp-OutputArea img.widget-image")
-    image.wait_for(timeout=MINUTE)
+    image.wait_for()
     changed = "before => document.querySelector('img.widget-image').src !== before"
     slider = page.locator(".widget-hslider").filter(has_text="removed")
     for change in (
@@ -118,10 +124,10 @@ def test_sliders_draw_another_figure(page, served):
     ):
         before = image.get_attribute("src")
         change()
-        page.wait_for_function(changed, arg=before, timeout=MINUTE)
+        page.wait_for_function(changed, arg=before)
     assert slider.locator(".widget-readout").inner_text() == "0.35"
     page.get_by_role("button", name="compress, continue").click()
-    page.locator(".widget-html table").get_by_text("kfac, 35% removed").wait_for(timeout=2 * MINUTE)
+    page.locator(".widget-html table").get_by_text("kfac, 35% removed").wait_for()
 
 
 def test_your_model_runs_to_its_end(page, served):
