@@ -83,8 +83,8 @@ def run_to_the_end(page, served, name):
     """Open a notebook, run all cells by the menu, save; returns the notebook as it was saved."""
     address, folder = served
     file = small(name, folder)
-    page.goto(address.replace("/lab?", f"/lab/tree/{file.name}?"))
-    page.get_by_text("Python 3", exact=False).first.wait_for()
+    page.goto(address.replace("/lab?", f"/lab/workspaces/{file.stem}/tree/{file.name}?"))
+    page.locator(".jp-NotebookPanel-toolbar").get_by_text("Python 3").wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     last = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").last
