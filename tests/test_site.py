@@ -1,6 +1,7 @@
 """The site: pages, links, formulas, tables; built offline and without a warning, where Sphinx is installed."""
 
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 import yaml
 
+import nsvd
 from nsvd.lab import listing, workbook
 from nsvd.lab.paths import checkout
 
@@ -77,6 +79,11 @@ def test_every_page_is_there(site):
         name for name in [*PAGES, *(f"notebooks/{n}" for n in EXECUTED)] if not (site / f"{name}.html").is_file()
     ]
     assert missing == []
+
+
+def test_the_reference_has_every_public_name():
+    text = (checkout() / "docs/site/api.md").read_text(encoding="utf-8")
+    assert [name for name in nsvd.__all__ if not re.search(rf"\bnsvd\.{name}\b", text) and name != "__version__"] == []
 
 
 def test_every_link_leads_somewhere(site, pages):
