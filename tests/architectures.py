@@ -7,6 +7,7 @@ writes ``docs/architectures.md``; ``tests/walk/test_table.py`` holds every row o
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -25,7 +26,10 @@ from transformers.utils import logging
 import nsvd
 from tests.tiny import FAMILIES, GROUPED, SIZES, tiny_tokenizer, token_ids
 
-TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "docs" / "architectures.md"
+OLDEST = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+LOCKED = re.search(r"^transformers==(\S+)", (ROOT / "constraints-lock.txt").read_text(encoding="utf-8"), re.M)[1]
 METHODS = ("svd", "asvd-1", "best")
 IDS = token_ids()
 WIDE = GROUPED | {"head_dim": 8}
@@ -82,7 +86,7 @@ ARCHITECTURES: dict[str, dict] = FAMILIES | {
     "deepseek_v3": DEEPSEEK | {"first_k_dense_replace": 1},
     "llama4_text": WIDE | {"num_local_experts": 2, "intermediate_size_mlp": 48},
     "qwen3_next": WIDE | ROUTED | SHARED | TWO | {"layer_types": ["linear_attention", "full_attention"]},
-    "jamba": GROUPED | STATES | {"num_experts": 2, "use_mamba_kernels": False},
+    "jamba": GROUPED | STATES | {"num_experts": 1, "use_mamba_kernels": False},
     "mamba": {"state_size": 4},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "recurrent_gemma": WIDE | {"lru_width": 32, "num_hidden_layers": 3},
@@ -129,7 +133,7 @@ OTHERS: dict[str, tuple[type, str, dict]] = {  # of another kind than those that
     "bart": (AutoModelForSeq2SeqLM, "bart", {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48} | ENDS),
     "whisper": (AutoModelForSpeechSeq2Seq, "whisper", {"d_model": 32} | ENDS | SPEECH),
 }  # fmt: skip
-HEAD = """# Architectures
+HEAD = f"""# Architectures
 
 Tiny random models, tried with methods that need no text (`svd`), one pass over a text (`asvd-1`), and gradients, shifted inputs and
 pivoted factors (`best`). **works**: compressed, saved, and read again with the same bits. Otherwise the sentence with which
@@ -137,7 +141,8 @@ it is refused before anything is changed. The second column is the share of the 
 compressed; what else there is stays dense, such as experts that are one tensor of three dimensions, convolutions and states.
 Of a model that reads images or sounds the blocks are those of its text decoder; all else is left alone.
 
-Written by `python -m tests.architectures`, and held to what happens by `tests/walk/test_table.py`.
+Written by `python -m tests.architectures`, and held to what happens by `tests/walk/test_table.py`:
+transformers {OLDEST} and {LOCKED}.
 
 | architecture | share of the blocks | svd | asvd-1 | best |
 |---|---|---|---|---|

@@ -22,6 +22,7 @@ from nsvd.stored.folder import CONFIG, METHOD, CheckpointError, Stored, headers,
 from nsvd.stored.foreign import quiet
 from nsvd.stored.kinds import copy_processors
 from nsvd.stored.layers import LAYERS, CompressedLayer, LowRankLinear
+from nsvd.stored.parallel import follow_factors
 from nsvd.stored.section import LowRankConfig
 from nsvd.stored.skeleton import check_dtypes, check_finite, check_fits, matched
 from nsvd.stored.transposed import as_linear
@@ -59,6 +60,7 @@ class LowRankQuantizer(HfQuantizer):
                     f"config.json names a compressed layer {name}, but the model has no such linear layer"
                 )
             model.set_submodule(name, empty_layer(name, layer, spec))
+        follow_factors(model)
         _check_latent(model, self.latent_layers)
         if self.latent_layers:
             LATENT_CACHE["attach"](model, self.latent_layers)
