@@ -53,18 +53,18 @@ def predicted(model: nn.Module) -> Tensor:
         FloatingPointError: if that holds NaN or Inf; the first module that gives it out is named.
     """
     ids = trial(model)
-    if getattr(model, "can_generate", bool)():  # a second text beside it, of another last token
-        ids = torch.cat([ids, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)])
     out = _run(model, ids)
     if not out.isfinite().all():
         raise FloatingPointError(f"the model predicts NaN or Inf for {TRIED} tokens{first_broken(model)}")
-    said, other = out[0, :-1], out[-1, :-1]
-    if len(ids) > 1 and not (other - said).norm() <= torch.finfo(out.dtype).eps ** 0.5 * said.norm():
-        raise ValueError(
-            f"what {type(model).__name__} says of a token depends on those behind it, as in an encoder; "
-            "only models that continue a text are compressed"
-        )
-    return out[:1]
+    if getattr(model, "can_generate", bool)():
+        other = _run(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1))  # with another last token
+        said, again = out[:, :-1], other[:, :-1]
+        if not (again - said).norm() <= torch.finfo(out.dtype).eps ** 0.5 * said.norm():
+            raise ValueError(
+                f"what {type(model).__name__} says of a token depends on those behind it, as in an encoder; "
+                "only models that continue a text are compressed"
+            )
+    return out
 
 
 @torch.no_grad()
