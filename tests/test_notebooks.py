@@ -27,8 +27,10 @@ REAL_TEXT = executed(FOLDER / "executed/real-text")
 SMOLLM2 = executed(FOLDER / "executed/smollm2-135m")
 EXECUTED = [*executed(FOLDER / "executed"), *REAL_TEXT, *SMOLLM2]
 MORE = {
+    "04_evaluation": {"check"},
     "09_sola": {"test_count", "held_count"},
     "12_downstream": {"tasks", "questions"},
+    "15_rivals": {"count", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
 }  # what Makefile gives beside the preset
 ROOTS = ("home", "root", "tmp", "mnt", "usr", "Users", "var", "opt", "srv")
 ABSOLUTE = re.compile(rf"(?<![\w.</-])/({'|'.join(ROOTS)})/")

@@ -8,7 +8,8 @@ else is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from nsvd.stored.files import replacing
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 CELL = ["model", "recipe", "method", "ratio", "k1", "alpha", "allocation", "cache_ratio", "joint", "corpus", "measure"]
 HOME, AWAY = EMBEDDED[0], list(EMBEDDED[1:])
+REAL = "smollm2-135m"  # the folder of the runs of a model that people know
+ROWS = ("ASVD-I", "NSVD-I", "AA-SVD, its objective", "KFAC-SVD", "ZS-SVD, one shot", "KFAC-SVD, LEMS", "best")
 MODELS = ("mini-llama-s", "mini-llama", "mini-llama-l", "mini-vicuna", "mini-opt", "mini-mistral")
 
 
-def headline(folder: Path, *, stale: bool = False) -> str:
-    """The one table of README.md, in Markdown; arguments and errors as in ``results``."""
-    return _beyond(_read(folder, "10_beyond_nsvd", stale))
+def headline(folder: Path, **_stale: bool) -> str:
+    """The one table of README.md, in Markdown, from a run of a real model, whichever code made it."""
+    return _rivals(_read_real(folder, "15_rivals"))
 
 
 def results(folder: Path, *, stale: bool = False) -> str:
@@ -40,6 +43,8 @@ def results(folder: Path, *, stale: bool = False) -> str:
     read = partial(_read, folder, stale=stale)
     return "\n\n".join(
         [
+            headline(folder),
+            _nested(_read_real(folder, "04_evaluation")),
             _beyond(read("10_beyond_nsvd")),
             _families(read("06_model_families")),
             _evaluation(read("04_evaluation")),
@@ -58,6 +63,14 @@ def _read(folder: Path, name: str, stale: bool) -> pd.DataFrame:
     frame = frame[frame.model.isin(MODELS if name == "06_model_families" else MODELS[1:2])]
     if frame[[column for column in CELL if column in frame]].duplicated().any():
         raise ValueError(f"{folder / name}.jsonl holds several runs; run notebook {name} into an empty file")
+    return frame
+
+
+def _read_real(folder: Path, name: str) -> pd.DataFrame:
+    """The records of a run that is no part of the workbook, whichever code made them: it takes hours."""
+    frame = Records(folder / REAL / f"{name}.jsonl").frame(stale=True)
+    if frame.empty:
+        raise ValueError(f"{folder / REAL / name}.jsonl holds nothing; run `make smollm2-workbook`")
     return frame
 
 
@@ -91,6 +104,55 @@ def _removed(frame: pd.DataFrame) -> str:
 
 def _short(corpus: str) -> str:
     return corpus.split("/")[-1].replace("_", " ")
+
+
+def _times(frame: pd.DataFrame, about: Mapping[str, object], corpora: Sequence[str]) -> str:
+    """The geometric mean of perplexity over the dense one, of the rows of which this holds."""
+    dense, some = frame[frame.ratio == 0].set_index("corpus").nll, frame[frame.corpus.isin(corpora)]
+    for column, value in about.items():
+        some = some[some[column] == value]
+    times = math.exp((some.nll - some.corpus.map(dense)).mean())
+    return f"{times:,.{2 if times < 10 else 1 if times < 100 else 0}f}"
+
+
+def _places(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """The sets, in their order: the domain that calibrates first, two that are far last."""
+    corpora = list(dict.fromkeys(frame.corpus))
+    return {"home": corpora[:1], "near": corpora[1:-2], "far": corpora[-2:]}
+
+
+def _rivals(frame: pd.DataFrame) -> str:
+    frame = frame.assign(ratio=frame.ratio.fillna(0.0))
+    ratios, places = sorted(set(frame.ratio) - {0.0}), _places(frame)
+    rows = [
+        [f"`{name}`" if name == "best" else name]
+        + [
+            " / ".join(_times(frame, {"ratio": ratio, "recipe": name}, sets) for sets in places.values())
+            for ratio in ratios
+        ]
+        for name in ROWS
+    ]
+    caption = (
+        f"SmolLM2-135M-Instruct at equal stored parameters (`nsvd run 15`, {_windows(frame)}): perplexity over the dense one on "
+        "WikiText-2, which calibrates (home) / on five other English sets (near) / on a Chinese and a Japanese one (far):"
+    )
+    return _table(caption, ["method", *(f"{ratio:.0%} removed" for ratio in ratios)], rows)
+
+
+def _nested(frame: pd.DataFrame) -> str:
+    places, rows = _places(frame), []
+    gains = {
+        place: tables.improvements(frame[frame.method.isin(["dense", "asvd-1", "nsvd-1"])], corpora).set_index("ratio")
+        for place, corpora in places.items()
+    }
+    for ratio in sorted(set(frame.ratio) - {0.0}):
+        dense = " / ".join(_times(frame, {"ratio": ratio, "method": "asvd-1"}, corpora) for corpora in places.values())
+        rows.append([f"{ratio:.0%}", dense, *(_gain(gains[place].loc[ratio]) for place in places)])
+    caption = (
+        f"SmolLM2-135M-Instruct on the same sets (`nsvd run 04`, {_windows(frame)}): perplexity of ASVD-I over the dense one "
+        "(home / near / far), and the mean reduction of perplexity by NSVD-I:"
+    )
+    return _table(caption, ["removed", "ASVD-I", *(f"NSVD-I, {place}" for place in places)], rows)
 
 
 def _beyond(frame: pd.DataFrame) -> str:
