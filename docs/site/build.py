@@ -24,21 +24,8 @@ from nsvd.lab.paths import checkout
 from nsvd.lab.records import Records
 
 HERE = Path(__file__).parent
-OTHERS = (
-    "k1",
-    "alpha",
-    "mu",
-    "cache_ratio",
-    "joint",
-    "allocation",
-    "factors",
-    "text",
-    "calibration",
-    "inner",
-    "prime",
-    "distill",
-    "refine",
-)
+HIDDEN = {"model", "recipe", "method", "ratio", "corpus", "weights", "windows", "begin", "statistics", "ranks", "bos"}
+RUNS = ("", "real-text", "smollm2-135m")  # folders of records
 FIGURE = re.compile(r'save\(figure, "(\w+)"')
 
 
@@ -125,12 +112,12 @@ def _thumbnail(figure: Path, target: Path) -> None:
 def _results() -> str:
     """A page of one table: every perplexity that the workbook has measured."""
     rows = []
-    for file in sorted((checkout() / "data/results").glob("*.jsonl")):
+    for file in (file for run in RUNS for file in sorted((checkout() / "data/results" / run).glob("*.jsonl"))):
         for row in Records(file).rows(stale=True):
             told, numbers = row["parameters"], row["numbers"]
             if "corpus" in told and isinstance(numbers.get("perplexity"), float):
                 method = told.get("recipe") or told.get("method")
-                rest = [f"{n} {told[n]}" for n in OTHERS if told.get(n) not in (None, "", False)]
+                rest = [f"{n} {told[n]}" for n in told if n not in HIDDEN and told[n] not in (None, "", False)]
                 rows.append((file.stem[:2], told.get("model", ""), method, _plain(told.get("ratio")), told["corpus"],
                              f"{numbers['perplexity']:.2f}", f"{numbers['perplexity'] * (numbers.get('standard_error') or 0):.2f}",
                              ", ".join(rest)))  # fmt: skip
