@@ -16,9 +16,13 @@ def chromium():
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip(f"needs a browser, one of {', '.join(NAMES)}; on Debian: apt-get install chromium")
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has no sandbox for the superuser
+    flags = ["--disable-dev-shm-usage"]  # a container may have little of it
+    flags += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has no sandbox for the superuser
     with driver.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=flags)
+        try:
+            browser = started.chromium.launch(executable_path=program, args=flags)
+        except driver.Error as error:
+            pytest.skip(f"{program} does not start here: {error.message.splitlines()[0]}")
         yield browser
         browser.close()
 
