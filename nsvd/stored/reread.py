@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -33,11 +34,18 @@ def reread(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
             None, config=config, state_dict=revert_weight_conversion(model, state), dtype=model.dtype,
             device_map={"": "cpu" if with_numbers(model) else "meta"}, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    wrong = {"missing": info["missing_keys"], "misshaped": [key for key, *_ in info["mismatched_keys"]]}
+    misshaped = [key for key, *_ in info["mismatched_keys"]] + _other_sizes(again)
+    wrong = {"missing": info["missing_keys"], "misshaped": misshaped}
     for what, keys in (wrong | {"unexpected": info["unexpected_keys"]}).items():
         if keys:
             raise CheckpointError(f"tensor {min(keys)} is {what}")
     return again.eval()
+
+
+def _other_sizes(model: PreTrainedModel) -> list[str]:
+    """Weights of another size than their layer was made with: older transformers put these in without a word."""
+    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
+    return [f"{name}.weight" for name, part in linear if part.weight.shape != (part.out_features, part.in_features)]
 
 
 def with_numbers(model: PreTrainedModel) -> bool:
