@@ -133,8 +133,9 @@ def _rivals(frame: pd.DataFrame) -> str:
         for name in ROWS
     ]
     caption = (
-        f"SmolLM2-135M-Instruct at equal stored parameters (`nsvd run 15`, {_windows(frame)}): perplexity over the dense one on "
-        "WikiText-2, which calibrates (home) / on five other English sets (near) / on a Chinese and a Japanese one (far):"
+        f"SmolLM2-135M-Instruct at equal stored parameters (notebook 15 of `make smollm2-workbook`, {_windows(frame)}): "
+        "perplexity over the dense one on WikiText-2, which calibrates (home) / on five other English sets (near) / "
+        "on a Chinese and a Japanese one (far):"
     )
     return _table(caption, ["method", *(f"{ratio:.0%} removed" for ratio in ratios)], rows)
 
@@ -149,8 +150,8 @@ def _nested(frame: pd.DataFrame) -> str:
         dense = " / ".join(_times(frame, {"ratio": ratio, "method": "asvd-1"}, corpora) for corpora in places.values())
         rows.append([f"{ratio:.0%}", dense, *(_gain(gains[place].loc[ratio]) for place in places)])
     caption = (
-        f"SmolLM2-135M-Instruct on the same sets (`nsvd run 04`, {_windows(frame)}): perplexity of ASVD-I over the dense one "
-        "(home / near / far), and the mean reduction of perplexity by NSVD-I:"
+        f"SmolLM2-135M-Instruct on the same sets (notebook 04 of `make smollm2-workbook`, {_windows(frame)}): "
+        "perplexity of ASVD-I over the dense one (home / near / far), and the mean reduction of perplexity by NSVD-I:"
     )
     return _table(caption, ["removed", "ASVD-I", *(f"NSVD-I, {place}" for place in places)], rows)
 
