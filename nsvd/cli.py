@@ -285,6 +285,7 @@ def info(chosen: argparse.Namespace) -> None:
     """What a model folder holds."""
     import nsvd
     from nsvd.cache.latent import bytes_per_token
+    from nsvd.stored.changes import is_changed
     from nsvd.stored.checkpoint import describe
     from nsvd.stored.layers import CompressedLayer
 
@@ -304,6 +305,8 @@ def info(chosen: argparse.Namespace) -> None:
     removed += f", {whole:.1%} of the whole model's" if whole is not None else ""
     if "method" in about:
         print(f"compressed by {about['method']} {about.get('options') or ''}{removed}")
+    if is_changed(model):
+        print("changed after compression: its factors are not those that it was given then, as after fine-tuning")
     if cache := about.get("latent_cache"):
         before, after = bytes_per_token(model)
         print(

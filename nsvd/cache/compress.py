@@ -34,6 +34,7 @@ from nsvd.linalg import matrix_method
 from nsvd.linalg.methods import check_finite
 from nsvd.linalg.precision import double, home
 from nsvd.markup import bar, block, table, text
+from nsvd.stored.changes import factor_sums, is_changed
 from nsvd.stored.checkpoint import check_unwrapped, mark_compressed
 from nsvd.stored.layers import CompressedLayer, LowRankLinear
 from nsvd.walk.sampling import own_text
@@ -132,6 +133,7 @@ def compress_kv_(
     settings, domains = chosen.resolve(options), [windows] if isinstance(windows, Tensor) else list(windows or ())
     _check(model, cache_ratio, allocation, absorb)
     check_values(model)
+    changed = is_changed(model)
     projections = _projections(model)
     rotated, absorbing = _examined(model, absorb)
     clock.lap("examine")
@@ -182,7 +184,8 @@ def compress_kv_(
         "cache_ratio": cache_ratio,
         "layers": latent,
     }
-    mark_compressed(model, factored, latent_cache=about)
+    sums = {} if changed else {"factor_sums": factor_sums(model)}  # the earlier ones tell that it was changed
+    mark_compressed(model, factored, latent_cache=about, **sums)
     clock.lap("exchange")
     dense, held = bytes_per_token(model)
     after = sum({id(p): p.numel() for name in factored for p in _weights(model.get_submodule(name))}.values())

@@ -16,9 +16,11 @@ from nsvd.compression.report import Clock, Report, covered, left_alone, peak_mem
 from nsvd.compression.request import Request, resolve
 from nsvd.compression.sola import split
 from nsvd.compression.whole_layers import Result, factor
+from nsvd.stored.changes import FactorSums
 from nsvd.stored.checkpoint import is_compressed, mark_compressed
 from nsvd.stored.transposed import linear_layers
 from nsvd.walk.calibrate import Walked, walkable
+from nsvd.walk.lazy import held_modules
 from nsvd.walk.processes import rank
 from nsvd.walk.sampling import own_text
 from nsvd.walk.shelf import Shelf
@@ -230,5 +232,10 @@ def _report(
     if result.changed:
         told = ("method", "options", "allocation", "factors", "shifted", "refine", "distill", "ratio", "ratio_reached")
         told += ("model_ratio_reached",)
-        mark_compressed(model, result.changed, **{name: getattr(report, name) for name in told})
+        sums = FactorSums()
+        for module in held_modules(model):
+            sums.add(module)
+        mark_compressed(
+            model, result.changed, factor_sums=sums.told(), **{name: getattr(report, name) for name in told}
+        )
     return report

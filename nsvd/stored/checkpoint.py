@@ -17,6 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from nsvd.stored import guard, manifest, model_card
+from nsvd.stored.changes import note_changes
 from nsvd.stored.files import check_writable, reached, replacing
 from nsvd.stored.folder import CONFIG, METHOD, CheckpointError, Stored, headers, read_json
 from nsvd.stored.foreign import quiet
@@ -104,6 +105,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         config = self.quantization_config
+        note_changes(model, config)
         return {**model.state_dict(), **guard.tensors(config.modules)}, guard.metadata(config)
 
     def is_serializable(self):

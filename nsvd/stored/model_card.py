@@ -64,6 +64,7 @@ def text(model: nn.Module, report: Mapping | None = None) -> str:
     front = {"library_name": "transformers"} | task | {"tags": ["nsvd", "low-rank"]}
     front |= ({"base_model": source} if hub else {}) | licence
     keys = ("method", "options", "allocation", "factors", "shifted", "refine", "distill", "latent_cache")
+    keys += ("changed_after_compression",)
     made = {key: section[key] for key in keys if section.get(key) not in (None, False, 0, {})}
     if "latent_cache" in made:
         made["latent_cache"] = {key: value for key, value in made["latent_cache"].items() if key != "layers"}

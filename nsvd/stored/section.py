@@ -9,7 +9,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from nsvd.stored.folder import CONFIG, METHOD, CheckpointError
 
 FORMAT = 1
-KINDS = {"method": str, "options": dict, "ratio": int | float | None, "reached": int | float | None}  # by the last word
+NUMBER = int | float | None
+KINDS = {"method": str, "options": dict, "sums": list, "ratio": NUMBER, "reached": NUMBER}  # by the last word
 
 
 class LowRankConfig(QuantizationConfigMixin):

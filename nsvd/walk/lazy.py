@@ -184,6 +184,17 @@ def places(block: LazyBlock) -> Mapping[str, Place]:
     return dict(block.source.places)
 
 
+def held_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules in their order; the numbers of those in a lazy block are in memory while they are looked at."""
+    if isinstance(model, LazyBlock) or not is_lazy(model):
+        with held(model):
+            yield from model.modules()
+        return
+    yield model
+    for child in model.children():
+        yield from held_modules(child)
+
+
 def weight_of(model: nn.Module, layer: str) -> Tensor:
     """The weight (d_out, d_in) of a layer, read for this where its block is in files."""
     parts = layer.split(".")

@@ -1,0 +1,64 @@
+"""Whether the factors of a compressed model are still those that the compression gave it: what tells a fine-tuned one.
+
+``quantization_config`` holds sums of the factors as they were then. Whoever saves the model compares them with its factors as
+they are now, and writes ``changed_after_compression`` where they differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from nsvd.stored.layers import CompressedLayer
+from nsvd.stored.section import LowRankConfig
+
+CASTS = (None, torch.bfloat16, torch.float16)  # a model may be cast to these and be none other
+
+
+class FactorSums:
+    """Sums over the parameters of compressed layers: as they are, and as casts would make them."""
+
+    def __init__(self) -> None:
+        self._digests, self._known = [hashlib.sha256() for _ in CASTS], True
+
+    def add(self, module: nn.Module) -> None:
+        """Take in a module, in the order of the model; one that is no compressed layer is passed over."""
+        for value in module.parameters() if isinstance(module, CompressedLayer) else ():
+            if value.is_meta or is_traceable_wrapper_subclass(value):
+                self._known = False
+                return
+            for dtype, digest in zip(CASTS, self._digests, strict=True):
+                number = value.detach().cpu().to(dtype or value.dtype).to(torch.float32)
+                digest.update(number.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def told(self) -> list[str]:
+        """The sums; none where a parameter had no values, as on the device ``meta``, or was in parts or quantized."""
+        return list(dict.fromkeys(digest.hexdigest()[:16] for digest in self._digests)) if self._known else []
+
+
+def factor_sums(model: nn.Module) -> list[str]:
+    """The sums of a model in memory."""
+    sums = FactorSums()
+    for module in model.modules():
+        sums.add(module)
+    return sums.told()
+
+
+def is_changed(model: nn.Module) -> bool | None:
+    """Whether the factors are others than those of the compression; None where that is not known."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    known = getattr(quantizer and quantizer.quantization_config, "factor_sums", None)
+    now = factor_sums(model) if known else []
+    return now[0] not in known if now else None
+
+
+def note_changes(model: nn.Module, config: LowRankConfig) -> None:
+    """Let the configuration tell whether the factors have changed, if that is known."""
+    changed = is_changed(model)
+    if changed:
+        config.changed_after_compression = True
+    elif changed is not None:
+        vars(config).pop("changed_after_compression", None)
