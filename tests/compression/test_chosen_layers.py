@@ -1,6 +1,7 @@
 """``layers=`` and ``exclude=``: names and patterns say which layers are compressed; the ratio is theirs."""
 
 import pytest
+import torch
 from torch import nn
 
 import nsvd
@@ -122,6 +123,18 @@ def test_from_folder_to_folder(tmp_path):
     assert (logits(nsvd.load(tmp_path / "low", device="cpu")[0]) == logits(model)).all()
     with pytest.raises(ValueError, match="layers goes with a ratio"):
         nsvd.compress(folder, tmp_path / "none", method="svd", cache_ratio=0.5, layers="q_proj")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_model_cast_as_a_whole(dtype, back, monkeypatch):
+    """``model.half()`` casts the frequencies of rotary embeddings, too, which no file holds: the model read again gets its own."""
+    monkeypatch.setattr("nsvd.walk.soundness.CLOSE", 0.0)
+    model = tiny_model()
+    whole, model = model.model.rotary_emb.inv_freq.clone(), model.to(dtype)
+    model = model.float() if back else model
+    assert not torch.equal(model.model.rotary_emb.inv_freq.float(), whole)
+    assert not nsvd.compress_(model, method="svd", ratio=0.3).table.empty
 
 
 class Test_a_model_that_would_be_another_once_it_is_read_again:
