@@ -27,7 +27,11 @@ def nsvd(outer: Orthogonal, k: int, *, k1: float = 0.95) -> LowRank:
 
 
 def nid(outer: Orthogonal, k: int, *, k1: float = 0.95) -> LowRank:
-    """As ``nsvd`` with k2 columns of the residual times an interpolation matrix (NID-I, NID-II)."""
+    """As ``nsvd``, but the inner step is an interpolative decomposition of the residual R (NID-I, NID-II).
+
+    k2 columns R_J of the residual are taken, each the largest of what those before leave, and Z minimises ‖R − R_J Z‖_F: the plain
+    Frobenius norm of the weight, as in ``nsvd``. At equal k and k1 the weight error is at least that of ``nsvd``.
+    """
     return _nested(outer, k, k1, _some_columns)
 
 
