@@ -1,9 +1,11 @@
 """The site: pages, links, formulas, tables; built offline and without a warning, where Sphinx is installed."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -136,6 +138,37 @@ def test_a_notebook_can_be_read_downloaded_and_left_for_the_next(site, pages, na
     assert sum(link.endswith(f"{name}.ipynb") for link in page.links) == 2
     assert 'class="prev-page"' in text or 'class="next-page"' in text
     assert "This run:" in text
+
+
+def build():
+    """The program that builds the site, as a module."""
+    spec = importlib.util.spec_from_file_location("build_site", checkout() / "docs/site/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("address", ["https://github.com/someone/nsvd", "https://github.com/someone/nsvd.git"])
+def test_a_notebook_opens_in_colab_and_binder_where_the_project_has_an_address(monkeypatch, address):
+    """The links lead to a source notebook; Binder finds what to install."""
+    monkeypatch.setenv("NSVD_REPOSITORY", address)
+    file = workbook.notebooks()[0]
+    told = build()._elsewhere(file.name)
+    assert f"colab.research.google.com/github/someone/nsvd/blob/main/notebooks/{file.name}" in told
+    assert f"mybinder.org/v2/gh/someone/nsvd/main?labpath=notebooks/{file.name}" in told
+    assert "git+https://github.com/someone/nsvd" in told
+    asked = (checkout() / "binder/requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert all((checkout() / "binder" / line.split()[1]).is_file() for line in asked if line.startswith("-c"))
+
+
+def test_without_an_address_there_is_no_link_to_colab(monkeypatch):
+    """None is invented; one that is not of GitHub is refused."""
+    monkeypatch.delenv("NSVD_REPOSITORY", raising=False)
+    urls = tomllib.loads((checkout() / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
+    assert bool(build()._elsewhere("00_overview.ipynb")) == ("Repository" in urls)
+    monkeypatch.setenv("NSVD_REPOSITORY", "https://example.org/nsvd")
+    with pytest.raises(ValueError, match=r"example\.org"):
+        build()._elsewhere("00_overview.ipynb")
 
 
 def test_the_gallery_leads_to_every_notebook(site, pages):

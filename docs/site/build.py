@@ -3,14 +3,19 @@
     python docs/site/build.py [OUT]
 
 writes HTML to ``build/site`` (or OUT), offline. Every warning of Sphinx is an error.
+
+Pages of notebooks have links to Colab and Binder where the project has a public address: ``NSVD_REPOSITORY``, or Repository under
+[project.urls] of pyproject.toml, such as https://github.com/OWNER/NAME.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +32,34 @@ HERE = Path(__file__).parent
 HIDDEN = {"model", "recipe", "method", "ratio", "corpus", "weights", "windows", "begin", "statistics", "ranks", "bos"}
 RUNS = ("", "real-text", "smollm2-135m")  # folders of records
 FIGURE = re.compile(r'save\(figure, "(\w+)"')
+
+
+def repository() -> str | None:
+    """OWNER/NAME of the project on GitHub, None where it has no public address.
+
+    Raises:
+        ValueError: the address is not one of GitHub.
+    """
+    project = tomllib.loads((checkout() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = os.environ.get("NSVD_REPOSITORY") or project.get("urls", {}).get("Repository")
+    if not address:
+        return None
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", address)
+    if found is None:
+        raise ValueError(f"the repository is {address}, but Colab and Binder take https://github.com/OWNER/NAME")
+    return found[1]
+
+
+def _elsewhere(file: str) -> str:
+    """Links that open a notebook in Colab and Binder; nothing where the project has no public address."""
+    if (place := repository()) is None:
+        return ""
+    links = {
+        "Colab": f"https://colab.research.google.com/github/{place}/blob/main/notebooks/{file}",
+        "Binder": f"https://mybinder.org/v2/gh/{place}/main?labpath=notebooks/{file}",
+    }
+    shown = " ".join(f'<a class="badge" href="{link}">Open in {name}</a>' for name, link in links.items())
+    return f'\n\n{shown} In Colab, run <code>%pip install "nsvd @ git+https://github.com/{place}"</code> first.'
 
 
 def prepare(source: Path) -> None:
@@ -68,7 +101,10 @@ def _page(file: Path, about: dict) -> nbformat.NotebookNode:
             image = {"alt": words.replace("`", "")}
             cell.metadata["mystnb"] = {"image": image, "figure": {"caption": words}}
     load = f"{{download}}`source <source/{file.name}>`, {{download}}`executed <executed/{file.name}>`"
-    notebook.cells.insert(1, new_markdown_cell(f"*Download this notebook:* {load}. Code is folded: click to see it."))
+    notebook.cells.insert(
+        1,
+        new_markdown_cell(f"*Download this notebook:* {load}. Code is folded: click to see it.{_elsewhere(file.name)}"),
+    )
     run = notebook.metadata.get("nsvd", {})
     facts = [f"{name} {value}" for name, value in run.get("origin", {}).items()]
     facts += [f"took {run['seconds']} s"] if "seconds" in run else []
