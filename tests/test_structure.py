@@ -87,6 +87,20 @@ def trusting(tree: ast.AST) -> list[str]:
     return [ast.unparse(call) for call, words in told.items() if words.get("trust_remote_code") != "False"]
 
 
+def untyped(tree: ast.Module) -> list[str]:
+    """Public functions and methods that do not say of every argument, or of what they return, of which type it is."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    functions = [node for part in (tree, *classes) for node in part.body if isinstance(node, ast.FunctionDef)]
+    found = []
+    for function in functions:
+        given = function.args
+        names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs) if a.annotation is None]
+        missing = set(names) - {"self", "cls"} | (set() if function.returns else {"return"})
+        if missing and not function.name.startswith("_"):
+            found.append(f"{function.name}: {', '.join(sorted(missing))}")
+    return found
+
+
 FAMILIAR = (
     "if 'OPT' in name: pass",
     "x = f'model.gpt_neox.{i}'",
@@ -94,6 +108,8 @@ FAMILIAR = (
     "y = {'phi': 1}",
     "x = 'mistral'",
 )
+
+UNTYPED = ("def f(x) -> int: ...", "def f(): ...", "class A:\n    def g(self, *, y) -> int: ...")
 
 RULES: list[tuple[str, Callable[[ast.AST], list[str]], tuple[str, ...]]] = [
     ("linalg", foreign_to_mathematics, ("import transformers", "from nsvd.walk.targets import targets", "from .. import walk")),
@@ -105,6 +121,7 @@ RULES: list[tuple[str, Callable[[ast.AST], list[str]], tuple[str, ...]]] = [
     *((room, prints, ("print('x')", "def f():\n    print(1)")) for room in ROOMS[:5]),
     *((room, families, FAMILIAR) for room in ROOMS[:5]),
     ("stored", trusting, ("AutoConfig.from_pretrained(f)", "AutoTokenizer.from_pretrained(f, trust_remote_code=True)")),
+    *((room, untyped, UNTYPED) for room in ROOMS[:-1]),
     ("lab", trusting, ("m = AutoModelForCausalLM.from_pretrained('x', dtype=d)",)),
 ]  # fmt: skip
 

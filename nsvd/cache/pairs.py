@@ -34,7 +34,7 @@ class Pair:
             return [self.ones[0].s]
         return [unit * one.s for unit, one in zip(self.units, self.ones, strict=True)]
 
-    def to(self, device) -> Pair:
+    def to(self, device: str | torch.device) -> Pair:
         """Moved as ``Tensor.to`` does."""
         return replace(self, ones=[one.to(device) for one in self.ones])
 

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nsvd.compression.measure import prepare, take_statistics
 from nsvd.compression.ranks import by_loss
@@ -28,10 +29,13 @@ from nsvd.walk.targets import shapes
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedModel
+    from matplotlib.figure import Figure
 
 METHOD, FACTORS = "kfac", "pivoted"  # ``best`` without following shifted inputs: one pass serves all ratios
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+LEFT_OUT = (
+    "These numbers leave out the last step of best, which fits every layer to the inputs that it will really get."
+)
 HELD = 4  # every fourth window is held out
 FEW = 8  # tokens that are written to see how long all of them take
 
@@ -77,11 +81,35 @@ class Advice:
 
         return pd.DataFrame(self.rows)
 
+    def figure(self, reached: float | None = None) -> Figure:
+        """The rise of perplexity against the ratio, and the rise that is accepted.
+
+        ``reached`` is the rise of a model that was compressed at the recommended ratio; it is drawn as a star.
+        """
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        from nsvd.lab.figures import PALETTE, style
+
+        with rc_context():
+            style()
+            figure = Figure(figsize=(6, 3.6))
+            axis = figure.subplots()
+        ratios, rises = ([100 * row[name] for row in self.rows] for name in ("ratio", "rise"))
+        axis.plot(ratios, rises, marker="o", color=PALETTE["kfac"], label="one pass for all ratios")
+        if reached is not None:
+            axis.plot(100 * self.ratio, 100 * reached, "*", ms=14, color=PALETTE["best"], label="best, written")
+        axis.axhline(100 * self.limit, color="black", lw=0.8, ls=":", label="accepted")
+        axis.set(xlabel="parameters of the layers removed, %", ylabel="rise of perplexity, %")
+        axis.legend()
+        return figure
+
     def sentence(self) -> str:
         """The recommendation in words."""
         if not self.ratio:
             return (
-                f"no ratio tried keeps the rise of perplexity below {self.limit:.0%}; try smaller ratios or more text"
+                f"no ratio tried keeps the rise of perplexity below {self.limit:.0%}: try smaller ratios, accept a larger rise, "
+                "or take more text"
             )
         row = next(row for row in self.rows if row["ratio"] == self.ratio)
         return (
@@ -105,7 +133,7 @@ class Advice:
             lines.append(
                 f"{row['ratio']:6g}  {row['removed']:18.1%}  {row['perplexity']:10.2f}  {row['rise']:+7.1%}{mark}"
             )
-        return "\n".join([f"Perplexity on {self.text}:", *lines, self.sentence()])
+        return "\n".join([f"Perplexity on {self.text}:", *lines, self.sentence(), LEFT_OUT])
 
     def _repr_html_(self) -> str:
         most = max(row["rise"] for row in self.rows)
@@ -124,8 +152,8 @@ class Advice:
 
 
 def advise(
-    model: nn.Module,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     calibration: str = "self",
     ratios: Sequence[float] = RATIOS,
@@ -146,7 +174,8 @@ def advise(
         calibration: as in ``domains``: a corpus, a file, ``self`` (text of the model's own, the default), or a sum.
         ratios: fractions removed to try, each in (0, 1).
         limit: the rise of perplexity that is still accepted, 0.1 for 10 %.
-        tell: is told, before anything long starts, what it takes; before that, how long the model writes where the text is its own.
+        tell: gets a sentence before anything long starts: how long the model writes, where the text is its own; then what the rest
+            takes.
 
     Raises:
         ValueError: no ratio, one out of range, a limit that is not above 0, a text of fewer than two windows; and as ``compress_``.

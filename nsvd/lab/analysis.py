@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nsvd.compression.prepared import Prepared, check_step
-from nsvd.linalg import METHODS, Decomposition, from_metric, rank_for_ratio
+from nsvd.linalg import Decomposition, from_metric, matrix_method, rank_for_ratio
 from nsvd.linalg.errors import calibration_loss, condition_number, effective_rank, principal_cosines
 from nsvd.linalg.sola import overlap
 from nsvd.walk.statistics import Statistics
@@ -60,7 +60,7 @@ def similarity(calibration: Statistics, other: Statistics, *, k: float | None = 
     for name, ours in calibration.moments.items():
         theirs = other[name]
         row = {
-            "mean_abs": torch.cosine_similarity(ours.mean_abs, theirs.mean_abs, dim=0).item(),
+            "mean_abs": torch.cosine_similarity(ours.scale(), theirs.scale(), dim=0).item(),
             "moment": torch.cosine_similarity(ours.G.flatten(), theirs.G.flatten(), dim=0).item(),
         }
         if k is not None:
@@ -83,7 +83,7 @@ def transfer(
     rows = []
     for name, layer in targets(model).items():
         W = layer.weight.cpu().double()
-        k = rank_for_ratio(*W.shape, ratio)
+        k = rank_for_ratio(W.shape[0], W.shape[1], ratio)
         chosen = prepared[name].truncate(k).dense().cpu()
         for text, stats in texts.items():
             G = stats[name].G
@@ -104,11 +104,11 @@ def nesting(model: nn.Module, prepared: Prepared, text: Statistics, ratio: float
     Raises:
         ValueError: if ``prepared`` is of another outer step or other weights.
     """
-    rows, method = [], METHODS["nsvd-1"]
+    rows, method = [], matrix_method("nsvd-1")
     check_step(prepared, targets(model), method, {})
     for name, layer in targets(model).items():
         W = layer.weight.cpu().double()
-        k, one = rank_for_ratio(*W.shape, ratio), prepared[name]
+        k, one = rank_for_ratio(W.shape[0], W.shape[1], ratio), prepared[name]
         both = (method.cut(one, k, k1=k1), one.truncate(k))
         ours, theirs = (calibration_loss(W, factors.dense(), text[name].G) for factors in both)
         tiny = 1e-12 * max(ours, theirs, 1e-300)  # both are nothing where the text has fewer tokens than k
@@ -122,7 +122,7 @@ def prime_overlap(texts: Mapping[str, Statistics], layers: Iterable[str], prime:
     ``layers`` are those that read neurons, the last of each feed-forward.
     """
     return pd.DataFrame(
-        place(layer) | {"ours": a, "theirs": b, "overlap": overlap(texts[a][layer].mean_abs, texts[b][layer].mean_abs, prime)}
+        place(layer) | {"ours": a, "theirs": b, "overlap": overlap(texts[a][layer].scale(), texts[b][layer].scale(), prime)}
         for layer in layers
         for a in texts
         for b in texts
@@ -133,4 +133,4 @@ def rescored(stats: Statistics, scores: Mapping[str, Tensor]) -> Statistics:
     """The same statistics with other scores in the place of the mean |h| by which neurons are ranked, by layer."""
     leaders = {stats.inputs[layer]: score for layer, score in scores.items()}
     changed = {leader: replace(stats.moments[leader], mean_abs=score) for leader, score in leaders.items()}
-    return replace(stats, moments=stats.moments | changed)
+    return replace(stats, moments={**stats.moments, **changed})

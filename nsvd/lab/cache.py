@@ -105,13 +105,14 @@ def absorption_gain(
     rows, token = {}, torch.ones(1, 1, dtype=torch.long)
     for name, (heads, kv_heads, d) in shapes.items():
         share = int(cache_ratio * 2 * kv_heads * d)
-        model = _one_layer(heads, kv_heads, d, share // 3, share - share // 3)
+        values = share - share // 3  # the rank of the values
+        model = _one_layer(heads, kv_heads, d, share // 3, values)
         layer = next(iter(latent_layers(model).values()))
         cache, seconds = DynamicCache(config=model.config), {False: [], True: []}
         (taken_as,) = caches_of(model.base_model(input_ids=token, use_cache=True))
         cache.update(
-            torch.zeros(1, 1, held, layer.width - layer.attention.v_proj.rank),
-            torch.randn(1, 1, held, share - share // 3),
+            torch.zeros(1, 1, held, layer.width - values),
+            torch.randn(1, 1, held, values),
             0,
         )
         for turn in range(repeats + 1):
@@ -120,9 +121,9 @@ def absorption_gain(
                 model.base_model(input_ids=token, use_cache=True, **{taken_as: cache})
                 if turn:
                     seconds[layer.absorb].append(time.perf_counter() - start)
-        counted = [count / 1e6 for count in multiplications(1, held, heads, kv_heads, d, share - share // 3)]
+        counted = [count / 1e6 for count in multiplications(1, held, heads, kv_heads, d, values)]
         timed = [1e3 * median(times) for times in seconds.values()]
-        rows[name] = [share - share // 3, *counted, *timed, timed[0] / timed[1]]
+        rows[name] = [values, *counted, *timed, timed[0] / timed[1]]
     columns = ["rank of values", "multiplications, rebuilt", "absorbed", "ms, rebuilt", "ms, absorbed", "times faster"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nsvd.lab.corpora import MAX_CALIBRATION, MAX_LENGTH, windows
 from nsvd.lab.tokens import beginning
@@ -14,8 +15,8 @@ from nsvd.walk.sampling import own_text, random_tokens
 
 def domains(
     name: str,
-    model: nn.Module,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     length: int | None = None,
     count: int | None = None,
@@ -27,9 +28,10 @@ def domains(
 
     Those of ``self`` are half as long, see ``own_text``.
 
-    ``count`` windows are shared out evenly among the parts. Where none is asked for, 256; 128 where own text or random tokens
-    stand alone. ``bos`` is as in ``windows``: whether each begins with a BOS token. Own text begins with the tokenizer's or, where
-    the tokenizer adds none by itself, with the one that the model's configuration names; ``write`` is what makes it of the model.
+    ``count`` windows are shared out evenly among the parts. By default there are 256, or 128 where own text or random tokens stand
+    alone. ``bos`` is as in ``windows``: whether each begins with a BOS token. Own text begins with the tokenizer's; where the
+    tokenizer adds none by itself, with the one that the model's configuration names. ``write`` is the function that lets the
+    model write.
 
     Raises:
         ValueError: as ``windows``; or fewer windows than parts.
@@ -54,7 +56,7 @@ def domains(
     return found
 
 
-def begins_with_bos(windows: Tensor, tokenizer, model: nn.Module | None = None) -> bool:
+def begins_with_bos(windows: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> bool:
     """Whether every window begins with the BOS token of the tokenizer, or with the one that the model's configuration names."""
     config = None if model is None else model.config.get_text_config().bos_token_id
     return any(token is not None and bool((windows[:, 0] == token).all()) for token in (tokenizer.bos_token_id, config))

@@ -18,7 +18,7 @@ from nsvd.lab.models import embedded_models, load
 from nsvd.lab.training import Recipe
 from nsvd.stored import manifest
 from nsvd.stored.files import replacing
-from nsvd.walk.moments import calibrate
+from nsvd.walk.calibrate import calibrate
 
 TEXT = """# {name}
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from nsvd.lab.paths import data
 from nsvd.lab.records import Records
@@ -50,11 +51,11 @@ GAP = re.compile(r"(?<!\w)_(?!\w)")  # of a sentence to be filled
 
 @dataclass(frozen=True)
 class Choices:
-    """What a model chose: 1 where it was right, 0 elsewhere, a number a question.
+    """What a model chose: for each question 1 where it was right, 0 where not.
 
-    ``plain`` goes by the log-likelihood of what is scored, ``normalized`` by that divided by its characters, but for the space
-    before it: ``acc`` and ``acc_norm`` of lm-evaluation-harness. In a question with a gap the same is scored after every choice,
-    so both are equal. ``chance`` is the mean share of right answers of a guess.
+    ``plain`` takes the choice of the largest log-likelihood, ``acc`` of lm-evaluation-harness. ``normalized`` first divides the
+    log-likelihood by the number of characters, the space before them left out; that is ``acc_norm``. In a question with a gap the
+    same words are scored after every choice, so both are equal. ``chance`` is the share of right answers that a guess gets.
     """
 
     plain: Tensor  # (count,), float64
@@ -102,7 +103,7 @@ def questions(task: str, *, count: int | None = None, seed: int = 0) -> list[Que
 
 def multiple_choice(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     task: str | Sequence[Question],
     *,
     count: int | None = None,
@@ -112,8 +113,8 @@ def multiple_choice(
 ) -> Choices:
     """What the model chooses in a task (see ``questions``), and whether it is right.
 
-    Scored is the sum of the log-likelihoods of a choice's tokens. ``bos`` is as in ``windows``: whether every text begins with the
-    BOS token.
+    A choice is scored by the sum of the log-likelihoods of its tokens. ``bos`` is as in ``windows``: whether every text begins
+    with the BOS token.
 
     Raises:
         ValueError: as ``questions``; if a text is longer than what the model can read, or a choice adds no token to the question.
@@ -130,11 +131,16 @@ def multiple_choice(
         plain.append(float(likely.argmax() == q.answer))
         normalized.append(float((likely / sizes).argmax() == q.answer))
     chance = sum(1 / len(q.choices) for q in asked) / len(asked)
-    return Choices(*(torch.tensor(x, dtype=torch.float64) for x in (plain, normalized)), chance)
+    right, right_normalized = (torch.tensor(x, dtype=torch.float64) for x in (plain, normalized))
+    return Choices(right, right_normalized, chance)
 
 
 def measure_choices(
-    build: Callable[[], nn.Module], tokenizer, tasks: Mapping[str, Sequence[Question]], records: Records, about: dict
+    build: Callable[[], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, Sequence[Question]],
+    records: Records,
+    about: dict,
 ) -> list[dict]:
     """One model in every task: a row each, of ``about``, the task and the numbers of ``Choices``.
 
@@ -150,7 +156,7 @@ def measure_choices(
             records.add(
                 rows[task], numbers | {"right": found.plain.tolist(), "right_normalized": found.normalized.tolist()}
             )
-    return [row | records.find(**row) for row in rows.values()]
+    return [row | records.found(**row) for row in rows.values()]
 
 
 def accuracy_difference(
@@ -160,7 +166,7 @@ def accuracy_difference(
 
     Of every task there are the numbers of ``Choices`` on the same questions. For the bootstrap interval, questions are drawn with
     replacement within each task, the same ones for both models: what is left is the uncertainty of the difference on questions of
-    this kind. Of no task all three are NaN.
+    this kind. Without any task, all three are NaN.
     """
     if not ours:
         return math.nan, math.nan, math.nan
@@ -185,23 +191,20 @@ def _file(task: str) -> Path:
 
 def _question(file: Path, number: int, line: str) -> Question:
     """A line read. The task is what its folder is called."""
+    wrong = ValueError(
+        f'{file}, line {number}: expected {{"question": …, "choices": [two at least], "answer": from 0}}'
+    )
     try:
         row = json.loads(line)
         text, choices, answer = row["question"], row["choices"], row["answer"]
-        good = (
-            isinstance(text, str)
-            and isinstance(choices, list)
-            and type(answer) is int
-            and 0 <= answer < len(choices)
-            and len(choices) > 1
-        )
-        good = good and text.strip() and all(isinstance(choice, str) and choice.strip() for choice in choices)
     except (ValueError, KeyError, TypeError, RecursionError):
-        good = False
-    if not good:
-        raise ValueError(
-            f'{file}, line {number}: expected {{"question": …, "choices": [two at least], "answer": from 0}}'
-        )
+        raise wrong from None
+    if not isinstance(text, str) or not text.strip():
+        raise wrong
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise wrong
+    if type(answer) is not int or not 0 <= answer < len(choices) or len(choices) < 2:
+        raise wrong
     name = file.parent.name
     before, *rest = GAP.split(text)
     if len(rest) == 1 and rest[0].strip():
@@ -214,7 +217,7 @@ def _question(file: Path, number: int, line: str) -> Question:
     return Question((prompt,) * len(choices), tuple(space + choice for choice in choices), tuple(choices), answer)
 
 
-def _ids(tokenizer, context: str, scored: str, first: int | None) -> tuple[list[int], int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, context: str, scored: str, first: int | None) -> tuple[list[int], int]:
     """Token ids of a text, and how many of them, at its end, are scored. Spaces that end the context belong to what is scored.
 
     As in lm-evaluation-harness the context keeps its own tokens, also where one would reach into what is scored.

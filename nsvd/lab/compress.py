@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nsvd.cache.compress import CacheReport, compress_kv_
 from nsvd.compression.compress import carry_out
@@ -53,7 +52,8 @@ class Outcome(NamedTuple):
     calibration: dict | None
 
 
-class _Text(NamedTuple):
+@dataclass(frozen=True)
+class _Text:
     """Which text, and how it is cut; None is the default of ``domains``."""
 
     name: str | None
@@ -61,6 +61,11 @@ class _Text(NamedTuple):
     length: int | None
     bos: bool | None
     seed: int
+    given: Sequence[Tensor] | None = None  # its windows, where they are cut already
+
+    def told(self) -> dict:
+        """What tells it from other texts."""
+        return asdict(replace(self, given=None)) | {"given": self.given and fingerprint(self.given)}
 
 
 def compress(source: str | Path, out: str | Path, **arguments) -> Report | CacheReport:
@@ -68,7 +73,9 @@ def compress(source: str | Path, out: str | Path, **arguments) -> Report | Cache
     several processes has ended."""
     with together(arguments.get("device", "auto")):
         done = compressed(source, out, **arguments)
-    return done.cache if done.weights is None else done.weights
+    report = done.cache if done.weights is None else done.weights
+    assert report is not None, "a ratio or a cache ratio was given"
+    return report
 
 
 def compressed(
@@ -83,6 +90,7 @@ def compressed(
     count: int | None = None,
     length: int | None = None,
     bos: bool | None = None,
+    windows: Tensor | Sequence[Tensor] | None = None,
     seed: int = 0,
     weights: str = "uniform",
     allocation: str | None = None,
@@ -93,7 +101,7 @@ def compressed(
     search_count: int | None = None,
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
-    dtype="auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "auto",
     verify: bool = True,
     progress: bool = False,
@@ -110,8 +118,8 @@ def compressed(
     A GGUF file is first written, dequantized, into a folder beside ``out``, which goes at the end. For this it is whole in memory,
     once more when a stopped run is taken up.
 
-    In memory, in one go, are done: a KV cache (``cache_ratio``), ``distill``, the allocations ``strs`` and ``lems``, and models
-    of which blocks cannot be read alone.
+    The model is loaded whole for a KV cache (``cache_ratio``), for ``distill``, for the allocations ``strs`` and ``lems``, and
+    where its blocks cannot be read alone. Such a run begins anew after it was stopped.
 
     Processes that are ``together`` share the work, and one folder; process 0 writes it, and tells the user.
 
@@ -121,7 +129,9 @@ def compressed(
         cache_ratio, joint: as in ``compress_kv_``.
         calibration: a corpus, ``self``, ``random``, or a sum such as ``self+wikitext2``; by default ``self`` for ``best``, and
             ``mini/encyclopedia`` for other methods on an embedded model.
-        count, length, bos: how the text is cut, see ``windows``.
+        count, length, bos: how the text is cut, see ``nsvd.windows``.
+        windows: token ids (count, length), or one such tensor for each of several domains, to calibrate on. ``calibration`` is then
+            no more than their name.
         tell: gets sentences for the user.
         The others as in ``compress_`` and ``load``.
 
@@ -129,7 +139,8 @@ def compressed(
         ValueError, FloatingPointError: as ``compress_`` and ``load``.
         OSError: if ``out`` cannot be written, something else than a model would be lost, or another run writes there.
     """
-    text = _Text(calibration, count, length, bos, seed)
+    given = [windows] if isinstance(windows, Tensor) else windows
+    text = _Text(calibration, count, length, bos, seed, given)
     tell = tell if rank() == 0 else lambda _sentence: None
     _check(
         ratio,
@@ -170,21 +181,21 @@ def compressed(
 
 
 @contextmanager
-def _as_folder(place: Path, out: str | Path, dtype) -> Iterator[Path]:
+def _as_folder(place: Path, out: str | Path, dtype: str | torch.dtype) -> Iterator[Path]:
     """The folder of a model. That of a GGUF file is made for as long as it is needed, beside ``out``."""
     if place.is_dir():
         yield place
         return
-    dense = load_gguf(place, dtype=dtype, device="cpu") if rank() == 0 else ()
-    with beside(out) if rank() == 0 else nullcontext() as folder:
-        once(lambda: save(*dense, folder))
-        dense = ()  # out of memory: it is read block by block from here on
+
+    dense = [load_gguf(place, dtype=dtype, device="cpu")] if rank() == 0 else []
+    with beside(out) if rank() == 0 else nullcontext(place) as folder:
+        once(lambda: save(*dense.pop(), folder))  # out of memory afterwards: it is read block by block from here on
         yield same(folder)
 
 
 def _by_block(
     model: PreTrainedModel,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     source: str | Path,
     out: str | Path,
     folder: Path,
@@ -194,7 +205,7 @@ def _by_block(
     tell: Callable[[str], None],
 ) -> Outcome:
     """One block at a time, on a model that stays in its folder."""
-    run = same(_about(folder, text, ask | how) if rank() == 0 else None)
+    run = same(_about(folder, text, ask | how) if rank() == 0 else {})
     with _progress(out, run | {"number of processes": processes()}, tell) as shelf:
         windows, about = _windows(model, tokenizer, source, text, ask, shelf)
         _check_text(shelf, windows, tell)
@@ -209,7 +220,7 @@ def _by_block(
 
 def plan(model: PreTrainedModel, ask: Request) -> str:
     """What the work will take, as a sentence. The time is that of the operations, at the speed of products of matrices here."""
-    takes, weight = cost(model, ask), model.get_input_embeddings().weight
+    takes, weight = cost(model, ask), model.get_input_embeddings().get_parameter("weight")
     device, exact = weight.device, _speed(torch.float64, home(weight))
     seconds = takes.forward / _speed(weight.dtype, device) + takes.decompositions / exact
     where = f"{_size(takes.device)} on the device, {_size(takes.host)} of memory"
@@ -278,7 +289,13 @@ def _whole(cache_ratio: float | None, distill: int, allocation: str | None) -> s
 
 
 def _windows(
-    model: PreTrainedModel, tokenizer, source: str | Path, text: _Text, ask: dict, shelf: Shelf, also: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | Path,
+    text: _Text,
+    ask: dict,
+    shelf: Shelf,
+    also: bool = False,
 ) -> tuple[list[Tensor], dict | None]:
     """The text of every domain, and what is told of it; none where nothing is measured."""
     method, idle = base_method(ask["method"]), not (ask["ratio"] or also)
@@ -291,9 +308,12 @@ def _windows(
             shelf.put("own-text", {"ids": own_text(model, **how)})
         return shelf.get("own-text")["ids"]
 
-    name = text.name or _usual_text(str(source), ask["method"])
     how = {"length": text.length, "count": text.count, "seed": text.seed, "bos": text.bos}
-    windows = domains(name, model, tokenizer, **how, write=write)
+    if text.given is None:
+        name = text.name or _usual_text(str(source), ask["method"])
+        windows = domains(name, model, tokenizer, **how, write=write)
+    else:
+        name, windows = text.name, list(text.given)
     if ask["allocation"] in TRYING and len({ids.shape[1] for ids in windows}) > 1:
         raise ValueError(f"allocation {ask['allocation']!r} needs windows of one length, so not {name}")
     about = {"corpus": name, "seed": text.seed, "windows": [list(ids.shape) for ids in windows]}
@@ -339,7 +359,7 @@ def _in_memory(
     method, stats, report, cache = base_method(ask["method"]), None, None, None
     if windows and cache_ratio is not None and (method.needs_moments or ask["weights"] != "uniform"):
         stats = statistics_of(model, windows, ask["weights"], ratio=ask["ratio"], progress=ask["progress"])
-        about |= {"statistics": stats.origin}  # of the dense model, for the cache, too
+        about = (about or {}) | {"statistics": stats.origin}  # of the dense model, for the cache, too
         request = request and replace(request, weights="uniform")
     if request is not None:
         report = carry_out(model, request, stats)
@@ -371,7 +391,7 @@ def _about(place: Path, text: _Text, ask: dict) -> dict:
     model = {file.name: sha256(file) for file in files if any(fnmatchcase(file.name, name) for name in MODEL_FILES)}
     told = {name: value for name, value in ask.items() if name not in ("progress", "verify")}
     told |= {"device": str(usable_device(ask["device"])), "threads": torch.get_num_threads()}
-    about = {"model": model, "text": text._asdict(), "arguments": told, "code": origin()}
+    about = {"model": model, "text": text.told(), "arguments": told, "code": origin()}
     return json.loads(json.dumps(about, default=str))
 
 
@@ -390,7 +410,7 @@ def _progress(out: str | Path, about: dict, tell: Callable[[str], None]) -> Iter
         try:
             yield shelf
         except BaseException as error:
-            again = isinstance(error, ValueError | ArithmeticError | LinAlgError) and not isinstance(
+            again = isinstance(error, ValueError | ArithmeticError | torch.linalg.LinAlgError) and not isinstance(
                 error, CheckpointError
             )
             useless = again or not shelf.begun("windows")

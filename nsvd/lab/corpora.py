@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nsvd.lab.paths import data
 from nsvd.lab.tokens import ROOM, beginning, drawn, token_ids
@@ -126,7 +127,7 @@ def documents(name: str, split: str = "test") -> list[str]:
 
 def windows(
     name: str,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     split: str = "test",
     length: int | None = None,

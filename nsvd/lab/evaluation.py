@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from nsvd.lab.tokens import bytes_per_token
 from nsvd.walk.loss import check_text, divergence_of, window_losses
@@ -49,12 +50,17 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, windows: Tensor, tokenizer=None, *, batch: int | None = None, progress: bool = False
+    model: nn.Module,
+    windows: Tensor,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch: int | None = None,
+    progress: bool = False,
 ) -> Evaluation:
-    """Every token but the first of each window predicted from those before it in the window.
+    """The loss of a model on windows (count, length). Every token but the first of a window is predicted from those before it.
 
     Raises:
-        ValueError: if there is no window, windows of fewer than two tokens, or such as the model cannot read.
+        ValueError: if there is no window, a window has fewer than two tokens, or the model cannot read them.
         FloatingPointError: if a loss is NaN or Inf.
     """
     losses = window_losses(model, windows, batch=batch, progress=progress)
@@ -69,7 +75,7 @@ def divergence(model: nn.Module, dense: nn.Module, windows: Tensor, *, batch: in
     Every position but the last of each window (count, length), as in ``evaluate``.
 
     Raises:
-        ValueError: if there is no window, windows of fewer than two tokens, or such as the model cannot read.
+        ValueError: if there is no window, a window has fewer than two tokens, or the model cannot read them.
         FloatingPointError: if it is NaN or Inf.
     """
     for one in (model, dense):

@@ -10,6 +10,7 @@ import io
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from html import escape
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nsvd.compression.compress import compress_
 from nsvd.lab.analysis import place
@@ -31,6 +33,9 @@ from nsvd.linalg.precision import double
 from nsvd.walk.calibrate import calibrate
 from nsvd.walk.gradients import fisher
 from nsvd.walk.targets import targets
+
+if TYPE_CHECKING:
+    import ipywidgets as widgets
 
 METRICS = ("svd", "asvd-0", "asvd-1", "ridge", "kfac")  # methods whose outer step is one decomposition in one metric
 SPLITS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
@@ -54,7 +59,7 @@ class Bench:
     def __init__(self, model: str, home: str, away: str, *, count: int = 32, length: int = 128, seed: int = 0):
         self.name, self.home, self.away = model, home, away
         self.model, self.tokenizer = load(model, dtype="float32")
-        how = {"length": length, "count": count, "seed": seed}
+        how: dict[str, Any] = {"length": length, "count": count, "seed": seed}
         texts = [
             windows(name, self.tokenizer, split=split, **how) for name, split in ((home, "calibration"), (away, "test"))
         ]
@@ -86,7 +91,7 @@ class Bench:
 
     def pareto(self, layer: str, ratio: float) -> pd.DataFrame:
         """Calibration loss against weight error at the rank of a ratio: NSVD-I by its split, the ridge by its μ."""
-        k, rows = rank_for_ratio(*self._weight(layer).shape, ratio), []
+        k, rows = self._rank(layer, ratio), []
         nested, ridge, one = matrix_method("nsvd-1"), matrix_method("ridge"), self._decomposition(layer, "nsvd-1")
         for k1 in SPLITS:
             if round(k1 * k) not in (0, k) or k1 in (0, 1):
@@ -102,10 +107,12 @@ class Bench:
         options = {"k1": k1} if "k1" in chosen.options else {}
         for layer in self.layers:
             W = self._weight(layer)
-            k = max(rank_for_ratio(*W.shape, ratio), chosen.least_rank(options))
+            k = max(self._rank(layer, ratio), chosen.least_rank(options))
             E = W - chosen.cut(self._decomposition(layer, method), k, **options).dense()
             moments = self.stats[layer]
-            rows.append(place(layer) | {"rise": 0.5 * ((moments.H.to(E) @ E @ moments.G.to(E)) * E).sum().item()})
+            rows.append(
+                place(layer) | {"rise": 0.5 * ((moments.slopes().to(E) @ E @ moments.G.to(E)) * E).sum().item()}
+            )
         frame = pd.DataFrame(rows)
         return frame.assign(share=frame.rise / frame.rise.sum())
 
@@ -140,10 +147,13 @@ class Bench:
             1, 4, figsize=(14, 3.2), layout="none"
         )  # a layout that is searched for takes longest of all
         figure.subplots_adjust(left=0.06, right=0.99, bottom=0.17, top=0.9, wspace=0.28)
-        k = rank_for_ratio(*self._weight(layer).shape, ratio)
+        k = self._rank(layer, ratio)
         for name, column in self.spectrum(layer).items():
             axes[0].plot(
-                column.index, column.clip(lower=1e-4), label=matrix_method(name).label, color=PALETTE.get(name)
+                column.index,
+                column.clip(lower=1e-4),
+                label=matrix_method(str(name)).label,
+                color=PALETTE.get(str(name)),
             )
         log_scale(axes[0], "y", subs=(1,))
         axes[0].minorticks_off()  # hundreds of ticks without a label take as long as everything else
@@ -155,7 +165,9 @@ class Bench:
             axis.axvline(k, color="black", lw=0.8)
             axis.legend(fontsize=7)
         for name, part in self.pareto(layer, ratio).groupby("method", sort=False):
-            axes[2].plot(part.home, part.weight, marker=".", label=matrix_method(name).label, color=PALETTE[name])
+            axes[2].plot(
+                part.home, part.weight, marker=".", label=matrix_method(str(name)).label, color=PALETTE[str(name)]
+            )
         axes[2].set(xlabel="error at home", ylabel="error of the weight")
         axes[2].legend(fontsize=7)
         shares = self._drawn_shares(method, ratio, k1)
@@ -168,9 +180,9 @@ class Bench:
             axis.set_title(title, y=1.0)  # a place that is searched for takes a third of the drawing
         return figure
 
-    def picture(self, layer: str, **how: str | float) -> bytes:
+    def picture(self, layer: str, *, method: str = "nsvd-1", k1: float = 0.95, ratio: float = 0.3) -> bytes:
         """``figure`` as a PNG file, in half the time that ``savefig`` takes: it is drawn once, nothing is laid out anew."""
-        figure, file = self.figure(layer, **how), io.BytesIO()
+        figure, file = self.figure(layer, method=method, k1=k1, ratio=ratio), io.BytesIO()
         FigureCanvasAgg(figure).print_png(file)
         plt.close(figure)
         return file.getvalue()
@@ -190,20 +202,26 @@ class Bench:
             raise ValueError(f"no layer {layer!r} to look at; the model has {', '.join(list(self.layers)[:3])}, …")
         return self._weights[layer]
 
+    def _rank(self, layer: str, ratio: float) -> int:
+        d_out, d_in = self._weight(layer).shape
+        return rank_for_ratio(d_out, d_in, ratio)
+
     @cached_property
     def _weights(self) -> dict[str, Tensor]:
         return {name: double(layer.weight.detach().cpu()) for name, layer in self.layers.items()}
 
-    def _decomposition(self, layer: str, method: str, **options: float) -> Decomposition:
+    def _decomposition(self, layer: str, method: str, **options: Any) -> Decomposition:
         W, chosen = self._weight(layer), matrix_method(method)
         key = (layer, str(chosen.outer_step(options)))
         if key not in self._prepared:
             self._prepared[key] = chosen.prepare(W, self.stats[layer].to(W), **options)
         return self._prepared[key]
 
-    def _compressed(self, method: str, ratio: float, k1: float):
+    def _compressed(self, method: str, ratio: float, k1: float) -> PreTrainedModel:
         changed = copy.deepcopy(self.model)
-        options = {"k1": k1} if isinstance(known := _known(method), Method) and "k1" in known.options else {}
+        options: dict[str, Any] = (
+            {"k1": k1} if isinstance(known := _known(method), Method) and "k1" in known.options else {}
+        )
         compress_(changed, None if method == "best" else self.stats, method=method, ratio=ratio, **options)
         return changed
 
@@ -217,7 +235,7 @@ def whole_text(told: pd.Series) -> Styler:
     return told.to_frame("continued").style.set_properties(**{"white-space": "pre-wrap", "text-align": "left"})
 
 
-def panel(bench: Bench, prompt: str = "The"):
+def panel(bench: Bench, prompt: str = "The") -> widgets.VBox:
     """Sliders and menus for layer, method, k1 and ratio before the figure, and a prompt with both its continuations.
 
     The figure follows every change; a model is compressed only on a click, and the button says so while that takes.
@@ -235,12 +253,12 @@ def panel(bench: Bench, prompt: str = "The"):
     shown, told = widgets.Image(format="png"), widgets.HTML()
 
     def draw(_change=None) -> None:
-        shown.value = bench.picture(layer.value, method=method.value, k1=k1.value, ratio=ratio.value)
+        shown.value = bench.picture(str(layer.value), method=str(method.value), k1=k1.value, ratio=ratio.value)
 
     def compress(_button) -> None:
         go.disabled, go.description = True, "compressing …"
         try:
-            told.value = whole_text(bench.continued(words.value, method.value, ratio.value, k1.value)).to_html()
+            told.value = whole_text(bench.continued(words.value, str(method.value), ratio.value, k1.value)).to_html()
         except (ValueError, ArithmeticError) as error:
             told.value = f"<b>{escape(str(error))}</b>"
         finally:

@@ -1,12 +1,14 @@
 """Tasks of lm-evaluation-harness, by its own names: for models at hand, and its own program on compressed folders."""
 
+# pyright: reportMissingImports=false
+# The harness is no dependency: it is imported where it is asked for.
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH = 8  # texts read at a time
 
@@ -24,7 +26,12 @@ def program(arguments: Sequence[str]) -> None:
 
 
 def measured(
-    model: PreTrainedModel, tokenizer, tasks: Sequence[str], *, count: int | None = None, bos: bool | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    count: int | None = None,
+    bos: bool | None = None,
 ) -> Iterator[dict]:
     """A row a task: its name, what the harness measures there, and the number of questions, the first ``count`` if given.
 

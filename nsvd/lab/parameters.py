@@ -12,6 +12,8 @@ from typing import NamedTuple
 import nbformat
 import yaml
 from papermill.translators import PythonTranslator
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 PLAIN = {"int": int, "str": str, "bool": bool}
 
@@ -21,13 +23,13 @@ class _Written(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "an alias; write the value out", self.peek_event().start_mark)
+            raise ComposerError(None, None, "an alias; write the value out", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} given twice", node.start_mark)
+            raise ConstructorError(None, None, f"{', '.join(twice)} given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

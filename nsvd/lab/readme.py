@@ -60,8 +60,8 @@ def _read(folder: Path, name: str, stale: bool) -> pd.DataFrame:
     frame = Records(folder / f"{name}.jsonl").frame(stale=stale)
     if frame.empty:
         raise ValueError(f"{folder / name}.jsonl holds nothing that today's code measured; run notebook {name} first")
-    frame = frame[frame.model.isin(MODELS if name == "06_model_families" else MODELS[1:2])]
-    if frame[[column for column in CELL if column in frame]].duplicated().any():
+    frame = frame.loc[frame.model.isin(MODELS if name == "06_model_families" else MODELS[1:2])]
+    if frame.duplicated([column for column in CELL if column in frame]).any():
         raise ValueError(f"{folder / name}.jsonl holds several runs; run notebook {name} into an empty file")
     return frame
 
@@ -108,9 +108,9 @@ def _short(corpus: str) -> str:
 
 def _times(frame: pd.DataFrame, about: Mapping[str, object], corpora: Sequence[str]) -> str:
     """The geometric mean of perplexity over the dense one, of the rows of which this holds."""
-    dense, some = frame[frame.ratio == 0].set_index("corpus").nll, frame[frame.corpus.isin(corpora)]
+    dense, some = frame.loc[frame.ratio == 0].set_index("corpus").nll, frame.loc[frame.corpus.isin(corpora)]
     for column, value in about.items():
-        some = some[some[column] == value]
+        some = some.loc[some[column] == value]
     times = math.exp((some.nll - some.corpus.map(dense)).mean())
     return f"{times:,.{2 if times < 10 else 1 if times < 100 else 0}f}"
 
@@ -143,7 +143,9 @@ def _rivals(frame: pd.DataFrame) -> str:
 def _nested(frame: pd.DataFrame) -> str:
     places, rows = _places(frame), []
     gains = {
-        place: tables.improvements(frame[frame.method.isin(["dense", "asvd-1", "nsvd-1"])], corpora).set_index("ratio")
+        place: tables.improvements(frame.loc[frame.method.isin(["dense", "asvd-1", "nsvd-1"])], corpora).set_index(
+            "ratio"
+        )
         for place, corpora in places.items()
     }
     for ratio in sorted(set(frame.ratio) - {0.0}):
@@ -180,9 +182,9 @@ def _beyond(frame: pd.DataFrame) -> str:
 def _families(frame: pd.DataFrame) -> str:
     rows = []
     for name in MODELS:
-        part = frame[frame.model == name]
-        home = part[part.corpus == HOME].set_index("method").perplexity
-        paper = part[part.method.isin(["dense", "asvd-1", "nsvd-1"])]
+        part = frame.loc[frame.model == name]
+        home = part.loc[part.corpus == HOME].set_index("method").perplexity
+        paper = part.loc[part.method.isin(["dense", "asvd-1", "nsvd-1"])]
         gain = tables.improvements(paper, AWAY).set_index("method").loc["nsvd-1"]
         share = tables.shares_closed(part.assign(recipe=part.method, all=0), AWAY, ["all"]).loc[(0, "best")]
         path = " → ".join(f"{home[method]:.1f}" for method in ("dense", "asvd-1", "best"))
@@ -225,8 +227,8 @@ def _rank_split(frame: pd.DataFrame) -> str:
 
 
 def _rank_search(frame: pd.DataFrame) -> str:
-    removed, frame = _removed(frame), frame[frame.corpus.notna() & frame.allocation.notna()]
-    gain = tables.gains(frame[frame.method != "dense"], AWAY)
+    removed, frame = _removed(frame), frame.loc[frame.corpus.notna() & frame.allocation.notna()]
+    gain = tables.gains(frame.loc[frame.method != "dense"], AWAY)
     home = frame[frame.corpus == HOME].set_index(["method", "allocation"]).perplexity
     rows = [
         [tables.label(method), f"{home[method, 'uniform']:.1f}"]
@@ -242,8 +244,8 @@ def _rank_search(frame: pd.DataFrame) -> str:
 
 def _cache(frame: pd.DataFrame) -> str:
     def pair(kept: float, method: str, joint: bool | None) -> str:
-        some = frame[(frame.cache_ratio == kept) & (frame.method == method)]
-        some = some if joint is None else some[some.joint == joint]
+        some = frame.loc[(frame.cache_ratio == kept) & (frame.method == method)]
+        some = some if joint is None else some.loc[some.joint == joint]
         here = some.drop_duplicates("corpus").set_index("corpus").perplexity
         return f"{here[HOME]:.1f} / {here[AWAY[-1]]:,.1f}"
 

@@ -74,6 +74,17 @@ class Records:
         row = self._rows.get(_key(parameters))
         return row["numbers"] if row and self._counts(row) else None
 
+    def found(self, **parameters) -> dict:
+        """As ``find``, of a record that is there.
+
+        Raises:
+            KeyError: if it is not.
+        """
+        numbers = self.find(**parameters)
+        if numbers is None:
+            raise KeyError(f"{self.file} has no record of {parameters}")
+        return numbers
+
     def add(self, parameters: dict, numbers: dict) -> dict:
         """Write a record, in place of an older one of the same parameters; returns the numbers.
 
@@ -84,6 +95,7 @@ class Records:
         key, line = _key(parameters), _line(row)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.file) as descriptor:
+            assert descriptor is not None, "who waits gets the lock"
             rows, cut = self._parse(self.file.read_bytes())
             if cut or key in rows:
                 with replacing(self.file) as part:

@@ -17,12 +17,12 @@ Files = str | Path | Iterable[str | Path]
 
 
 def results(files: Files, *, losses: bool = False, stale: bool = True) -> pd.DataFrame:
-    """All measurements as a tidy table: a row a measurement, a column a parameter or number, ``file`` first.
+    """All measurements as a tidy table: one row for each measurement, one column for each parameter or number, ``file`` first.
 
     Args:
         files: a file of results, a folder of such files (those that end in ``.jsonl``), or several of both.
         losses: keep columns of lists, such as the loss of every window.
-        stale: also what other code than today's has measured.
+        stale: keep what was measured by other code than today's.
 
     Raises:
         FileNotFoundError: a file or folder is not there, or a folder holds no file of results.
@@ -34,7 +34,7 @@ def results(files: Files, *, losses: bool = False, stale: bool = True) -> pd.Dat
     for file in _files([files] if isinstance(files, str | Path) else files):
         frame = Records(file).frame(stale=stale)
         frame.insert(0, "file", file.stem)
-        frames.append(frame if losses else frame[[name for name in frame if not _of_lists(frame[name])]])
+        frames.append(frame if losses else frame.loc[:, [not _of_lists(column) for _, column in frame.items()]])
     frames = [frame for frame in frames if len(frame)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"file": []})
 
@@ -50,7 +50,7 @@ def written(frame: pd.DataFrame, form: str) -> str:
     if form == "csv":
         return frame.to_csv(index=False)
     frame = frame.drop(columns=[name for name in FINGERPRINTS if name in frame]).dropna(axis=1, how="all")
-    same = [name for name in frame if len(frame) > 1 and frame[name].astype(str).nunique() == 1]
+    same = [name for name, column in frame.items() if len(frame) > 1 and not _varies(column)]
     shown, about = frame.drop(columns=same), ", ".join(f"{name} {frame[name].iloc[0]}" for name in same)
     cells = [[_cell(value) for value in row] for row in shown.itertuples(index=False, name=None)]
     if form == "markdown":
@@ -97,7 +97,7 @@ def compared(ours: Files, theirs: Files, number: str = "perplexity") -> pd.DataF
         raise ValueError("the two runs share no measurement: they differ in a parameter of every one")
     frame = pd.DataFrame(sorted(rows, key=lambda row: -abs(row["change"])))
     keep = {number, f"{number}, second", "change"}
-    return frame[[name for name in frame if name in keep or frame[name].astype(str).nunique() > 1]]
+    return frame.loc[:, [name in keep or _varies(column) for name, column in frame.items()]]
 
 
 def _measured(files: Files, number: str) -> dict[tuple, float]:
@@ -125,6 +125,11 @@ def _files(places: Iterable[str | Path]) -> list[Path]:
 
 def _of_lists(column: pd.Series) -> bool:
     return column.dtype == object and any(isinstance(value, list | dict) for value in column)
+
+
+def _varies(column: pd.Series) -> bool:
+    """Whether it holds more than one value; a missing one counts as one, too."""
+    return len({str(value) for value in column}) > 1
 
 
 def _cell(value: object) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from html import escape
 from math import exp, log
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import nbformat
@@ -17,6 +18,9 @@ from nsvd.lab.records import Records
 from nsvd.lab.results import compared
 from nsvd.markup import number, table, text
 from nsvd.stored.files import check_writable, replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
@@ -54,7 +58,7 @@ def index(folder: str | Path, other: str | Path | None = None, page: str | Path 
     return page
 
 
-def difference(folder: str | Path, other: str | Path):
+def difference(folder: str | Path, other: str | Path) -> pd.DataFrame:
     """The measurements of two runs beside each other, see ``nsvd.lab.results.compared``."""
     return compared(_results(Path(folder)), _results(Path(other)))
 

@@ -47,11 +47,11 @@ def speed(
     tokens: Iterable[int] = TOKENS,
     ratios: Iterable[float] = RATIOS,
 ) -> pd.DataFrame:
-    """How many times as fast as dense factors are, for every shape of the layers that can be, or are, compressed.
+    """How fast factors are beside the dense layer, for every shape of layer that can be compressed or is.
 
-    A row for a shape, a way to store factors and a number of tokens: ``dense`` is the dense layer's time in microseconds, a
-    column for each ratio removed how many times as fast factors of that rank are, ``rank`` the largest at which they are no
-    slower (0: none that saves parameters). Factors of random numbers are measured: the numbers do not matter.
+    There is a row for each shape, way to store factors and number of tokens. ``dense`` is the dense layer's time in microseconds.
+    The column of a ratio tells how many times as fast the factors are that remove that ratio. ``rank`` is the largest rank at which
+    factors are no slower; 0 where no rank that saves parameters is. The factors hold random numbers: their values do not matter.
     """
     import pandas as pd
 
@@ -75,10 +75,10 @@ def speed(
 def faster(
     model: nn.Module, ranks: Mapping[str, int], *, factors: str = "plain", tokens: Iterable[int] = TOKENS
 ) -> dict[str, int]:
-    """Those of the ranks at which factors are no slower than the dense layer here, for any of the numbers of tokens.
+    """Those of the ranks at which factors are no slower than the dense layer here, for every number of tokens.
 
-    What is left goes to ``compress_`` as ``ranks``: layers that are not named stay dense. Fewer parameters are removed then, and
-    which is decided by a measurement: another machine may keep others.
+    Give the result to ``compress_`` as ``ranks``: layers that it does not name stay dense, so fewer parameters are removed. Which
+    these are is measured: another machine may keep others.
 
     Raises:
         ValueError: unknown factors, or a layer that the model does not have.
@@ -89,10 +89,11 @@ def faster(
     for name, k in ranks.items():
         if name not in layers:
             raise ValueError(f"no layer {name!r} to compress")
-        case = (*layers[name].weight.shape, k)
+        d_out, d_in = layers[name].weight.shape
+        case = (d_out, d_in, k)
         if case not in known:
-            times = (_against(*case, factors, count, device, dtype)[1] for count in tokens)
-            known[case] = saves_parameters(*case, factors) and all(one >= KEPT for one in times)
+            times = (_against(d_out, d_in, k, factors, count, device, dtype)[1] for count in tokens)
+            known[case] = saves_parameters(d_out, d_in, k, factors) and all(one >= KEPT for one in times)
     return {name: k for name, k in ranks.items() if known[*layers[name].weight.shape, k]}
 
 
@@ -113,12 +114,12 @@ def dense(model: nn.Module) -> dict[str, nn.Linear]:
 
 def slower(model: nn.Module, table: pd.DataFrame) -> list[str]:
     """The compressed layers of the model that are slower than dense ones by a table of ``speed``, for any number of tokens."""
-    ranks = table.groupby(["d_out", "d_in", "factors"])["rank"].min()
+    ranks = table.groupby(["d_out", "d_in", "factors"])["rank"].min().to_dict()
     found = []
     for name, layer in compressed(model).items():
         for way, kind in _KIND.items():
             case = (layer.out_features, layer.in_features, way)
-            if isinstance(layer, kind) and case in ranks.index and layer.rank > ranks[case]:
+            if isinstance(layer, kind) and case in ranks and layer.rank > ranks[case]:
                 found.append(name)
     return found
 

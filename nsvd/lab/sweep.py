@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from nsvd.compression.compress import compress_
 from nsvd.compression.measure import prepare
@@ -24,7 +25,7 @@ DENSE = "dense"
 
 
 def sweep(
-    model: nn.Module,
+    model: PreTrainedModel,
     stats: Statistics,
     corpora: Mapping[str, Tensor],
     cells: Iterable[tuple[str, float, dict]],
@@ -43,7 +44,7 @@ def sweep(
     weights, moments = fingerprint(model.parameters()), stats.fingerprint()
     prepared, seconds, rows = {}, {"prepare": 0.0, "compress": 0.0, "evaluate": 0.0}, []
 
-    def build(method: str, ratio: float, options: dict) -> nn.Module:
+    def build(method: str, ratio: float, options: dict) -> PreTrainedModel:
         if method == DENSE:
             return model
         clock, outer = time.perf_counter(), _outer((method, ratio, options))
@@ -72,11 +73,11 @@ def sweep(
 
 
 def measure(
-    build: Callable[[], nn.Module],
+    build: Callable[[], PreTrainedModel],
     corpora: Mapping[str, Tensor],
     records: Records,
     about: dict,
-    also: Callable[[nn.Module], dict] = lambda _model: {},
+    also: Callable[[PreTrainedModel], dict] = lambda _model: {},
 ) -> list[dict]:
     """One model on every corpus: a row each, of ``about``, the corpus and the numbers, those of ``also(model)`` among them.
 
@@ -91,14 +92,18 @@ def measure(
         model = build()
         for corpus in missing:
             result = evaluate(model, corpora[corpus])
-            numbers = {"nll": result.nll, "standard_error": result.standard_error, "perplexity": result.perplexity}
+            numbers: dict = {
+                "nll": result.nll,
+                "standard_error": result.standard_error,
+                "perplexity": result.perplexity,
+            }
             numbers["losses"] = [round(loss, 5) for loss in result.losses.tolist()]
             records.add(rows[corpus], numbers | also(model))
-    return [row | records.find(**row) for row in rows.values()]
+    return [row | records.found(**row) for row in rows.values()]
 
 
 def trial(
-    model: nn.Module, stats: Statistics, corpora: Mapping[str, Tensor], records: Records, about: dict, **how
+    model: PreTrainedModel, stats: Statistics, corpora: Mapping[str, Tensor], records: Records, about: dict, **how
 ) -> list[dict]:
     """A copy of the model compressed by ``compress_(…, **how)``, on every corpus: a row each, with the fraction ``removed``.
 
@@ -107,13 +112,13 @@ def trial(
     about = about | how
     size = about | {"measure": "compression"}
 
-    def build() -> nn.Module:
+    def build() -> PreTrainedModel:
         changed = copy.deepcopy(model)
         records.add(size, {"removed": compress_(changed, stats, **how).ratio_reached})
         return changed
 
     rows = measure(build, corpora, records, about)
-    return [row | records.find(**size) for row in rows]
+    return [row | records.found(**size) for row in rows]
 
 
 def _outer(cell: tuple[str, float, dict]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -38,8 +39,9 @@ def improvements(
     lower.
     """
     frame = frame if "k1" in frame else frame.assign(k1=float("nan"))
-    rows, dense = [], frame[frame.method == "dense"].set_index("corpus").loc[list(corpora)]
-    for cell, group in frame[~frame.method.isin(["dense", reference])].groupby(CELL, dropna=False, sort=False):
+    rows, dense = [], frame.loc[frame.method == "dense"].set_index("corpus").loc[list(corpora)]
+    groups: Any = frame.loc[~frame.method.isin(["dense", reference])].groupby(CELL, dropna=False, sort=False)
+    for cell, group in groups:
         ours = group.set_index("corpus").loc[list(corpora)]
         theirs = frame[(frame.method == reference) & (frame.ratio == cell[0])].set_index("corpus").loc[list(corpora)]
         better = int((ours.perplexity.to_numpy() < theirs.perplexity.to_numpy()).sum())
@@ -63,9 +65,10 @@ def shares_closed(
     ``frame`` has a row a (``by``…, recipe, corpus) with ``perplexity`` and ``losses``; in every group of ``by`` one recipe is the
     ``reference``; the dense model is the recipe ``dense`` of any group.
     """
-    dense = frame[frame.recipe == "dense"].drop_duplicates("corpus").set_index("corpus").loc[list(corpora)]
+    dense = frame.loc[frame.recipe == "dense"].drop_duplicates("corpus").set_index("corpus").loc[list(corpora)]
     rows = []
-    for cell, group in frame[frame.recipe != "dense"].groupby(list(by), sort=False):
+    groups: Any = frame.loc[frame.recipe != "dense"].groupby(list(by), sort=False)
+    for cell, group in groups:
         sides = {
             name: part.set_index("corpus").loc[list(corpora)] for name, part in group.groupby("recipe", sort=False)
         }

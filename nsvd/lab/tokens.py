@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 PIECE = 2**18  # characters tokenized at a time, at most
 ROOM = 16  # characters of a place for every token wanted there; English has 4 or 5 to a token, other languages fewer
@@ -19,7 +20,7 @@ BREAKS = (("\n\n", 1), ("\n", 0), (" ", 0))  # where a piece may end: tokenizers
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def beginning(tokenizer, bos: bool | None = None) -> int | None:
+def beginning(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> int | None:
     """The token that every window begins with (BOS), or None.
 
     ``bos=None`` does as the tokenizer does: whether it puts its BOS before a text is tried on a short one.
@@ -44,13 +45,19 @@ def common_beginning(windows: Int[Tensor, "count length"]) -> int | None:
     return int(first) if len(first) == 1 < len(windows) else None
 
 
-def token_ids(tokenizer, text: str) -> Int[Tensor, " n"]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " n"]:
     """All tokens of a text, without special ones."""
     return torch.cat([_tokens(tokenizer, piece) for piece in _pieces(text)])
 
 
 def drawn(
-    tokenizer, text: str, length: int, count: int, generator: torch.Generator, *, in_order: bool
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    length: int,
+    count: int,
+    generator: torch.Generator,
+    *,
+    in_order: bool,
 ) -> Int[Tensor, "count length"] | None:
     """``count`` stretches of ``length`` tokens from random places of a text, or None if it has too few places.
 
@@ -71,14 +78,14 @@ def drawn(
     return None
 
 
-def bytes_per_token(tokenizer, ids: Tensor) -> float:
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> float:
     """Mean number of UTF-8 bytes of the text that a token stands for; a special token stands for none."""
     tokens, counts = ids.unique(return_counts=True)
     sizes = torch.tensor([_bytes(tokenizer, token) for token in tokens.tolist()], dtype=torch.float64)
     return (sizes @ counts.double()).item() / ids.numel()
 
 
-def _bytes(tokenizer, token: int) -> int:
+def _bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> int:
     """Bytes of one token inside a text; at its beginning, some tokenizers take a space off."""
     once, twice = (tokenizer.decode([token] * n, skip_special_tokens=True) for n in (1, 2))
     if "\ufffd" in twice:  # a piece of a character; its name is <0xE6>, or has a letter for every byte
@@ -87,7 +94,7 @@ def _bytes(tokenizer, token: int) -> int:
     return len(twice.encode()) - len(once.encode())
 
 
-def _tokens(tokenizer, text: str) -> Tensor:
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
 
 

@@ -16,6 +16,7 @@ import json
 import random
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from nsvd.lab.models import load
 from nsvd.lab.paths import data
@@ -84,11 +85,11 @@ def documents(text: Path, name: str, recipe: Recipe) -> list[str]:
         texts = [json.loads(line)["text"][:60_000] for line in lines]
     random.Random(recipe.seed).shuffle(texts)
     kept, size = [], 0
-    for text in texts:
+    for one in texts:
         if size >= recipe.max_characters:
             break
-        kept.append(text)
-        size += len(text)
+        kept.append(one)
+        size += len(one)
     return kept
 
 
@@ -130,17 +131,17 @@ def known_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(data() / "models" / name)
 
 
-def untrained(recipe: Recipe) -> torch.nn.Module:
+def untrained(recipe: Recipe) -> PreTrainedModel:
     """The model at step 0, in float32: random by the recipe's seed, or the one it starts from."""
     torch.manual_seed(recipe.seed)
     if recipe.start:
         model = load(recipe.start, dtype="float32", device="cpu")[0]
         return deepened(model, recipe.architecture["num_hidden_layers"])
-    ids = {"vocab_size": recipe.vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    ids: dict = {"vocab_size": recipe.vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.architecture, **ids))
 
 
-def deepened(model: torch.nn.Module, blocks: int) -> torch.nn.Module:
+def deepened(model: PreTrainedModel, blocks: int) -> PreTrainedModel:
     """A model with ``blocks`` blocks: those of ``model`` as often as needed, the whole stack upon itself (arXiv 2405.15319).
 
     It predicts worse than ``model`` at first, and every one of its blocks is at work from the beginning.
@@ -199,7 +200,7 @@ class Batches:
         return torch.from_numpy(np.stack(rows))
 
 
-def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else; no weight decay."""
     tied = {id(model.get_input_embeddings().weight)}
     if model.get_output_embeddings() is not None:
@@ -213,7 +214,9 @@ def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     ]
 
 
-def save_checkpoint(file: Path, model, opts, step: int, seconds: float) -> None:
+def save_checkpoint(
+    file: Path, model: torch.nn.Module, opts: Sequence[torch.optim.Optimizer], step: int, seconds: float
+) -> None:
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     for i, opt in enumerate(opts):
         for j, state in opt.state_dict()["state"].items():
@@ -222,7 +225,7 @@ def save_checkpoint(file: Path, model, opts, step: int, seconds: float) -> None:
         save_file(tensors, part, metadata={"step": str(step), "seconds": str(seconds)})
 
 
-def load_checkpoint(file: Path, model, opts) -> tuple[int, float]:
+def load_checkpoint(file: Path, model: torch.nn.Module, opts: Sequence[torch.optim.Optimizer]) -> tuple[int, float]:
     with safe_open(file, "pt") as stored:
         keys = stored.keys()  # safe_open itself cannot be iterated
         with torch.no_grad():

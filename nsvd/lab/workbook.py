@@ -15,8 +15,8 @@ from weakref import WeakSet
 
 import nbformat
 import papermill
-from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.manager import AsyncKernelManager
 from nbformat.v4 import new_output
 from tqdm.auto import tqdm
 

@@ -12,17 +12,19 @@ than vectors. All of it is exact but for rounding: fewer terms are the first of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
 from jaxtyping import Float
-from scipy.linalg import lapack
+from scipy.linalg import lapack as _lapack
 from torch import Tensor
 
 from nsvd.linalg.factors import LowRank
 from nsvd.linalg.whiteners import Whitener, check_semidefinite
 
+lapack: Any = _lapack  # compiled: it has no types
 STRIP = 512  # rows of a product of which half is wanted
 
 
@@ -170,8 +172,8 @@ def _few_pairs(A: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     work = int(lapack.dsytrd_lwork(m, lower=1)[0])
     reflectors, diagonal, beside, tau, _ = lapack.dsytrd(A, lower=1, lwork=work, overwrite_a=1)
     eigenvalues = scipy.linalg.eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")
-    some = {"select": "i", "select_range": (m - k, m - 1), "lapack_driver": "stemr"}
-    V = scipy.linalg.eigh_tridiagonal(diagonal, beside, **some)[1]
+    some: dict[str, Any] = {"select": "i", "select_range": (m - k, m - 1), "lapack_driver": "stemr"}
+    _, V = scipy.linalg.eigh_tridiagonal(diagonal, beside, **some)
     how = ("L", "N", np.asfortranarray(reflectors[1:, :-1]), tau, np.asfortranarray(V[1:]))  # the first row stays
     V[1:] = lapack.dormqr(*how, int(lapack.dormqr(*how, -1)[1][0]))[0]
     return eigenvalues, V

@@ -39,13 +39,11 @@ def kfac(
         ValueError: if the moments carry no H, or a ridge is negative.
         torch.linalg.LinAlgError: if H_η is not positive definite, or so nearly singular that rounding decides.
     """
-    if moments.H is None:
-        raise ValueError("this method weighs outputs by the loss: it needs H, from fisher()")
-    ridge = ridge_of(moments.G, mu)
-    if not moments.H.any():
+    H, ridge = moments.slopes(), ridge_of(moments.G, mu)
+    if not H.any():
         unseen = from_metrics(W, moments.G, torch.ones_like(W[:, 0]), k, ridge=ridge)
         return replace(unseen, s=torch.zeros_like(unseen.s))
-    return from_metrics(W, moments.G, ridged(moments.H, eta, "eta"), k, ridge=ridge)
+    return from_metrics(W, moments.G, ridged(H, eta, "eta"), k, ridge=ridge)
 
 
 def from_metrics(

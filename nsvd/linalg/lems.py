@@ -97,7 +97,7 @@ def _program(number: np.ndarray, errors: np.ndarray, sizes: np.ndarray, budget: 
     def solved(most: float) -> list[int]:
         """In units of ``most``, and without the choices that are worse than that alone: the solver stops 1e-6 above the least."""
         result = milp(
-            np.minimum(errors / most, 1.0), constraints=limits, bounds=Bounds(0, errors <= most),
+            np.minimum(errors / most, 1.0), constraints=limits, bounds=Bounds(0, errors <= most),  # pyright: ignore[reportArgumentType]  # arrays are fine
             integrality=np.ones(len(number)), options={"mip_rel_gap": 1e-6},
         )  # fmt: skip
         if result.x is None:

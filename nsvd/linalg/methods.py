@@ -93,7 +93,7 @@ class SplitMethod:
 
     def inner(self, options: dict) -> tuple[Method, dict]:
         """The method of the blocks, and its part of the options; raises ``ValueError`` if it is no method of matrices."""
-        name = checked("inner", options.get("inner", self.options["inner"]))
+        name = str(checked("inner", options.get("inner", self.options["inner"])))
         chosen = by_name(name)
         if not isinstance(chosen, Method):
             raise ValueError(f"inner is {name!r}, but it has to be a method of single matrices")
@@ -194,7 +194,8 @@ def decompose(
             if set(H.shape) != {W.shape[0]}:
                 raise ValueError(f"H is {tuple(H.shape)}, but W has {W.shape[0]} output channels")
             check_finite("H", H)
-        moments = Moments(*(t if t is None else double(t) for t in (G, mean_abs)), H=H if H is None else double(H))
+        sizes, slopes = (t if t is None else double(t) for t in (mean_abs, H))
+        moments = Moments(double(G), sizes, H=slopes)
     found = chosen(double(W), moments, k, **options).to(W)
     return LowRank(*(factor.clone(memory_format=torch.contiguous_format) for factor in (found.left, found.right)))
 

@@ -25,8 +25,8 @@ class Moments:
 
     def to(self, *args, **kwargs) -> Moments:
         """Moved or cast as ``Tensor.to`` does."""
-        G, mean_abs, H = (t if t is None else t.to(*args, **kwargs) for t in (self.G, self.mean_abs, self.H))
-        return Moments(G, mean_abs, self.n, H)
+        mean_abs, H = (t if t is None else t.to(*args, **kwargs) for t in (self.mean_abs, self.H))
+        return Moments(self.G.to(*args, **kwargs), mean_abs, self.n, H)
 
     def scale(self) -> Float[Tensor, " d_in"]:
         """The mean absolute values, for the methods that scale channels by them.
@@ -37,6 +37,16 @@ class Moments:
         if self.mean_abs is None:
             raise ValueError("this method scales channels by their mean absolute value: pass mean_abs beside G")
         return self.mean_abs
+
+    def slopes(self) -> Float[Tensor, "d_out ..."]:
+        """H, for the methods that weigh outputs by the loss.
+
+        Raises:
+            ValueError: if it was not recorded.
+        """
+        if self.H is None:
+            raise ValueError("this method weighs outputs by the loss: it needs H, from fisher()")
+        return self.H
 
 
 def mixing(sizes: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:

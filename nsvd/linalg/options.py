@@ -19,13 +19,11 @@ class Range:
 
     def holds(self, value: object) -> bool:
         """Whether the value is one of them."""
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, Integral if self.whole else Real)
-            or not math.isfinite(value)
-        ):
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
-        return self.least <= value < self.most if self.open else self.least <= value <= self.most
+        number = float(value)
+        below = number < self.most if self.open else number <= self.most
+        return math.isfinite(number) and self.least <= number and below
 
 
 RIDGE = "a ridge is not negative, and finite"
@@ -52,6 +50,6 @@ def checked(name: str, value: object) -> object:
         fits = isinstance(value, kind)
     if not fits:
         raise ValueError(f"{name} is {value}, but {meaning}")
-    if name in RANGES:
+    if name in RANGES and isinstance(value, Real):
         return int(value) if isinstance(value, Integral) else float(value)
     return value

@@ -18,7 +18,7 @@ Samadi, Singh, Morgenstern and Vempala 2019, arXiv 1902.11281, ask the same of p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -55,17 +55,18 @@ def worst_case_weights(layers: Sequence[Layer], *, rounds: int = 16, step: float
     if not layers or not layers[0][1]:
         raise ValueError("worst-case weights need a layer and a domain at least")
     count = len(layers[0][1])
-    w, best, bound = torch.full((count,), 1 / count, dtype=torch.float64), None, 0.0
+    w, bound = torch.full((count,), 1 / count, dtype=torch.float64), 0.0
+    tried: list[WorstCase] = []
     for turn in range(rounds):
         losses = torch.stack([_losses(*layer, w.tolist()) for layer in layers]).sum(0)
         average = (w @ losses).item()
         bound = max(bound, average)
-        if best is None or losses.max() < best[1].max():
-            best = (w.tolist(), losses)
+        tried.append(WorstCase(w.tolist(), losses, bound))
         if count == 1 or average <= 0:
             break
         w = (w.log() + step / (1 + turn) ** 0.5 * (losses / average - 1)).softmax(0)
-    return WorstCase(*best, bound)
+    best = min(tried, key=lambda one: one.losses.max().item())
+    return replace(best, bound=bound)
 
 
 def _losses(W: Tensor, G: Sequence[Tensor], k: int, w: Sequence[float]) -> Tensor:
@@ -73,7 +74,8 @@ def _losses(W: Tensor, G: Sequence[Tensor], k: int, w: Sequence[float]) -> Tenso
     W = double(W)
     scales = mixing([g.diagonal().mean() for g in G], [1 / len(G)] * len(G))
     G = [a * g.to(W) for a, g in zip(scales, G, strict=True)]  # of one size
-    approximation = from_metric(W, sum(share * g for share, g in zip(w, G, strict=True)), k).truncate(k).dense()
+    metric = sum((share * g for share, g in zip(w, G, strict=True)), torch.zeros_like(G[0]))
+    approximation = from_metric(W, metric, k).truncate(k).dense()
     energy = sum(calibration_loss(W, torch.zeros_like(W), g) for g in G) / len(G)
     losses = [calibration_loss(W, approximation, g) for g in G]
     return torch.tensor(losses, dtype=torch.float64) / max(energy, torch.finfo(torch.float64).tiny)

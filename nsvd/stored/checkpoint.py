@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 
 from nsvd.stored import guard, manifest, model_card
 from nsvd.stored.changes import note_changes
@@ -103,24 +103,24 @@ class LowRankQuantizer(HfQuantizer):
             model.set_submodule(name, model.get_submodule(name).to_linear())
         return model
 
-    def get_state_dict_and_metadata(self, model):
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         config = self.quantization_config
         note_changes(model, config)
         return {**model.state_dict(), **guard.tensors(config.modules)}, guard.metadata(config)
 
-    def is_serializable(self):
+    def is_serializable(self) -> bool:
         return True
 
     @property
-    def is_trainable(self):
+    def is_trainable(self) -> bool:
         return True
 
     @property
-    def is_qat_trainable(self):
+    def is_qat_trainable(self) -> bool:
         return True
 
     @property
-    def is_compileable(self):  # the stand-in for the cache is Python that dynamo does not follow
+    def is_compileable(self) -> bool:  # the stand-in for the cache is Python that dynamo does not follow
         return not self.latent_layers
 
 
@@ -237,7 +237,7 @@ def check_target(folder: str | Path) -> None:
 
 def save(
     model: PreTrainedModel,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     *,
     report: dict | None = None,
@@ -250,7 +250,7 @@ def save(
     ``report`` is put beside the weights as ``nsvd_report.json``, the sums of all files as ``nsvd_manifest.json``, and a card of
     a compressed model as README.md, unless there is one that was not written here. ``write`` puts the weights and the
     configuration of the model into a folder; by default it is ``save_pretrained``, which makes files of ``max_shard_size`` at
-    most (bytes, or such as ``"2GB"``). What the folder that the model came from tells of reading images and sounds is copied.
+    most (bytes, or such as ``"2GB"``). Files on how to read images and sounds are copied from the folder that the model came from.
 
     Raises:
         OSError: if the folder cannot be written, or something else than a model would be lost.

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 
 from nsvd.stored.folder import CheckpointError
 from nsvd.stored.foreign import reading
@@ -36,7 +42,9 @@ def packaged(name: str) -> Path:
     return files[0]
 
 
-def load_gguf(file: str | Path, *, dtype="auto", device: str = "auto"):
+def load_gguf(
+    file: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a GGUF file, in evaluation mode; every tensor dequantized to ``dtype``, float32 by default.
 
     transformers reads the file, with a bar in a terminal. What it returns carries a quantization that it refuses to save; so

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nsvd.stored import guard, manifest
 from nsvd.stored.checkpoint import is_compressed
@@ -25,7 +26,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_folder(folder: str | Path, *, dtype="auto", device: str = "auto", verify: bool = True):
+def load_folder(
+    folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "auto", verify: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) from a local folder, in evaluation mode.
 
     ``dtype="auto"`` keeps the stored one; ``device="auto"`` takes the GPU where there is one. Where the folder has a manifest,
@@ -56,7 +59,7 @@ def looked_at(folder: Path, *, verify: bool) -> tuple[dict, dict[str, Stored]]:
     return config, stored
 
 
-def read_tokenizer(folder: Path):
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; raises ``CheckpointError`` if there is none that can be read."""
     try:
         with reading(folder, "tokenizer"):
@@ -78,7 +81,7 @@ def download(name: str) -> Path:
             raise OSError(str(error)) from error
 
 
-def skeleton(folder: Path, dtype, stored: dict[str, Stored], told: dict) -> PreTrainedModel:
+def skeleton(folder: Path, dtype: str | torch.dtype, stored: Mapping[str, Stored], told: dict) -> PreTrainedModel:
     """A dense model on ``meta``, in the dtype that it is loaded in.
 
     Raises ``CheckpointError`` unless the files hold what it asks for.
@@ -101,7 +104,7 @@ def _config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _read_model(folder: Path, dtype, stored: dict[str, Stored], told: dict) -> PreTrainedModel:
+def _read_model(folder: Path, dtype: str | torch.dtype, stored: dict[str, Stored], told: dict) -> PreTrainedModel:
     config = _config(folder)
     if told.get("quantization_config") is None:
         skeleton(folder, dtype, stored, told)
@@ -135,7 +138,7 @@ def usable_device(device: str) -> str:
     return device
 
 
-def usable_dtype(dtype) -> str | torch.dtype:
+def usable_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """The dtype as given; raises ``ValueError`` for one that layers do not compute with."""
     if dtype is None or str(dtype).removeprefix("torch.") not in ("auto", *DTYPES.values()):
         raise ValueError(f"unknown dtype {str(dtype)!r}; use auto, {', '.join(DTYPES.values())}")

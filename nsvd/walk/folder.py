@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -32,7 +32,9 @@ class WholeOnly(ValueError):
     """A model that cannot be read block by block; it may be loaded whole."""
 
 
-def open_folder(folder: str | Path, *, dtype="auto", device: str = "auto", verify: bool = True):
+def open_folder(
+    folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "auto", verify: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) as ``nsvd.load`` gives them, but for the blocks: these are ``LazyBlock``, and stay in the files.
 
     Arguments and errors are those of ``load``; that all values of a block are finite is checked when it is read for the first time.

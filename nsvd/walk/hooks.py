@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def in_float32(module: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def as_float32(value):
+def as_float32(value: Any) -> Any:
     """Arguments of a call, the coarser tensors in tuples, lists and dictionaries in float32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value

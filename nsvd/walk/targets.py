@@ -109,7 +109,7 @@ def among(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.
 @torch.no_grad()
 def shapes(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, tuple[int, int]]:
     """(d_out, d_in) of the target layers that are named, or of all."""
-    return {name: tuple(layer.weight.shape) for name, layer in among(model, names).items()}
+    return {name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in among(model, names).items()}
 
 
 def is_plain(layer: nn.Linear) -> bool:

@@ -100,8 +100,55 @@ def test_the_command_line_tells_the_cost_first_and_writes_what_it_recommends(tmp
     assert "compressed by best at ratio 0.2; perplexity" in out
     assert "on the same windows" in out
     small, _ = nsvd.load(tmp_path / "out")
+    model, tokenizer = nsvd.load(tmp_path / "m")
+    (ids,) = nsvd.domains("random", model, tokenizer, count=8, length=16)
+    nsvd.compress_(model, method="best", ratio=0.2, windows=ids[[0, 1, 2, 4, 5, 6]])
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in model.state_dict().items())
     assert small.config.quantization_config.to_dict()["method"] == "best"
     about = json.loads((tmp_path / "out/nsvd_report.json").read_text(encoding="utf-8"))
     assert about["calibration"]["windows"] == [[6, 16]]
     assert main([*given, "--ratios", "0.9", "--rise", "1e-9", "--out", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_a_figure_shows_the_curve_and_what_was_reached():
+    figure = advice(0.1).figure(0.05)
+    (axis,) = figure.axes
+    curve, star, limit = axis.lines
+    assert list(curve.get_xdata()) == [0.0, 10.0, 20.0, pytest.approx(30.0), 40.0]
+    assert list(star.get_xdata()) == [20.0]
+    assert list(star.get_ydata()) == [5.0]
+    assert limit.get_ydata()[0] == 10.0
+    assert len(advice(0.1).figure().axes[0].lines) == 2
+
+
+def test_the_command_line_draws_and_a_run_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
+    """What was measured to write the model is kept; the table is made again."""
+    nsvd.save(tiny_model(), tiny_tokenizer(), tmp_path / "m")
+    given = [
+        "advise",
+        str(tmp_path / "m"),
+        "--calibration",
+        "random",
+        "--count",
+        "8",
+        "--length",
+        "16",
+        "--ratios",
+        "0.2",
+    ]
+    given += ["--rise", "5", "--out", str(tmp_path / "out"), "--figure", str(tmp_path / "trade.png")]
+
+    def full(*_args, **_how):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nsvd.lab.compress, "save", full)
+        assert main(given) == 2
+    assert (tmp_path / "trade.png").is_file()
+    assert not (tmp_path / "out").exists()
+    assert main(given) == 0
+    assert "an earlier run is taken up where it was stopped" in capsys.readouterr().err
+    assert nsvd.load(tmp_path / "out")
+    assert main([*given[:-1], str(tmp_path / "trade.txt")]) == 2
+    assert "a figure ends in .png, .pdf or .svg" in capsys.readouterr().err
