@@ -14,6 +14,7 @@ from itertools import pairwise
 from torch import nn
 
 from nsvd.compression.compress import RANKS_EVERY
+from nsvd.compression.descent import TRIED
 from nsvd.compression.distill import TOKENS as DISTILLED
 from nsvd.compression.measure import GRADIENTS_EVERY, GRADIENTS_LEAST
 from nsvd.compression.ranks import SEARCHING, TRYING
@@ -211,12 +212,15 @@ class _Sums:
         return Stage(device, host, disk, 2, 2 * self._forward + products, work)
 
     def distillation(self) -> Stage:
-        """Factors in float32, their gradients and the two averages of Adam, and the graph of one batch through all blocks."""
+        """Factors in float32, their gradients, the two averages of Adam, how they began, and the graph of one batch through all blocks.
+
+        Three rates are tried; few models need more.
+        """
         numbers = sum(one.rank * (one.d_out + one.d_in) for one in self._every)
         tokens = min(DISTILLED, self.logits)
         graph = len(self.blocks) * self._activations(tokens) + 7 * SINGLE * self.vocabulary * tokens
-        passes = 4 * self.ask.distill * tokens * len(self.shapes) / self.tokens
-        return Stage(4 * SINGLE * numbers + graph, 0, 0, passes, passes * self._forward)
+        passes = 4 * (self.ask.distill + 3 * min(TRIED, self.ask.distill)) * tokens * len(self.shapes) / self.tokens
+        return Stage((4 * SINGLE + self.bytes) * numbers + graph, 0, 0, passes, passes * self._forward)
 
     @property
     def _searched(self) -> float:

@@ -11,9 +11,59 @@ from tqdm.auto import tqdm
 from nsvd.stored.layers import CompressedLayer
 from nsvd.walk.processes import gathered, summed
 
-RATE = 1e-2  # of Adam
-WARMUP = 10  # steps
+RATE = 1e-2  # of Adam, at most
+SMALLER, SMALLEST = 3, 1e-5  # what it is divided by while that is better, and where this ends
+TRIED = 12  # steps at each of these rates
+WARMUP = 10  # steps, or a quarter of all
 EPS = 1e-12  # of Adam: gradients of a mean over tokens are small
+
+
+def fit_(
+    part: nn.Module,
+    loss: Callable[[int], Iterable[Tensor]],
+    *,
+    steps: int,
+    name: str,
+    rate: float = RATE,
+    progress: bool = False,
+) -> list[float]:
+    """``descend_`` at the rate that the part bears; where none lowers the loss, and where it ends higher, all stays as it was.
+
+    What a model bears depends on its width and on channels of its inputs that are larger than others: a hundredth of what a small
+    one bears is usual. So a few steps are tried at ``rate`` and at smaller ones, as long as a smaller one is better. The loss is
+    compared on the batch of the first step.
+
+    Returns:
+        The loss at every step; none where no step was taken.
+
+    Raises:
+        FloatingPointError: as ``descend_``, but not for a rate that was only tried.
+    """
+    factors = _factors(part)
+    if not factors or not steps:
+        return []
+    start, began = [f.detach().clone() for f in factors], _value(loss(0))
+    if not abs(began) < float("inf"):
+        raise FloatingPointError(f"{name}: NaN or Inf at step 1 of {steps}, at a loss of {began}")
+    best, borne = began, None
+    while rate > SMALLEST:
+        try:
+            descend_(part, loss, steps=min(TRIED, steps), name=name, rate=rate)
+            now = _value(loss(0))
+        except FloatingPointError:
+            now = float("inf")
+        _put(factors, start)
+        if now < best:
+            best, borne = now, rate
+        elif borne is not None:
+            break
+        rate /= SMALLER
+    if borne is None:
+        return []
+    losses = descend_(part, loss, steps=steps, name=name, rate=borne, progress=progress)
+    if not _value(loss(0)) < began:
+        _put(factors, start)
+    return losses
 
 
 def descend_(
@@ -37,16 +87,14 @@ def descend_(
     Raises:
         FloatingPointError: if a loss, a gradient or a factor is NaN or Inf; the step is told.
     """
-    factors = [
-        p for m in part.modules() if isinstance(m, CompressedLayer) for n, p in m.named_parameters() if "bias" not in n
-    ]
+    factors = _factors(part)
     if not factors:
         return []
     copies = [f.detach().to(torch.promote_types(f.dtype, torch.float32), copy=True) for f in factors]
     sizes = [copy.square().mean().sqrt().item() for copy in copies]
     adam = torch.optim.Adam([{"params": [copy]} for copy in copies], betas=(0.9, 0.99), eps=EPS)
     known = {p: p.requires_grad for p in [*part.parameters(), *factors]}
-    losses = []
+    losses, warmup = [], min(WARMUP, max(1, steps // 4))
     try:
         for p in known:
             p.requires_grad_(False)
@@ -54,14 +102,13 @@ def descend_(
             f.requires_grad_(True)
         for step in tqdm(range(steps), name, disable=not progress, leave=False):
             losses.append(_accumulate(loss(step), factors, copies))
-            now = rate * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+            now = rate * min(1.0, (step + 1) / warmup) * (1 - step / steps)
             for group, size in zip(adam.param_groups, sizes, strict=True):
                 group["lr"] = now * size
             norm = sum(copy.grad.square().sum() for copy in copies)
             adam.step()
             adam.zero_grad()
-            for factor, copy in zip(factors, copies, strict=True):
-                factor.detach().copy_(copy)
+            _put(factors, copies)
             norm = norm + sum(factor.detach().float().square().sum() for factor in factors)
             if not norm.isfinite() or losses[-1] != losses[-1]:
                 raise FloatingPointError(f"{name}: NaN or Inf at step {step + 1} of {steps}, at a loss of {losses[-1]}")
@@ -69,6 +116,21 @@ def descend_(
         for p, flag in known.items():
             p.requires_grad_(flag)
     return losses
+
+
+def _factors(part: nn.Module) -> list[Tensor]:
+    layers = (module for module in part.modules() if isinstance(module, CompressedLayer))
+    return [p for layer in layers for name, p in layer.named_parameters() if "bias" not in name]
+
+
+def _put(factors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for factor, value in zip(factors, values, strict=True):
+        factor.detach().copy_(value)
+
+
+@torch.no_grad()
+def _value(terms: Iterable[Tensor]) -> float:
+    return sum(gathered(sum(term.item() for term in terms)))
 
 
 def _accumulate(terms: Iterable[Tensor], factors: list[Tensor], copies: list[Tensor]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nsvd.compression.descent import descend_, shuffled
+from nsvd.compression.descent import fit_, shuffled
 from nsvd.walk.hooks import evaluating, exchanged
 from nsvd.walk.processes import mine
 from nsvd.walk.text import tokens_at_once
@@ -55,7 +55,7 @@ def distill_(
             yield weight * len(some) / n * (wanted.exp() * (wanted - _predicted(model, some))).sum(-1).mean()
 
     with evaluating(model):
-        return descend_(model, loss, steps=steps, name="distillation", progress=progress)
+        return fit_(model, loss, steps=steps, name="distillation", progress=progress)
 
 
 def _predicted(model: nn.Module, ids: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from nsvd.compression.descent import descend_, shuffled
+from nsvd.compression.descent import fit_, shuffled
 from nsvd.compression.ordered import DENSE, OURS, Batch, FollowedBlock
 from nsvd.walk.decoder import run_block
 from nsvd.walk.processes import gathered
@@ -32,7 +32,7 @@ def refine_block_(followed: FollowedBlock, H: Tensor | None, *, steps: int, seed
         if (item := here.get(everywhere[order[step]])) is not None:
             yield item.weight * _error(block, index, item, H) / unit[item.domain]
 
-    descend_(block, loss, steps=steps, rate=RATE, name=f"refinement of block {index}")
+    fit_(block, loss, steps=steps, rate=RATE, name=f"refinement of block {index}")
 
 
 def _error(block: nn.Module, index: int, item: Batch, H: Tensor | None) -> Tensor:

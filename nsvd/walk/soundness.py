@@ -128,7 +128,7 @@ def _check_reread(model: nn.Module) -> None:
 
 
 def _as_cast(again: nn.Module, model: nn.Module) -> None:
-    """Give a model the other's buffers where they differ by rounding alone: ``model.half()`` casts those, too, that no file holds."""
+    """Give a model the other's buffers where they differ by rounding alone: ``model.half()`` casts those that no file holds."""
     for name, buffer in model.named_buffers():
         owner, _, last = name.rpartition(".")
         other = again.get_buffer(name)

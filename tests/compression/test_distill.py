@@ -7,7 +7,7 @@ import torch
 
 import nsvd
 from nsvd.compression import descent, distill, exchange
-from nsvd.compression.descent import descend_, shuffled
+from nsvd.compression.descent import descend_, fit_, shuffled
 from nsvd.compression.distill import distill_
 from nsvd.walk.hooks import exchanged
 from tests.tiny import assert_refused, assert_same, float32, state, tiny_model, token_ids  # noqa: F401
@@ -61,7 +61,7 @@ def test_the_loss_is_the_weighted_divergence_from_the_dense_model(monkeypatch):
     """One batch of each domain holds all its windows here, so that the order does not matter."""
     dense, model, layers = low_rank(dtype=torch.float64)
     seen = []
-    monkeypatch.setattr(distill, "descend_", lambda _model, loss, **_how: seen.append(sum(loss(0))))
+    monkeypatch.setattr(distill, "fit_", lambda _model, loss, **_how: seen.append(sum(loss(0))))
     distill_(model, layers, [IDS, OTHER], [0.3, 0.7], steps=1)
     expected = 0.3 * divergence(model, dense, IDS) + 0.7 * divergence(model, dense, OTHER)
     assert seen[0].item() == pytest.approx(expected, rel=1e-9)
@@ -167,10 +167,11 @@ def test_what_does_not_go_together_is_refused(arguments, message):
     assert_refused(tiny_model(), None, {"ratio": 0.3} | arguments, message)
 
 
-@pytest.mark.parametrize(("call", "step"), [(4, 2), (8, 4)])
+@pytest.mark.parametrize(("call", "step"), [(2, 1), (16, 2), (20, 4)])
 def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was(call, step, monkeypatch):
-    """In a step on the way or in the last one."""
+    """At the beginning, in a step on the way, or in the last one; one rate is tried before, with twelve calls."""
     model = tiny_model()
+    monkeypatch.setattr(descent, "SMALLEST", descent.RATE / 2)
     before, calls = state(model), []
 
     def predicted(model, ids, known=distill._predicted):
@@ -188,6 +189,61 @@ def test_so_does_a_gradient_that_is_not_finite():
     _, model, _ = low_rank()
     with pytest.raises(FloatingPointError, match="test: NaN or Inf at step 1 of 1, at a loss of 0"):
         descend_(model, lambda _step: [(0 * sum_of(model)).abs().sqrt()], steps=1, name="test")
+
+
+def distance(model, wanted, factor=1.0):
+    """A loss with its minimum at the wanted factors; the first layer's counts ``factor`` times."""
+    losses = [(p - wanted[n]).square().mean() for n, p in model.named_parameters() if n in wanted]
+    return sum(losses) + (factor - 1) * losses[0]
+
+
+def test_the_rate_is_one_that_the_model_bears():
+    """Factors that are nearly right already: large steps lead away from them, small ones towards them."""
+    ends = {}
+    for way in (descend_, fit_):
+        _, model, _ = low_rank()
+        near = {n: 1.001 * p.detach() for n, p in model.named_parameters() if n.endswith(".down.weight")}
+        begin = distance(model, near).item()
+        way(model, lambda step, m=model, w=near: [distance(m, w, factor=1 + step % 2)], steps=6, rate=0.3, name="test")
+        ends[way] = distance(model, near).item() / begin
+    assert ends[fit_] < 0.5 < 10 < ends[descend_]
+
+
+def test_factors_that_are_best_already_stay(monkeypatch):
+    """No rate lowers the loss; a rate that is not borne is no error."""
+    _, model, _ = low_rank()
+    here, before = (
+        {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(".down.weight")},
+        state(model),
+    )
+    assert fit_(model, lambda _step: [distance(model, here)], steps=3, name="test") == []
+    assert_same(before, model)
+
+    def broken_once_moved(_step):
+        moved = distance(model, here)
+        return [moved / (moved == 0)]
+
+    assert fit_(model, broken_once_moved, steps=3, name="test") == []
+    assert_same(before, model)
+
+
+def test_what_ends_higher_than_it_began_is_put_back(monkeypatch):
+    """The trial of a rate was promising, the descent itself was not."""
+    _, model, _ = low_rank()
+    before, known = state(model), descent.descend_
+
+    def descend_too_far(part, loss, *, steps, **how):
+        losses = known(part, loss, steps=steps, **how)
+        if steps > descent.TRIED:
+            for factor in descent._factors(part):
+                factor.detach().mul_(3)
+        return losses
+
+    monkeypatch.setattr(descent, "descend_", descend_too_far)
+    dense, layers = tiny_model(), nsvd.targets(tiny_model())
+    assert len(distill_(model, layers, [IDS], [1.0], steps=20)) == 20
+    assert_same(before, model)
+    assert divergence(model, dense, IDS) > 0
 
 
 def test_and_an_error_after_it(monkeypatch):
