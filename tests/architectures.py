@@ -41,6 +41,7 @@ DEEPSEEK = GROUPED | ROUTED | LATENT | {"num_key_value_heads": 4, "n_routed_expe
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 TWO = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 STATES = {"mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+STATES |= {"expert_layer_period": 2, "expert_layer_offset": 1}
 PLAIN = {"intermediate_size": 48}
 VISION = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
 VISION |= {"image_size": 28, "patch_size": 14}
@@ -82,11 +83,14 @@ ARCHITECTURES: dict[str, dict] = FAMILIES | {
     "phimoe": GROUPED | FOUR,
     "qwen2_moe": GROUPED | ROUTED | SHARED,
     "qwen3_moe": WIDE | ROUTED,
+    "olmoe": GROUPED | {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": GROUPED | FOUR,
     "gpt_oss": WIDE | FOUR,
+    "deepseek_v2": DEEPSEEK | {"first_k_dense_replace": 1},
     "deepseek_v3": DEEPSEEK | {"first_k_dense_replace": 1},
     "llama4_text": WIDE | {"num_local_experts": 2, "intermediate_size_mlp": 48},
     "qwen3_next": WIDE | ROUTED | SHARED | TWO | {"layer_types": ["linear_attention", "full_attention"]},
-    "jamba": GROUPED | STATES | {"num_experts": 1, "use_mamba_kernels": False},
+    "jamba": GROUPED | STATES | {"num_experts": 4, "use_mamba_kernels": False},
     "mamba": {"state_size": 4},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "recurrent_gemma": WIDE | {"lru_width": 32, "num_hidden_layers": 3},
@@ -138,7 +142,9 @@ HEAD = f"""# Architectures
 Tiny random models, tried with methods that need no text (`svd`), one pass over a text (`asvd-1`), and gradients, shifted inputs and
 pivoted factors (`best`). **works**: compressed, saved, and read again with the same bits. Otherwise the sentence with which
 it is refused before anything is changed. The second column is the share of the blocks' parameters in the layers that are
-compressed; what else there is stays dense, such as experts that are one tensor of three dimensions, convolutions and states.
+compressed; what else there is stays dense, such as convolutions and states. **works on** names the share where it is another one:
+experts that are one tensor of three dimensions are taken apart and compressed, each for its own tokens, but not by methods that
+follow inputs or ask for gradients.
 Of a model that reads images or sounds the blocks are those of its text decoder; all else is left alone.
 
 Written by `python -m tests.architectures`, and held to what happens by `tests/walk/test_table.py`:
@@ -176,9 +182,12 @@ def outcome(name: str, method: str) -> tuple[str, float | None]:
 
 def row(name: str) -> str:
     """The line of the table."""
-    cells = [outcome(name, method) for method in METHODS]
-    share = next((f"{share:.0%}" for _, share in cells if share is not None), "")
-    return f"| {name} | {share} | {' | '.join(cell for cell, _ in cells)} |"
+    found = [outcome(name, method) for method in METHODS]
+    shares = [f"{share:.0%}" for _, share in found if share is not None] or [""]
+    cells = [
+        cell if share is None or f"{share:.0%}" == shares[0] else f"{cell} on {share:.0%}" for cell, share in found
+    ]
+    return f"| {name} | {shares[0]} | {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -651,14 +651,16 @@ def test_libraries_say_nothing_before_the_one_line():
 
 
 def test_compress_and_info_tell_the_share_of_the_whole_model(tmp_path, capsys):
-    """Of fused experts nothing is removed: half of the layers is little of the model, and what was left alone is named."""
+    """Experts of another form stay dense: half of the layers is less of the model, and what was left alone is named."""
     experts = {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}
-    nsvd.save(tiny_model("mixtral", **experts), tiny_tokenizer(), tmp_path / "m")
+    nsvd.save(
+        tiny_model("llama4_text", **experts, head_dim=8, intermediate_size_mlp=48), tiny_tokenizer(), tmp_path / "m"
+    )
     assert main(["compress", str(tmp_path / "m"), str(tmp_path / "low"), "--method", "svd", "--ratio", "0.5"]) == 0
     told = capsys.readouterr().out
     share = re.search(
-        r"5\d\.\d% of the layers' 6,144 parameters removed .*; (\d\.\d%) of the whole model's [\d,]+ removed, ", told
+        r"5\d\.\d% of the layers' 15,360 parameters removed .*; (1\d\.\d%) of the whole model's [\d,]+ removed, ", told
     )
-    assert "left alone model.layers.*.mlp.experts.gate_up_proj (24,576), " in told
+    assert "left alone model.layers.*.feed_forward.experts.gate_up_proj (24,576), " in told
     assert main(["info", str(tmp_path / "low")]) == 0
     assert f", {share[1]} of the whole model's" in capsys.readouterr().out

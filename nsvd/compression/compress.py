@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from nsvd.stored.changes import FactorSums
 from nsvd.stored.checkpoint import is_compressed, mark_compressed
 from nsvd.stored.transposed import linear_layers
 from nsvd.walk.calibrate import Walked, walkable
+from nsvd.walk.experts import experts_apart
 from nsvd.walk.lazy import held_modules
 from nsvd.walk.processes import rank
 from nsvd.walk.sampling import own_text
@@ -128,7 +130,7 @@ def carry_out(
 
     Several processes that work ``together`` call it with the same arguments, and all have the same model afterwards.
     """
-    with linear_layers(model):
+    with linear_layers(model), experts_apart(model) if ask.reaches_experts else nullcontext():
         return _carried_out(model, ask, stats, prepared, Shelf() if shelf is None else shelf)
 
 

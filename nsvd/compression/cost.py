@@ -8,6 +8,7 @@ counted, nor is a model that is loaded whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +23,7 @@ from nsvd.compression.request import Request
 from nsvd.compression.strs import KEPT
 from nsvd.linalg import rank_for_ratio
 from nsvd.walk.decoder import longest_list
+from nsvd.walk.experts import experts_apart
 from nsvd.walk.shelf import LIMIT
 from nsvd.walk.stream import windows_read
 from nsvd.walk.sums import CHUNK, STRIPS
@@ -76,7 +78,8 @@ def cost(model: nn.Module, ask: Request) -> Cost:
     Which layers share an input is told from their sizes: neighbours of one parent with as many inputs do, but for a last one that
     leads back to the hidden states. Matrices and streams are counted, and what a block makes of one batch.
     """
-    return _Sums(model, ask).total()
+    with experts_apart(model) if ask.reaches_experts else nullcontext():
+        return _Sums(model, ask).total()
 
 
 class _Sums:

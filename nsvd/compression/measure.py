@@ -19,6 +19,7 @@ from nsvd.linalg.precision import double
 from nsvd.linalg.sola import WHOLE, Block
 from nsvd.walk.calibrate import Walked, calibrate, walkable
 from nsvd.walk.decoder import longest_list
+from nsvd.walk.experts import experts_apart
 from nsvd.walk.gradients import fisher_into
 from nsvd.walk.lazy import held
 from nsvd.walk.memory import give_back
@@ -54,12 +55,15 @@ def prepare(
     in float64 on the layer's device (on the CPU where that has none), kept in the host's memory. What it is of is kept with it:
     for another outer step, other options, weights or statistics it is refused.
     """
-    chosen, layers = by_name(method), targets(model, layers, exclude)
-    check_values(model)
-    check_statistics(layers, stats, chosen)
-    found: dict[str, Decomposition] = {}
-    decompositions(found, model, layers, stats, chosen, options, progress=progress)
-    return Prepared(found, *describing(layers, stats, chosen, options))
+    chosen = by_name(method)
+    apart = isinstance(chosen, Method) and not chosen.needs_gradients
+    with experts_apart(model) if apart else nullcontext():
+        layers = targets(model, layers, exclude)
+        check_values(model)
+        check_statistics(layers, stats, chosen)
+        found: dict[str, Decomposition] = {}
+        decompositions(found, model, layers, stats, chosen, options, progress=progress)
+        return Prepared(found, *describing(layers, stats, chosen, options))
 
 
 def decompositions(

@@ -88,6 +88,12 @@ class Request:
         return self.method.needs_moments and self.allocation == "uniform" and bool(self.domains) and not follows
 
     @property
+    def reaches_experts(self) -> bool:
+        """Whether experts are compressed, each for its own tokens: not where inputs are followed or gradients asked for."""
+        gradients = self.judge.needs_gradients or self.allocation in ("fisher", "zero-sum")
+        return not (self.shifted or self.distill or self.splits or gradients)
+
+    @property
     def sampled(self) -> bool:
         """Whether the text is to be the model's own."""
         return self.name in RECIPES and not self.domains

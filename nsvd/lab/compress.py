@@ -29,6 +29,7 @@ from nsvd.lab.records import finite, origin
 from nsvd.linalg.factors import check_ratio
 from nsvd.linalg.precision import home
 from nsvd.stored.checkpoint import MODEL_FILES, check_target, save
+from nsvd.stored.experts import are_experts
 from nsvd.stored.files import beside, fingerprint, reached, replacing, sha256, short_name
 from nsvd.stored.folder import CheckpointError
 from nsvd.stored.gguf import load_gguf
@@ -41,6 +42,7 @@ from nsvd.walk.sampling import own_text
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.targets import patterns
 
+ANY = torch.zeros(1, 1, dtype=torch.long)  # a text, where it does not matter which
 SEARCH_COUNT = 32  # windows of every part that strs searches on, as in the ASVD paper; and lems
 
 
@@ -164,6 +166,8 @@ def compressed(
         with _as_folder(place, out, dtype) as folder:
             try:
                 model, tokenizer = open_folder(folder, **how)
+                if any(map(are_experts, model.modules())) and _request(ask, [ANY]).reaches_experts:
+                    raise WholeOnly("its experts are one tensor, and are taken apart in memory")
             except WholeOnly as error:
                 why = str(error)
             else:

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from nsvd.stored import guard, manifest, model_card
 from nsvd.stored.changes import note_changes
+from nsvd.stored.experts import parameter_of, put_together_all, take_apart_for
 from nsvd.stored.files import check_writable, reached, replacing
 from nsvd.stored.folder import CONFIG, METHOD, CheckpointError, Stored, headers, read_json
 from nsvd.stored.foreign import quiet
@@ -53,6 +54,7 @@ class LowRankQuantizer(HfQuantizer):
         self.loading = True
         self._follow_prefix(model)
         modules = self.quantization_config.modules
+        take_apart_for(model, modules)
         layers = dict(model.named_modules())
         for name, spec in modules.items():
             layer = as_linear(layers.get(name))
@@ -101,6 +103,7 @@ class LowRankQuantizer(HfQuantizer):
         LATENT_CACHE["detach"](model, self.latent_layers)
         for name in self.quantization_config.modules:
             model.set_submodule(name, model.get_submodule(name).to_linear())
+        put_together_all(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -120,8 +123,9 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
     @property
-    def is_compileable(self) -> bool:  # the stand-in for the cache is Python that dynamo does not follow
-        return not self.latent_layers
+    def is_compileable(self) -> bool:
+        # The stand-in for the cache, and experts apart, are Python that dynamo does not follow.
+        return not self.latent_layers and not any(map(parameter_of, self.quantization_config.modules))
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:  # a reload of this module would register twice

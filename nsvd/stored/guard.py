@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from nsvd.stored.experts import parameter_of
 from nsvd.stored.folder import METHOD, CheckpointError, Stored
 from nsvd.stored.section import LowRankConfig
 
@@ -23,9 +24,16 @@ ADVICE = "compressed by nsvd: import nsvd before loading, and keep quantization_
 
 
 def tensors(layers: Iterable[str]) -> dict[str, Tensor]:
-    """The two tensors for a model with these compressed layers; none where there is no layer."""
-    names = sorted(layers)
-    return {key: torch.zeros(1) for key in (f"{names[0]}.weight", ADVICE)} if names else {}
+    """The two tensors for a model with these compressed layers; none where there is no layer.
+
+    The dense weight is that of a layer by itself where there is one: that of experts may be split where it is saved.
+    """
+    names = sorted(layers, key=lambda name: (parameter_of(name) is not None, name))
+    if not names:
+        return {}
+    whole = parameter_of(names[0])
+    dense = {f"{names[0]}.weight": torch.zeros(1)} if whole is None else {whole: torch.zeros(1, 2, 1)}
+    return dense | {ADVICE: torch.zeros(1)}
 
 
 def metadata(config: LowRankConfig) -> dict[str, str]:
@@ -69,8 +77,8 @@ def told(files: Iterable[str | Path]) -> dict | None:
 def expect(model: nn.Module, layers: Iterable[str], stored: Mapping[str, Stored]) -> None:
     """Let transformers pass over the two tensors; raises ``CheckpointError`` if one is more than that."""
     keys = tensors(layers)
-    for key in keys:
-        if key in stored and stored[key].shape != (1,):
+    for key, tensor in keys.items():
+        if key in stored and stored[key].shape != tuple(tensor.shape):
             raise CheckpointError(f"{stored[key].file}: {key} is stored beside the factors of this layer")
     known = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*known, *(re.escape(key) + "$" for key in keys)}

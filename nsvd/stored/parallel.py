@@ -7,6 +7,7 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
+from nsvd.stored.experts import ExpertsApart
 from nsvd.stored.layers import CompressedLayer, LowRankLinear
 
 SPLIT = {"colwise": "up", "rowwise": "down"}  # by outputs, by inputs: the factor that has them
@@ -26,6 +27,6 @@ def follow_factors(model: PreTrainedModel) -> None:
         found = kinds.get(name, set())
         if found == {LowRankLinear} and style in SPLIT:
             plan[f"{name}.{SPLIT[style]}"] = plan.pop(name)
-        elif any(issubclass(kind, CompressedLayer) for kind in found):
+        elif any(issubclass(kind, (CompressedLayer, ExpertsApart)) for kind in found):
             plan.clear()
             return

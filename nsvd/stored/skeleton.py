@@ -14,6 +14,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from nsvd.stored.folder import CheckpointError, Stored
 
@@ -49,15 +51,16 @@ def limited(stored: Mapping[str, Stored]) -> Iterator[None]:
 def matched(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, tuple[Tensor, Stored | None]]:
     """Every tensor that the model loads, with its entry in the files; None where no entry has its name.
 
-    transformers adds or drops the prefix of the base model, so either is found. It also gives parts of models that see other
-    places: an entry that no tensor has the name of is taken where it alone ends like the tensor's name, in ``TAIL`` parts at
-    least. Tied tensors that no file holds are left out.
+    transformers adds or drops the prefix of the base model, and renames tensors; all of these names are found. It also gives parts
+    of models that see other places: an entry that no tensor has the name of is taken where it alone ends like the tensor's name, in
+    ``TAIL`` parts at least. Tied tensors that no file holds are left out.
     """
     prefix = f"{model.base_model_prefix}."
     tied = model.all_tied_weights_keys
-    found = {}
+    found, others = {}, {name: stored[key] for key, name, source in renamed(model, stored) if source is None}
     for key, tensor in model.state_dict().items():
         entry = next((stored[name] for name in (key, prefix + key, key.removeprefix(prefix)) if name in stored), None)
+        entry = others.get(key) if entry is None else entry
         if entry is not None or key not in tied:
             found[key] = tensor, entry
     used = {id(entry) for _, entry in found.values()}
@@ -70,6 +73,18 @@ def matched(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, t
         if len(longest) == 1:
             found[key] = tensor, longest[0]
     return found
+
+
+def renamed(model: PreTrainedModel, stored: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+    """Every name in the files, what ``from_pretrained`` calls it, and the pattern by which it makes that of several tensors.
+
+    In the order in which it reads them; the pattern is None where it takes the tensor as it is.
+    """
+    rules, state = get_model_conversion_mapping(model), model.state_dict()
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    for key in sorted(stored, key=dot_natural_key):
+        yield key, *rename_source_key(key, renamings, converters, model.base_model_prefix, state)
 
 
 def _tails(name: str) -> list[str]:

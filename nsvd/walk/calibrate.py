@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from nsvd.linalg import Moments
 from nsvd.stored.folder import CheckpointError
 from nsvd.walk.decoder import Decoder
+from nsvd.walk.experts import experts_apart, filled, of_experts, scarce, sent_to_all
 from nsvd.walk.hooks import evaluating, watch_inputs
 from nsvd.walk.moments import (
     body_forward,
@@ -46,7 +47,8 @@ def calibrate(
 
     The text goes through the model one block at a time, ``batch`` windows at once, by default as many as ``stream.READ`` tokens
     are; the output head does not run. A model that cannot be taken apart is run whole. Layers that read one and the same tensor
-    share their sums, see ``nsvd.walk.sums``.
+    share their sums, see ``nsvd.walk.sums``. An expert has the moments of the tokens that are routed to it; where these are fewer
+    than its inputs, they are filled up by the mean of all tokens that enter the block's experts, see ``nsvd.walk.experts.filled``.
 
     Raises:
         ValueError: if ``windows`` is empty or such as the model cannot read, or there is no such layer, or one that the text
@@ -55,12 +57,13 @@ def calibrate(
             body gives out, with the module where that begins.
     """
     check_windows(windows, model)
-    names = list(targets(model) if layers is None else layers)
-    check_names(model, names)
-    decoder = walkable(model, names)
-    if decoder is None:
-        return _whole(model, windows, names, batch, progress)
-    return Walked(decoder, [windows], names, batch=batch, progress=progress).all({})
+    with experts_apart(model):
+        names = list(targets(model) if layers is None else layers)
+        check_names(model, names)
+        decoder = walkable(model, names)
+        if decoder is None:
+            return _whole(model, windows, names, batch, progress)
+        return Walked(decoder, [windows], names, batch=batch, progress=progress).all({})
 
 
 class Walked(Mapping[str, Moments]):
@@ -160,28 +163,50 @@ class Walked(Mapping[str, Moments]):
         self._moments = {}  # none stays in memory while the next block's are summed
         stream, model = self._stream, self.decoder.model
         here = [leader for leader in dict.fromkeys(self.inputs.values()) if self._block[leader] == stream.at]
-        parts, sound = [{leader: Sums() for leader in here} for _ in self._shares], []
+        routed = bool(of_experts(model, here))
         with evaluating(model), self.decoder.held(stream.at):
-            for index, batch in enumerate(stream.batches):
-                sums = parts[batch.domain]
-                with watch_inputs(model, here, lambda name, x, sums=sums: sums[name].add(x)):
-                    hidden = stream.through(batch, stream.hidden[index])
+            parts, sound = self._read(here, onwards=not routed)
+            few = scarce(model, parts) if routed else {}
+            if routed:
+                with sent_to_all(model, few.values()):
+                    every, sound = self._read(list(dict.fromkeys(few.values())), onwards=True)
+        for sums in parts:
+            check_sums(model, {name: one for name, one in sums.items() if name not in few})
+        stream.at += 1
+        for batch, fine in zip(stream.batches, sound, strict=True):
+            if not fine:
+                raise overflow(model, batch.ids)
+        for sums in every if few else ():
+            check_sums(model, sums)
+        beside = [{name: one.result() for name, one in sums.items()} for sums in every] if few else []
+        for leader in here:
+            each = [
+                filled(sums[leader], beside[domain][few[leader]]) if leader in few else sums[leader].result()
+                for domain, sums in enumerate(parts)
+            ]
+            self._moments[leader] = each[0] if len(each) == 1 else mixed(each, self._shares)
+        self._bar.update()
+        if stream.at == len(self.decoder):
+            self._bar.close()
+
+    def _read(self, layers: Sequence[str], *, onwards: bool) -> tuple[list[dict[str, Sums]], list[Tensor]]:
+        """The sums over the inputs of layers of the next block, for every domain.
+
+        With ``onwards`` the hidden states are those behind the block afterwards; then the second value says of each batch whether
+        they are finite.
+        """
+        stream, parts, sound = self._stream, [{name: Sums() for name in layers} for _ in self._shares], []
+        for index, batch in enumerate(stream.batches):
+            sums = parts[batch.domain]
+            with watch_inputs(self.decoder.model, layers, lambda name, x, sums=sums: sums[name].add(x)):
+                hidden = stream.through(batch, stream.hidden[index])
+            if onwards:
                 sound.append(self._sound(batch, hidden))
                 stream.hidden[index] = hidden
         for sums in parts:
             for one in sums.values():
                 one.join()
-            check_sums(model, sums)
-        stream.at += 1
-        for batch, fine in zip(stream.batches, sound, strict=True):
-            if not fine:
-                raise overflow(model, batch.ids)
-        for leader in here:
-            each = [sums[leader].result() for sums in parts]
-            self._moments[leader] = each[0] if len(each) == 1 else mixed(each, self._shares)
-        self._bar.update()
-        if stream.at == len(self.decoder):
-            self._bar.close()
+        return parts, sound
 
     def _sound(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Whether hidden states behind the block are finite, those behind the last one as the body of the model gives them out.
@@ -210,12 +235,25 @@ def _whole(model: nn.Module, windows: Tensor, names: Sequence[str], batch: int |
     """``calibrate`` by whole passes: the sums of all layers at once."""
     batch = batch or windows_read(windows.shape[1])
     inputs = inputs_of(model, names, windows, batch)
-    running, overflown = {name: Sums() for name in dict.fromkeys(inputs.values())}, None
+    texts = tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False)
+    own = _summed(model, dict.fromkeys(inputs.values()), texts)
+    few = scarce(model, [own])
+    check_sums(model, {name: sums for name, sums in own.items() if name not in few})
+    with sent_to_all(model, few.values()):
+        every = _summed(model, few.values(), windows.split(batch)) if few else {}
+    beside = {name: sums.result() for name, sums in every.items()}
+    moments = {n: filled(sums, beside[few[n]]) if n in few else sums.result() for n, sums in own.items()}
+    return Statistics(moments, inputs, origin_of(model, windows))
+
+
+def _summed(model: nn.Module, layers: Iterable[str], texts: Iterable[Tensor]) -> dict[str, Sums]:
+    """The sums over the inputs of layers, by one pass of the body of the model over the texts."""
+    running, overflown = {name: Sums() for name in layers}, None
     with watch_inputs(model, running, lambda name, x: running[name].add(x)):
-        for ids in tqdm(windows.split(batch), "calibrate", disable=not progress, leave=False):
+        for ids in texts:
             if not finite(body_forward(model, ids)) and overflown is None:
                 overflown = ids
-    check_sums(model, running)
     if overflown is not None:
+        check_sums(model, running)
         raise overflow(model, overflown)
-    return Statistics({name: sums.result() for name, sums in running.items()}, inputs, origin_of(model, windows))
+    return running

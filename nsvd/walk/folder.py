@@ -14,14 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from nsvd.stored import guard
 from nsvd.stored.folder import CONFIG, INDEX, SINGLE, Stored
 from nsvd.stored.foreign import quiet, reading
 from nsvd.stored.loading import looked_at, read_tokenizer, skeleton, usable_device, usable_dtype
-from nsvd.stored.skeleton import check_blocks, check_finite
+from nsvd.stored.skeleton import check_blocks, check_finite, renamed
 from nsvd.walk.decoder import block_list, place_in
 from nsvd.walk.lazy import Place, Slot, Source, filled, held, make_lazy, read, slots
 
@@ -106,13 +104,8 @@ def _placed(model: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[dict[
 
     Raises ``WholeOnly`` if transformers makes a tensor of the model from others, or from none.
     """
-    rules, state = get_model_conversion_mapping(model), model.state_dict()
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    found: dict[str, Place] = {}
-    others = set()
-    for key in sorted(stored, key=dot_natural_key):  # names and order are those of ``from_pretrained``
-        name, source = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+    state, found, others = model.state_dict(), {}, set()
+    for key, name, source in renamed(model, stored):
         if name not in state and key in state:
             name, source = key, None
         if source is None and name in state and name not in found and stored[key].shape == tuple(state[name].shape):

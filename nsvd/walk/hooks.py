@@ -85,12 +85,15 @@ def exchanged(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 @contextmanager
-def in_float32(module: nn.Module) -> Iterator[None]:
+def in_float32(module: nn.Module, besides: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Parameters and buffers of the module in float32 while in the context, where they are coarser; their own bits afterwards.
 
+    Those of parts ``besides`` are left alone.
     What a tolerance decides is decided there: in bfloat16 a yes and a no may differ by less than rounding.
     """
-    coarse = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and t.dtype.itemsize < 4]
+    left = {id(tensor) for part in besides for tensor in (*part.parameters(), *part.buffers())}
+    every = (tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in left)
+    coarse = [tensor for tensor in every if tensor.is_floating_point() and tensor.dtype.itemsize < 4]
     before = [tensor.data for tensor in coarse]
     try:
         for tensor in coarse:
@@ -116,6 +119,14 @@ def each_in_float32(blocks: Iterable[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_float32_calls(block))
+        yield
+
+
+@contextmanager
+def model_in_float32(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """A model computes in float32 while in the context; of its blocks no more than one is in memory so at a time."""
+    blocks = list(blocks)
+    with in_float32(model, besides=blocks), each_in_float32(blocks):
         yield
 
 

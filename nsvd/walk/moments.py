@@ -12,6 +12,7 @@ from nsvd.linalg import Moments, rank_for_ratio
 from nsvd.linalg.moments import mixing
 from nsvd.linalg.worst_case import worst_case_weights
 from nsvd.stored.files import short_name
+from nsvd.walk.experts import sent_to_all
 from nsvd.walk.hooks import evaluating, watch_inputs
 from nsvd.walk.lazy import weight_of
 from nsvd.walk.processes import same
@@ -137,13 +138,14 @@ def shared_inputs(model: nn.Module, names: Iterable[str], ids: Tensor) -> dict[s
 
 
 def readers(model: nn.Module, names: Iterable[str], texts: Iterable[Tensor]) -> dict[str, str]:
-    """``shared_inputs`` on as many of the texts as it takes to reach every layer: an expert sees few of the tokens."""
+    """``shared_inputs`` on as many of the texts as it takes to reach every layer: an expert may see few of the tokens."""
     names, first = list(names), {}
-    for ids in texts:
-        missing = [name for name in names if name not in first]
-        if not missing:
-            break
-        first |= shared_inputs(model, missing, ids)
+    with sent_to_all(model, names):
+        for ids in texts:
+            missing = [name for name in names if name not in first]
+            if not missing:
+                break
+            first |= shared_inputs(model, missing, ids)
     return first
 
 

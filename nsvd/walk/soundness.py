@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nsvd.linalg.methods import check_finite
+from nsvd.stored.experts import take_apart_for
 from nsvd.stored.folder import CheckpointError
 from nsvd.stored.foreign import quiet
 from nsvd.stored.layers import CompressedLayer
 from nsvd.stored.reread import reread, with_numbers
 from nsvd.stored.transposed import Transposed
-from nsvd.walk.hooks import evaluating, exchanged, watch_outputs
+from nsvd.walk.decoder import longest_list
+from nsvd.walk.hooks import evaluating, exchanged, model_in_float32, watch_outputs
 from nsvd.walk.lazy import LazyBlock, is_lazy, slots
 from nsvd.walk.text import TRIED, trial
 
@@ -57,15 +59,24 @@ def predicted(model: nn.Module) -> Tensor:
     out = _run(model, ids)
     if not out.isfinite().all():
         raise FloatingPointError(f"the model predicts NaN or Inf for {TRIED} tokens{first_broken(model)}")
-    if getattr(model, "can_generate", bool)():
-        other = _run(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1))  # with another last token
-        said, again = out[:, :-1], other[:, :-1]
-        if not (again - said).norm() <= torch.finfo(out.dtype).eps ** 0.5 * said.norm():
-            raise ValueError(
-                f"what {type(model).__name__} says of a token depends on those behind it, as in an encoder; "
-                "only models that continue a text are compressed"
-            )
+    if getattr(model, "can_generate", bool)() and _looks_ahead(model, ids, out):
+        raise ValueError(
+            f"what {type(model).__name__} says of a token depends on those behind it, as in an encoder; "
+            "only models that continue a text are compressed"
+        )
     return out
+
+
+def _looks_ahead(model: nn.Module, ids: Tensor, out: Tensor) -> bool:
+    """Whether what the model says of tokens, ``out``, changes with the last one. Where rounding may hide it, in float32."""
+    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    said, again = out[:, :-1], _run(model, other)[:, :-1]
+    if torch.equal(again, said):
+        return False
+    if said.dtype.itemsize < 4 and not is_lazy(model):
+        with model_in_float32(model, (longest_list(model) or ("", ()))[1]):
+            said, again = _run(model, ids)[:, :-1], _run(model, other)[:, :-1]
+    return not (again - said).norm() <= torch.finfo(said.dtype).eps ** 0.5 * said.norm()
 
 
 @torch.no_grad()
@@ -139,7 +150,9 @@ def _as_cast(again: nn.Module, model: nn.Module) -> None:
 def _by_hand(model: PreTrainedModel, layers: Iterable[str]) -> bool:
     """Whether the model has modules that its configuration does not tell of: then no folder gives it back."""
     with torch.device("meta"), quiet():
-        plain = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+        dense = type(model)(copy.deepcopy(model.config))
+        take_apart_for(dense, layers)
+        plain = dict(dense.named_modules())
     beside = tuple(f"{name}." for name in layers)
     others = ((n, part) for n, part in model.named_modules() if n not in layers and not n.startswith(beside))
     return any(type(part) is not type(plain.get(name)) and not isinstance(part, Transposed) for name, part in others)

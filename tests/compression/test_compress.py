@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nsvd import own_text
 from nsvd.compression import compress
 from nsvd.linalg import Method, rank_for_ratio
 from nsvd.stored.files import fingerprint
+from nsvd.walk.experts import experts_apart
 from nsvd.walk.sampling import OPENING
 from tests.linalg.reference import MATRIX
 from tests.tiny import (
@@ -265,22 +267,27 @@ EXPERTS = {
 }
 
 
+@pytest.mark.parametrize("method", ["asvd-1", "kfac"])
 @pytest.mark.parametrize("family", EXPERTS)
-def test_the_report_tells_the_share_of_the_whole_model_and_what_was_left_alone(family):
-    """Fused experts are not compressed: half of the layers may be a twentieth of the model."""
+def test_the_report_tells_the_share_of_the_whole_model_and_what_was_left_alone(family, method):
+    """Experts are not compressed where gradients are asked for: half of the layers may be a twentieth of the model."""
     model = tiny_model(family, **EXPERTS[family])
-    before, names = model.num_parameters(), nsvd.targets(model)
-    layers = {id(p) for layer in names.values() for p in layer.parameters()}
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in layers)
-    report = nsvd.compress_(model, windows=IDS, method="asvd-1", ratio=0.5)
+    before = model.num_parameters()
+    with experts_apart(model) if method == "asvd-1" else nullcontext():
+        layers = {id(p) for layer in nsvd.targets(model).values() for p in layer.parameters()}
+        rest = sum(p.numel() for p in model.parameters() if id(p) not in layers)
+    report = nsvd.compress_(model, windows=IDS, method=method, ratio=0.5)
     after = model.num_parameters()
     assert (report.model_params_before, report.model_params_after) == (before, after)
     assert report.model_ratio_reached == pytest.approx(1 - after / before)
     assert sum(report.left_alone.values()) == rest
     assert list(report.left_alone.values()) == sorted(report.left_alone.values(), reverse=True)
-    if family != "llama":
+    if family != "llama" and method == "kfac":
         assert report.model_ratio_reached < 0.2 < 0.5 <= report.ratio_reached
         assert next(iter(report.left_alone)).startswith("model.layers.*.mlp.experts.")
+    else:
+        assert report.blocks_covered > 0.9
+        assert not any(".experts." in name for name in report.left_alone)
     assert model.config.quantization_config.model_ratio_reached == report.model_ratio_reached
 
 

@@ -13,7 +13,7 @@ from nsvd.compression import exchange
 from nsvd.lab import compress as module
 from nsvd.stored.locks import locked
 from tests.stored.test_gguf import plain_model, write
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import GROUPED, tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"word {n} of {n * n} words" for n in range(2500))
 SOLA = {"method": "sola", "grid": 1, "floor": 0.0, "keep_outer": 0}
@@ -39,6 +39,22 @@ def dense(tmp_path):
 
 def cut(dense) -> dict:
     return {"calibration": str(dense.parent / "text.txt"), "length": 32, "count": 24}
+
+
+@pytest.mark.parametrize(("way", "whole"), [("asvd-1", True), ("asvd-1, shifted, refined", False)])
+def test_experts_that_lie_in_files_are_taken_apart_in_memory(way, whole, dense):
+    """What leaves them dense reads them block by block; either gives the model of compression in memory."""
+    out, told = dense.parent / "out", []
+    nsvd.save(tiny_model("gpt_oss", head_dim=8, num_local_experts=4, **GROUPED), tiny_tokenizer(), dense)
+    nsvd.compress(dense, out, ratio=0.3, tell=told.append, **WAYS[way], **cut(dense))
+    assert ("the model is loaded whole: its experts are one tensor, and are taken apart in memory" in told) == whole
+    model, tokenizer = nsvd.load(dense, device="cpu")
+    windows = nsvd.windows(str(dense.parent / "text.txt"), tokenizer, split="calibration", length=32, count=24)
+    nsvd.compress_(model, ratio=0.3, windows=[windows], **WAYS[way])
+    found, wanted = nsvd.load(out, device="cpu")[0].state_dict(), model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert any(".experts.0.gate_up.down" in name for name in found) == whole
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
 def numbers(folder) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 import nsvd
 from nsvd.stored.kinds import auto_class, check_continues
 from tests.architectures import built
-from tests.tiny import float32, tiny_model, tiny_tokenizer, token_ids  # noqa: F401
+from tests.tiny import assert_same, float32, state, tiny_model, tiny_tokenizer, token_ids  # noqa: F401
 
 ASVD = {"method": "asvd-1", "ratio": 0.3}
 
@@ -39,8 +39,12 @@ def test_what_continues_no_text_is_told_in_a_true_sentence(llava):
         nsvd.targets(llava[0].model)
     with pytest.raises(ValueError, match="BertForMaskedLM fills gaps in a text"):
         nsvd.targets(built("bert, masked"))
-    with pytest.raises(ValueError, match="what BertLMHeadModel says of a token depends on those behind it"):
-        nsvd.compress_(built("bert, not as a decoder"), method="svd", ratio=0.3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        encoder = built("bert, not as a decoder").to(dtype)
+        before = state(encoder)
+        with pytest.raises(ValueError, match="what BertLMHeadModel says of a token depends on those behind it"):
+            nsvd.compress_(encoder, method="svd", ratio=0.3)
+        assert_same(before, encoder)
 
 
 @torch.no_grad()
