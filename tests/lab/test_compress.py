@@ -45,7 +45,7 @@ def cut(dense) -> dict:
 def test_experts_that_lie_in_files_are_taken_apart_in_memory(way, whole, dense):
     """What leaves them dense reads them block by block; either gives the model of compression in memory."""
     out, told = dense.parent / "out", []
-    nsvd.save(tiny_model("gpt_oss", head_dim=8, num_local_experts=4, **GROUPED), tiny_tokenizer(), dense)
+    nsvd.save(tiny_model("aria_text", moe_num_experts=4, moe_topk=2, **GROUPED), tiny_tokenizer(), dense)
     nsvd.compress(dense, out, ratio=0.3, tell=told.append, **WAYS[way], **cut(dense))
     assert ("the model is loaded whole: its experts are one tensor, and are taken apart in memory" in told) == whole
     model, tokenizer = nsvd.load(dense, device="cpu")
