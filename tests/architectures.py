@@ -148,7 +148,7 @@ follow inputs or ask for gradients.
 Of a model that reads images or sounds the blocks are those of its text decoder; all else is left alone.
 
 Written by `python -m tests.architectures`, and held to what happens by `tests/walk/test_table.py`:
-transformers {OLDEST} and {LOCKED}.
+transformers {OLDEST} and {LOCKED}. Where the router of jamba is a linear layer, as in {OLDEST}, it has one layer more.
 
 | architecture | share of the blocks | svd | asvd-1 | best |
 |---|---|---|---|---|

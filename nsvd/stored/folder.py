@@ -169,7 +169,7 @@ def check_counts(folder: Path, config: dict, stored: dict[str, Stored]) -> None:
     """
     most = max(MOST_LAYERS, len(stored))
     for path, key, value in each_field(config):
-        counts = "layer" in key or key == "num_labels"
+        counts = ("layer" in key and "size" not in key) or key == "num_labels"  # not such as vocab_size_per_layer_input
         least = 0 if key.startswith(("num_", "n_")) else -most  # others tell of a layer from the end
         if counts and isinstance(value, int | float) and not least <= value <= most:
             raise CheckpointError(f"{folder / CONFIG}: {path} is {value}, but the files hold {len(stored)} tensors")

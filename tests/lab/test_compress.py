@@ -15,6 +15,8 @@ from nsvd.stored.locks import locked
 from tests.stored.test_gguf import plain_model, write
 from tests.tiny import GROUPED, tiny_model, tiny_tokenizer
 
+GEMMA4 = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "head_dim": 8}
+GEMMA4 |= {"global_head_dim": 8, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"] * 2}
 TEXT = " ".join(f"word {n} of {n * n} words" for n in range(2500))
 SOLA = {"method": "sola", "grid": 1, "floor": 0.0, "keep_outer": 0}
 WAYS = {
@@ -45,7 +47,7 @@ def cut(dense) -> dict:
 def test_experts_that_lie_in_files_are_taken_apart_in_memory(way, whole, dense):
     """What leaves them dense reads them block by block; either gives the model of compression in memory."""
     out, told = dense.parent / "out", []
-    nsvd.save(tiny_model("aria_text", moe_num_experts=4, moe_topk=2, **GROUPED), tiny_tokenizer(), dense)
+    nsvd.save(tiny_model("gemma4_text", **GROUPED, **GEMMA4), tiny_tokenizer(), dense)
     nsvd.compress(dense, out, ratio=0.3, tell=told.append, **WAYS[way], **cut(dense))
     assert ("the model is loaded whole: its experts are one tensor, and are taken apart in memory" in told) == whole
     model, tokenizer = nsvd.load(dense, device="cpu")
