@@ -63,7 +63,9 @@ def compress_(
 
     Layers are decomposed in float64 and exchanged block by block. When something raises, all are put back: the model is
     unchanged. A layer whose factors would not be smaller than its weight stays
-    dense and is reported so; the model's dtype is kept.
+    dense and is reported so; the model's dtype is kept. Experts that are tensors of three dimensions are taken apart into layers
+    and compressed, each for its own tokens; they stay dense with ``shifted``, ``distill``, gradients (``kfac``, ``best``, the
+    allocations ``fisher`` and ``zero-sum``) and ``sola``. The report tells what share of the blocks was taken.
 
     Args:
         model: a model with ``nn.Linear`` layers, or GPT-2's ``Conv1D``.

@@ -215,7 +215,7 @@ class _Sums:
         return Stage(device, host, disk, 2, 2 * self._forward + products, work)
 
     def distillation(self) -> Stage:
-        """Factors in float32, their gradients, the two averages of Adam, how they began, and the graph of one batch through all blocks.
+        """Factors in float32, their gradients, Adam's two averages, how they began, and the graph of a batch through all blocks.
 
         Three rates are tried; few models need more.
         """

@@ -14,7 +14,7 @@ from nsvd.stored.experts import ExpertsApart, are_experts
 from nsvd.stored.layers import CompressedLayer
 from nsvd.walk.experts import experts_apart
 from tests.architectures import built
-from tests.tiny import K1, assert_same, logits, state, tiny_tokenizer, token_ids
+from tests.tiny import GROUPED, K1, assert_same, logits, state, tiny_model, tiny_tokenizer, token_ids
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "jamba"]
 RECIPES = {
@@ -105,6 +105,19 @@ def test_what_stays_dense_of_experts_is_stored_as_well(name, layers, count, tmp_
     assert [n for n, m in again.named_modules() if isinstance(m, ExpertsApart)] == apart
     assert again.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(logits(again), said)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_stored_precision_is_kept_over_several_files(name, tmp_path):
+    """A bfloat16 model of shards: the same bits, and a bfloat16 model after ``dequantize``."""
+    model = tiny_model(name, dtype=torch.bfloat16, num_local_experts=4, head_dim=8, **GROUPED)
+    nsvd.compress_(model, windows=token_ids(), method="asvd-1", ratio=0.3)
+    nsvd.save(model, tiny_tokenizer(), tmp_path / "low", max_shard_size="50KB")
+    assert len(list((tmp_path / "low").glob("*.safetensors"))) > 1
+    again = nsvd.load(tmp_path / "low", device="cpu")[0]
+    assert torch.equal(logits(again), logits(model))
+    for held in (model, again, again.dequantize()):
+        assert {p.dtype for p in held.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])  # experts are stored one by one, or as they are in the model

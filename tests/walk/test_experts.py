@@ -132,6 +132,18 @@ def test_statistics_given_are_those_taken():
         torch.testing.assert_close(value, made[0][key], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("allocation", ["spectrum", "strs"])
+def test_ranks_are_found_for_experts_of_two_texts(allocation):
+    """Moments of both are mixed, and every expert gets a rank of its own."""
+    texts = [IDS, token_ids(4, 16, seed=5)]
+    model = built("mixtral")
+    report = nsvd.compress_(model, windows=texts, method="asvd-1", allocation=allocation, ratio=0.3)
+    ranks = {row["rank"] for row in report.rows if ".experts." in row["layer"]}
+    assert report.ratio_reached >= 0.3
+    assert report.blocks_covered > 0.9
+    assert len(ranks) > 1
+
+
 @pytest.mark.parametrize("options", [{"method": "best"}, {"method": "kfac"}, {"method": "asvd-1", "shifted": True}])
 def test_what_follows_inputs_or_asks_for_gradients_leaves_experts_dense(options):
     """And says so: the share of the blocks, and what was left alone."""
