@@ -20,7 +20,7 @@ from nsvd.compression.request import resolve
 from nsvd.compression.strs import losses_with
 from nsvd.lab.calibration import domains
 from nsvd.lab.compress import plan, spoken
-from nsvd.linalg import METHODS, LowRank, saves_parameters
+from nsvd.linalg import LowRank, matrix_method, saves_parameters
 from nsvd.linalg.factors import check_ratio, n_params
 from nsvd.markup import bar, block, number, table
 from nsvd.stored.checkpoint import is_compressed
@@ -37,6 +37,7 @@ LEFT_OUT = (
     "These numbers leave out the last step of best, which fits every layer to the inputs that it will really get."
 )
 HELD = 4  # every fourth window is held out
+CUT = 5  # times the accepted rise: larger ones would hide in a figure where the accepted one lies
 FEW = 8  # tokens that are written to see how long all of them take
 
 
@@ -82,7 +83,7 @@ class Advice:
         return pd.DataFrame(self.rows)
 
     def figure(self, reached: float | None = None) -> Figure:
-        """The rise of perplexity against the ratio, and the rise that is accepted.
+        """The rise of perplexity against the ratio, and the rise that is accepted; larger rises than five times that are cut off.
 
         ``reached`` is the rise of a model that was compressed at the recommended ratio; it is drawn as a star.
         """
@@ -101,6 +102,10 @@ class Advice:
             axis.plot(100 * self.ratio, 100 * reached, "*", ms=14, color=PALETTE["best"], label="best, written")
         axis.axhline(100 * self.limit, color="black", lw=0.8, ls=":", label="accepted")
         axis.set(xlabel="parameters of the layers removed, %", ylabel="rise of perplexity, %")
+        highest = max(100 * self.limit, min(max(rises), 100 * CUT * self.limit))
+        axis.set_ylim(min(0.0, *rises) - 0.05 * highest, 1.05 * highest)
+        if max(rises) > highest:
+            axis.set_title(f"rises above {highest:.0f} % are not shown", fontsize="small")
         axis.legend()
         return figure
 
@@ -192,15 +197,15 @@ def advise(
     how |= {"windows": used, "weights": "uniform", "seed": seed, "progress": progress}
     tokens = sum(ids.numel() for ids in held)
     curve = plan(model, resolve(METHOD, {}, allocation="fisher", factors=FACTORS, **how))
-    tell(f"{curve}; then {len(ratios) + 1} times {tokens:,} tokens are read")
+    tell(f"for the table: {curve}; then the {tokens:,} tokens held out are read {len(ratios) + 1} times")
     tell(f"to compress by best afterwards: {plan(model, resolve('best', {}, allocation=None, factors=None, **how))}")
-    stats = take_statistics(model, None, used, METHODS[METHOD], "fisher", Clock(), seed, progress)
+    stats = take_statistics(model, None, used, matrix_method(METHOD), "fisher", Clock(), seed, progress)
     prepared, sizes, whole = prepare(model, stats, METHOD, progress=progress), shapes(model), _parameters(model)
 
     def row(ratio: float) -> dict:
         ranks = by_loss(model, stats, prepared, ratio, method=METHOD, factors=FACTORS) if ratio else {}
         ranks = {name: k for name, k in ranks.items() if saves_parameters(*sizes[name], k, FACTORS)}
-        factors = {name: METHODS[METHOD].cut(prepared[name], k) for name, k in ranks.items()}
+        factors = {name: matrix_method(METHOD).cut(prepared[name], k) for name, k in ranks.items()}
         removed = sum(math.prod(sizes[name]) - n_params(*sizes[name], k, FACTORS) for name, k in ranks.items())
         return {"ratio": ratio, "removed": removed / whole, "perplexity": _perplexity(model, held, factors)}
 

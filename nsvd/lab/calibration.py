@@ -58,5 +58,5 @@ def domains(
 
 def begins_with_bos(windows: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> bool:
     """Whether every window begins with the BOS token of the tokenizer, or with the one that the model's configuration names."""
-    config = None if model is None else model.config.get_text_config().bos_token_id
-    return any(token is not None and bool((windows[:, 0] == token).all()) for token in (tokenizer.bos_token_id, config))
+    tokens = [tokenizer.bos_token_id, None if model is None else model.config.get_text_config().bos_token_id]
+    return any(isinstance(token, int) and bool((windows[:, 0] == token).all()) for token in tokens)

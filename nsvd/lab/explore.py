@@ -137,7 +137,8 @@ class Bench:
             here, pad = ids.to(one.device), self.tokenizer.pad_token_id
             pad = self.tokenizer.eos_token_id if pad is None else pad
             how = {"attention_mask": torch.ones_like(here), "max_new_tokens": new, "do_sample": False}
-            out = one.generate(here, pad_token_id=pad, **how)
+            generate: Any = one.generate  # of a class that transformers mixes in
+            out = generate(here, pad_token_id=pad, **how)
             told[name] = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         return pd.Series(told, name=prompt)
 

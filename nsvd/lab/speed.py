@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -114,7 +114,8 @@ def dense(model: nn.Module) -> dict[str, nn.Linear]:
 
 def slower(model: nn.Module, table: pd.DataFrame) -> list[str]:
     """The compressed layers of the model that are slower than dense ones by a table of ``speed``, for any number of tokens."""
-    ranks = table.groupby(["d_out", "d_in", "factors"])["rank"].min().to_dict()
+    least: Any = table.groupby(["d_out", "d_in", "factors"])["rank"].min()
+    ranks = least.to_dict()
     found = []
     for name, layer in compressed(model).items():
         for way, kind in _KIND.items():

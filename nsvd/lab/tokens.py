@@ -36,7 +36,7 @@ def beginning(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> in
         bos = told == [token] != bare
     if bos and token is None:
         raise ValueError("windows cannot begin with a BOS token: the tokenizer has none (bos_token)")
-    return token if bos else None
+    return token if bos and isinstance(token, int) else None
 
 
 def common_beginning(windows: Int[Tensor, "count length"]) -> int | None:
@@ -87,9 +87,9 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> float:
 
 def _bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> int:
     """Bytes of one token inside a text; at its beginning, some tokenizers take a space off."""
-    once, twice = (tokenizer.decode([token] * n, skip_special_tokens=True) for n in (1, 2))
+    once, twice = (str(tokenizer.decode([token] * n, skip_special_tokens=True)) for n in (1, 2))
     if "\ufffd" in twice:  # a piece of a character; its name is <0xE6>, or has a letter for every byte
-        name = tokenizer.convert_ids_to_tokens(token)
+        name = str(tokenizer.convert_ids_to_tokens(token))
         return 1 if BYTE.fullmatch(name) else len(name)
     return len(twice.encode()) - len(once.encode())
 

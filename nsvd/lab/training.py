@@ -203,8 +203,8 @@ class Batches:
 def optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else; no weight decay."""
     tied = {id(model.get_input_embeddings().weight)}
-    if model.get_output_embeddings() is not None:
-        tied.add(id(model.get_output_embeddings().weight))
+    if (head := model.get_output_embeddings()) is not None:
+        tied.add(id(head.weight))
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and id(p) not in tied and "embed" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -272,7 +272,7 @@ def train(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     batches = Batches(recipe, text, work, tokenizer)
 
-    model = untrained(recipe).to(device)
+    model = untrained(recipe).to(device)  # pyright: ignore[reportArgumentType]  # transformers wraps it
     opts = optimizers(model, recipe)
     checkpoint, log = work / "checkpoint.safetensors", work / "training.jsonl"
     step, seconds = load_checkpoint(checkpoint, model, opts) if checkpoint.exists() else (0, 0.0)
@@ -311,7 +311,7 @@ def train(
                 stream.write(json.dumps(row) + "\n")
             save_checkpoint(checkpoint, model, opts, step, seconds)
     with replacing(out) as part:
-        model.to(torch.bfloat16).save_pretrained(part)
+        model.bfloat16().save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
         (part / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))

@@ -171,7 +171,7 @@ def _few_pairs(A: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     m = len(A)
     work = int(lapack.dsytrd_lwork(m, lower=1)[0])
     reflectors, diagonal, beside, tau, _ = lapack.dsytrd(A, lower=1, lwork=work, overwrite_a=1)
-    eigenvalues = scipy.linalg.eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")
+    eigenvalues: Any = scipy.linalg.eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")
     some: dict[str, Any] = {"select": "i", "select_range": (m - k, m - 1), "lapack_driver": "stemr"}
     _, V = scipy.linalg.eigh_tridiagonal(diagonal, beside, **some)
     how = ("L", "N", np.asfortranarray(reflectors[1:, :-1]), tau, np.asfortranarray(V[1:]))  # the first row stays

@@ -120,6 +120,11 @@ def test_a_figure_shows_the_curve_and_what_was_reached():
     assert list(star.get_ydata()) == [5.0]
     assert limit.get_ydata()[0] == 10.0
     assert len(advice(0.1).figure().axes[0].lines) == 2
+    assert axis.get_ylim()[1] > 30
+    assert not axis.get_title()
+    (cut,) = advice(0.02).figure().axes
+    assert cut.get_ylim()[1] == pytest.approx(10.5)
+    assert cut.get_title() == "rises above 10 % are not shown"
 
 
 def test_the_command_line_draws_and_a_run_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
