@@ -64,6 +64,9 @@ def run(chosen: argparse.Namespace) -> int:
         shard=chosen.shard, progress=sys.stderr.isatty(),
     )  # fmt: skip
     for outcome in outcomes:
+        if outcome.skipped:
+            print(f"skipped {outcome.notebook}: {outcome.skipped}")
+            continue
         print(f"failed  {outcome.file}\n        {outcome.error}" if outcome.error else f"done    {outcome.file}")
     return int(any(outcome.error for outcome in outcomes))
 

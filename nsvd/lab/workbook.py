@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
@@ -30,11 +31,12 @@ KERNEL = "python3"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One executed notebook, and the error that ended it (None where none did)."""
+    """One executed notebook, and the error that ended it (None where none did); or why it was left out, with its source."""
 
     notebook: str
     file: Path
     error: str | None = None
+    skipped: str | None = None
 
 
 def notebooks(names: Sequence[str] = ("all",)) -> list[Path]:
@@ -54,6 +56,17 @@ def notebooks(names: Sequence[str] = ("all",)) -> list[Path]:
     return chosen
 
 
+def lacking(source: Path) -> str | None:
+    """What a notebook needs beyond the workbook, as its metadata say, and is not installed: a sentence, or None."""
+    needs = (
+        nbformat.read(source, as_version=4).metadata.get("nsvd", {}).get("needs", {})
+    )  # packages, each with its extra
+    return next(
+        (f"it needs {name}: pip install -e '.[{extra}]'" for name, extra in needs.items() if find_spec(name) is None),
+        None,
+    )
+
+
 def run(
     names: Sequence[str] = ("all",),
     parameters: Mapping[str, object] | None = None,
@@ -69,16 +82,24 @@ def run(
     A notebook is given those parameters that it declares; with ``out`` its figures and results go there too, unless they
     are given. Paths are relative to the top of the checkout. ``shard=(i, n)`` takes every n-th notebook from the i-th
     (counted from 1). A notebook that fails is left as ``NAME.failed.ipynb``; an executed one from before stays as it was.
+    Of ``all``, those that need a package which is not installed are left out.
 
     When interrupted, it ends the kernels that run; their notebooks are failed ones, up to where they came.
 
     Raises:
-        ValueError: a file that is not a notebook; a parameter no chosen notebook declares, or one of a preset that no notebook
-            declares; a value of another kind than the parameter's; two notebooks of one name, or an output over its source.
+        ValueError: a file that is not a notebook, or needs a package which is not installed; a parameter no chosen notebook
+            declares, or one of a preset that no notebook declares; a value of another kind than the parameter's; two
+            notebooks of one name, or an output over its source.
         OSError: a notebook, its figures or its results could not be written; nothing is executed then.
     """
     chosen, given = notebooks(names), dict(parameters or {})
     kinds = {file: declared(file) for file in chosen}
+    absent = {file: why for file in chosen if (why := lacking(file))}
+    if absent and "all" not in names:
+        file, why = next(iter(absent.items()))
+        raise ValueError(f"{file.stem} cannot run: {why}")
+    left_out = [Outcome(file.stem, file, skipped=why) for file, why in absent.items()]
+    chosen = [file for file in chosen if file not in absent]
     _known(given, set().union(*kinds.values()), f"parameter of {', '.join(file.stem for file in chosen)}")
     if preset is not None:
         values = read_preset(preset)
@@ -107,7 +128,7 @@ def run(
         futures = [pool.submit(_execute, file, mine[file], folder) for file in list(mine)[::turn]]
         try:
             bar = tqdm(futures, "notebooks", total=len(mine), disable=not progress, leave=False)
-            return [future.result() for future in bar][::turn]
+            return [future.result() for future in bar][::turn] + left_out
         except BaseException as error:
             for future in futures:
                 future.cancel()

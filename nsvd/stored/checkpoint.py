@@ -25,6 +25,7 @@ from nsvd.stored.foreign import quiet
 from nsvd.stored.kinds import copy_processors
 from nsvd.stored.layers import LAYERS, CompressedLayer, LowRankLinear
 from nsvd.stored.parallel import follow_factors
+from nsvd.stored.quantized import check_plain
 from nsvd.stored.section import LowRankConfig
 from nsvd.stored.skeleton import check_dtypes, check_finite, check_fits, matched
 from nsvd.stored.transposed import as_linear
@@ -108,6 +109,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         config = self.quantization_config
+        check_plain(model)
         note_changes(model, config)
         return {**model.state_dict(), **guard.tensors(config.modules)}, guard.metadata(config)
 
@@ -258,10 +260,11 @@ def save(
 
     Raises:
         OSError: if the folder cannot be written, or something else than a model would be lost.
-        ValueError: if the model is wrapped, a parameter is on ``meta``, or holds NaN or Inf: what ``load`` would refuse.
+        ValueError: if the model is wrapped or quantized, or a parameter is on ``meta`` or holds NaN or Inf.
     """
     check_target(folder)
     check_unwrapped(model)
+    check_plain(model)
     place = reached(folder)
     kept = place / model_card.NAME if (place / model_card.NAME).is_file() else None
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)

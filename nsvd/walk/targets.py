@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from nsvd.stored.checkpoint import check_unwrapped
 from nsvd.stored.kinds import check_continues
 from nsvd.stored.layers import CompressedLayer
+from nsvd.stored.quantized import is_quantized
 from nsvd.stored.transposed import Transposed, as_linear
 from nsvd.walk.decoder import longest_list, text_decoder
 
@@ -151,6 +152,9 @@ def _check_adapter(name: str, module: nn.Module) -> None:
 
 def _check_stored(name: str, layer: nn.Linear) -> None:
     """Raise ``ValueError`` for a weight that is not kept as numbers of its own."""
+    if is_quantized(layer.weight):
+        kind = type(layer.weight).__name__
+        raise ValueError(f"layer {name} keeps its weight quantized ({kind}): compress the model before it is quantized")
     if layer.weight.dtype not in NUMBERS or layer.weight.shape != (layer.out_features, layer.in_features):
         kept = f"{str(layer.weight.dtype).removeprefix('torch.')} {tuple(layer.weight.shape)}"
         raise ValueError(

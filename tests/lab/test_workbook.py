@@ -75,6 +75,20 @@ def test_a_notebook_runs_with_parameters_and_carries_no_times(project):
     assert contents(project / "out") == ["01_first.ipynb"]
 
 
+def test_a_notebook_that_needs_more_is_left_out_of_all(project, executed):
+    """With a sentence; asked for by name, it is refused."""
+    file = project / "notebooks" / "10_third.ipynb"
+    notebook = nbformat.read(file, as_version=4)
+    notebook.metadata.nsvd = {"needs": {"papermill": "notebooks", "no_such_package": "more"}}
+    nbformat.write(notebook, file)
+    *ran, last = workbook.run(["all"], out=project / "out")
+    assert [stem for stem, _ in executed] == [outcome.notebook for outcome in ran] == ["01_first", "02_second"]
+    assert (last.notebook, last.error) == ("10_third", None)
+    assert last.skipped == "it needs no_such_package: pip install -e '.[more]'"
+    with pytest.raises(ValueError, match="10_third cannot run: it needs no_such_package"):
+        workbook.run(["10"], out=project / "out")
+
+
 def test_a_failure_is_kept_apart_from_the_last_good_run(project):
     """``NAME.failed.ipynb`` shows the error, the executed notebook stays, the next success removes the failed one."""
     source, out = write(project / "own.ipynb", "print(size)\nassert size < 5, 'too large'"), project / "out"
