@@ -13,6 +13,7 @@ from nsvd.walk.processes import gathered, summed
 
 RATE = 1e-2  # of Adam, at most
 SMALLER, SMALLEST = 3, 1e-5  # what it is divided by while that is better, and where this ends
+BETTER = 1.5  # times as much has to be gained: a larger rate gains on a smaller one over more steps
 TRIED = 12  # steps at each of these rates
 WARMUP = 10  # steps, or a quarter of all
 EPS = 1e-12  # of Adam: gradients of a mean over tokens are small
@@ -30,8 +31,8 @@ def fit_(
     """``descend_`` at the rate that the part bears; where none lowers the loss, and where it ends higher, all stays as it was.
 
     What a model bears depends on its width and on channels of its inputs that are larger than others: a hundredth of what a small
-    one bears is usual. So a few steps are tried at ``rate`` and at smaller ones, as long as a smaller one is better. The loss is
-    compared on the batch of the first step.
+    one bears is usual. So a few steps are tried at ``rate`` and at smaller ones, as long as a smaller one is clearly better. The
+    loss is compared on the batch of the first step.
 
     Returns:
         The loss at every step; none where no step was taken.
@@ -45,16 +46,16 @@ def fit_(
     start, began = [f.detach().clone() for f in factors], _value(loss(0))
     if not abs(began) < float("inf"):
         raise FloatingPointError(f"{name}: NaN or Inf at step 1 of {steps}, at a loss of {began}")
-    best, borne = began, None
+    most, borne = 0.0, None
     while rate > SMALLEST:
         try:
             descend_(part, loss, steps=min(TRIED, steps), name=name, rate=rate)
-            now = _value(loss(0))
+            gained = began - _value(loss(0))
         except FloatingPointError:
-            now = float("inf")
+            gained = 0.0
         _put(factors, start)
-        if now < best:
-            best, borne = now, rate
+        if gained > BETTER * most:
+            most, borne = gained, rate
         elif borne is not None:
             break
         rate /= SMALLER
