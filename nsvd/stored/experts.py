@@ -7,7 +7,7 @@ gate, a bias, and which way the weights lie.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ class ExpertsApart(nn.Module):
     def count(self) -> int:
         """How many there are."""
         return sum(name.isdigit() for name in self._modules)
+
+    def layers(self) -> Iterator[nn.Module]:
+        """The layers of all of them, dense or compressed."""
+        for number in range(self.count):
+            yield from self._modules[str(number)].values()
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor, everyone: Iterable[int] = ()) -> Tensor:
         """Σ of the experts' outputs for x (n, d), by their numbers (n, k) and weights (n, k).

@@ -30,11 +30,11 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, whole in found.items():
-            if not any(isinstance(part, CompressedLayer) for part in module.modules()):
+            if not any(isinstance(layer, CompressedLayer) for layer in module.layers()):
                 put_together(module, whole)
                 continue
-            for layer in module.modules():
-                if type(layer) is nn.Linear:  # the dense ones, and the factors of the others
+            for layer in module.layers():
+                if isinstance(layer, nn.Linear):  # it is dense, and looks into a parameter that is to go
                     for parameter in layer.parameters():
                         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
