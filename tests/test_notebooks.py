@@ -27,6 +27,7 @@ REAL_TEXT = executed(FOLDER / "executed/real-text")
 SMOLLM2 = executed(FOLDER / "executed/smollm2-135m")
 EXECUTED = [*executed(FOLDER / "executed"), *REAL_TEXT, *SMOLLM2]
 MORE = {
+    "01_activation_distributions": {"check"},
     "04_evaluation": {"check"},
     "09_sola": {"test_count", "held_count"},
     "12_downstream": {"tasks", "questions"},
