@@ -88,12 +88,13 @@ def compress_(
             by a method that uses gradients, these are then averaged over the dense model and the compressed one.
         refine: after a block's layers are exchanged, this many steps of gradient descent on their factors, towards what the
             dense block gave out; goes with ``shifted``. A hundred or two are what it takes, and a dozen for each rate that is tried
-            before; a block that would end worse stays as it was. Errors are weighed by the loss where the statistics hold
-            the gradients of a block's last layer, else all alike.
+            before; a block whose first batch would end worse stays as it was. Errors are weighed by the loss where the
+            statistics hold the gradients of a block's last layer, else all alike.
         distill: after everything, this many steps of gradient descent on all factors at once, towards what the dense model
             predicts after every token of ``windows`` (Kullback–Leibler divergence). Two hundred are what it takes, and a dozen
-            for each rate that is tried before; where the divergence would end higher, all stays as it was. Each costs some four
-            passes over 1024 tokens of every domain, a window at least, and memory for the gradients of the whole model.
+            for each rate that is tried before. Where the divergence on the first step's windows would end higher, all stays as it
+            was, and the report has no losses. Each step costs some four passes over 1024 tokens of every domain, a window at
+            least, and memory for the gradients of the whole model.
         windows: token ids (count, length), or one such tensor for each of several domains: to calibrate on
             when ``stats`` is not given (every second one, with ``shifted``), to search on (``search_count``), to take gradients
             from, to follow with ``shifted``, to ``distill`` on.

@@ -35,7 +35,7 @@ def fit_(
     loss is compared on the batch of the first step.
 
     Returns:
-        The loss at every step; none where no step was taken.
+        The loss at every step; none where all stays as it was.
 
     Raises:
         FloatingPointError: as ``descend_``, but not for a rate that was only tried.
@@ -64,6 +64,7 @@ def fit_(
     losses = descend_(part, loss, steps=steps, name=name, rate=borne, progress=progress)
     if not _value(loss(0)) < began:
         _put(factors, start)
+        return []
     return losses
 
 

@@ -183,12 +183,13 @@ def statistics_of(
     progress: bool = False,
 ) -> Statistics:
     """Moments of the windows of every domain, mixed by ``mix`` where there are several."""
-    names = list(targets(model) if layers is None else layers)
-    if weights != "worst-case" and (decoder := walkable(model, names)) is not None:
-        found = {} if shelf is None else shelf.kept("moments")
-        return Walked(decoder, domains, names, weights, shelf=shelf, progress=progress).all(found)
-    each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
-    return each[0] if len(each) == 1 else mix(each, weights, model=model, ratio=ratio)
+    with experts_apart(model) if layers is None else nullcontext():
+        names = list(targets(model) if layers is None else layers)
+        if weights != "worst-case" and (decoder := walkable(model, names)) is not None:
+            found = {} if shelf is None else shelf.kept("moments")
+            return Walked(decoder, domains, names, weights, shelf=shelf, progress=progress).all(found)
+        each = [calibrate(model, ids, layers=layers, progress=progress) for ids in domains]
+        return each[0] if len(each) == 1 else mix(each, weights, model=model, ratio=ratio)
 
 
 def gradient_texts(domains: Sequence[Tensor], *, others: bool = False) -> list[Tensor]:

@@ -92,21 +92,22 @@ class Advice:
 
         from nsvd.lab.figures import PALETTE, style
 
+        ratios, rises = ([100 * row[name] for row in self.rows] for name in ("ratio", "rise"))
+        every = rises if reached is None else [*rises, 100 * reached]
+        highest = max(100 * self.limit, min(max(every), 100 * CUT * self.limit))
         with rc_context():
             style()
             figure = Figure(figsize=(6, 3.6))
             axis = figure.subplots()
-        ratios, rises = ([100 * row[name] for row in self.rows] for name in ("ratio", "rise"))
-        axis.plot(ratios, rises, marker="o", color=PALETTE["kfac"], label="one pass for all ratios")
-        if reached is not None:
-            axis.plot(100 * self.ratio, 100 * reached, "*", ms=14, color=PALETTE["best"], label="best, written")
-        axis.axhline(100 * self.limit, color="black", lw=0.8, ls=":", label="accepted")
-        axis.set(xlabel="parameters of the layers removed, %", ylabel="rise of perplexity, %")
-        highest = max(100 * self.limit, min(max(rises), 100 * CUT * self.limit))
-        axis.set_ylim(min(0.0, *rises) - 0.05 * highest, 1.05 * highest)
-        if max(rises) > highest:
-            axis.set_title(f"rises above {highest:.0f} % are not shown", fontsize="small")
-        axis.legend()
+            axis.plot(ratios, rises, marker="o", color=PALETTE["kfac"], label="one pass for all ratios")
+            if reached is not None:
+                axis.plot(100 * self.ratio, 100 * reached, "*", ms=14, color=PALETTE["best"], label="best, written")
+            axis.axhline(100 * self.limit, color="black", lw=0.8, ls=":", label="accepted")
+            axis.set(xlabel="parameters of the layers removed, %", ylabel="rise of perplexity, %")
+            axis.set_ylim(min(0.0, *every) - 0.05 * highest, 1.05 * highest)
+            if max(every) > highest:
+                axis.set_title(f"rises above {highest:.0f} % are not shown", fontsize="small")
+            axis.legend()
         return figure
 
     def sentence(self) -> str:

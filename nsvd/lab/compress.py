@@ -36,6 +36,7 @@ from nsvd.stored.gguf import load_gguf
 from nsvd.stored.loading import usable_device
 from nsvd.stored.locks import locked
 from nsvd.walk.folder import WholeOnly, open_folder, write_folder
+from nsvd.walk.moments import check_windows
 from nsvd.walk.processes import count as processes
 from nsvd.walk.processes import once, rank, same, together
 from nsvd.walk.sampling import own_text
@@ -142,6 +143,8 @@ def compressed(
         OSError: if ``out`` cannot be written, something else than a model would be lost, or another run writes there.
     """
     given = [windows] if isinstance(windows, Tensor) else windows
+    for ids in given or ():
+        check_windows(ids)
     text = _Text(calibration, count, length, bos, seed, given)
     tell = tell if rank() == 0 else lambda _sentence: None
     _check(
@@ -166,7 +169,10 @@ def compressed(
         with _as_folder(place, out, dtype) as folder:
             try:
                 model, tokenizer = open_folder(folder, **how)
-                if any(map(are_experts, model.modules())) and _request(ask, [ANY]).reaches_experts:
+                if (
+                    any(map(are_experts, model.modules()))
+                    and _request(ask | {"weights": "uniform"}, [ANY]).reaches_experts
+                ):
                     raise WholeOnly("its experts are one tensor, and are taken apart in memory")
             except WholeOnly as error:
                 why = str(error)

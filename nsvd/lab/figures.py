@@ -51,11 +51,13 @@ def style() -> None:
 
 
 def log_scale(axes: Axes, *which: str, subs: tuple[float, ...] = (1, 2, 5)) -> None:
-    """Logarithmic ``x`` and ``y`` axes labelled with plain numbers at ``subs`` times the powers of ten."""
+    """Logarithmic ``x`` and ``y`` axes labelled with plain numbers at ``subs`` times the powers of ten; at these alone where there
+    are more than four."""
     for name in which:
         axes.set(**{f"{name}scale": "log"})
         axis = getattr(axes, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=subs))
+        low, high = axis.get_data_interval()
+        axis.set_major_locator(LogLocator(subs=(1,) if high > 1e4 * low > 0 else subs))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
 

@@ -21,8 +21,8 @@ CASTS = (None, torch.bfloat16, torch.float16)  # a model may be cast to these an
 class FactorSums:
     """Sums over the parameters of compressed layers: as they are, and as casts would make them."""
 
-    def __init__(self) -> None:
-        self._digests, self._known = [hashlib.sha256() for _ in CASTS], True
+    def __init__(self, casts: tuple = CASTS) -> None:
+        self._casts, self._digests, self._known = casts, [hashlib.sha256() for _ in casts], True
 
     def add(self, module: nn.Module) -> None:
         """Take in a module, in the order of the model; one that is no compressed layer is passed over."""
@@ -30,7 +30,7 @@ class FactorSums:
             if value.is_meta or is_traceable_wrapper_subclass(value):
                 self._known = False
                 return
-            for dtype, digest in zip(CASTS, self._digests, strict=True):
+            for dtype, digest in zip(self._casts, self._digests, strict=True):
                 number = value.detach().cpu().to(dtype or value.dtype).to(torch.float32)
                 digest.update(number.contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -39,9 +39,9 @@ class FactorSums:
         return list(dict.fromkeys(digest.hexdigest()[:16] for digest in self._digests)) if self._known else []
 
 
-def factor_sums(model: nn.Module) -> list[str]:
-    """The sums of a model in memory."""
-    sums = FactorSums()
+def factor_sums(model: nn.Module, *, casts: bool = True) -> list[str]:
+    """The sums of a model in memory; without ``casts`` only that of the factors as they are."""
+    sums = FactorSums(CASTS if casts else CASTS[:1])
     for module in model.modules():
         sums.add(module)
     return sums.told()
@@ -51,7 +51,7 @@ def is_changed(model: nn.Module) -> bool | None:
     """Whether the factors are others than those of the compression; None where that is not known."""
     quantizer = getattr(model, "hf_quantizer", None)
     known = getattr(quantizer and quantizer.quantization_config, "factor_sums", None)
-    now = factor_sums(model) if known else []
+    now = factor_sums(model, casts=False) if known else []
     return now[0] not in known if now else None
 
 

@@ -12,7 +12,7 @@ from nsvd.linalg import Moments, rank_for_ratio
 from nsvd.linalg.moments import mixing
 from nsvd.linalg.worst_case import worst_case_weights
 from nsvd.stored.files import short_name
-from nsvd.walk.experts import sent_to_all
+from nsvd.walk.experts import experts_apart, sent_to_all
 from nsvd.walk.hooks import evaluating, watch_inputs
 from nsvd.walk.lazy import weight_of
 from nsvd.walk.processes import same
@@ -94,10 +94,11 @@ def _worst_case(domains: Sequence[Statistics], model: nn.Module | None, ratio: f
             "worst-case weights are those of a model with some of its parameters removed: give model and ratio"
         )
     layers = []
-    for name, layer in targets(model).items():
-        if name in domains[0]:
-            layers.append((name, [d[name].G for d in domains], rank_for_ratio(*layer.weight.shape, ratio)))
-    return same(worst_case_weights(_Weighed(model, layers)).weights)
+    with experts_apart(model):
+        for name, layer in targets(model).items():
+            if name in domains[0]:
+                layers.append((name, [d[name].G for d in domains], rank_for_ratio(*layer.weight.shape, ratio)))
+        return same(worst_case_weights(_Weighed(model, layers)).weights)
 
 
 class _Weighed(Sequence):

@@ -21,7 +21,7 @@ from nsvd.walk.hooks import evaluating, exchanged, model_in_float32, watch_outpu
 from nsvd.walk.lazy import LazyBlock, is_lazy, slots
 from nsvd.walk.text import TRIED, trial
 
-ROUNDED = {"rtol": 2**-8, "atol": 2**-24}  # a number cast to bfloat16 or float16, beside itself
+CASTS = (torch.bfloat16, torch.float16)
 CLOSE = 1e-2  # relative error of what a model read again says: 0, but where it keeps parameters in several precisions
 
 
@@ -139,11 +139,12 @@ def _check_reread(model: nn.Module) -> None:
 
 
 def _as_cast(again: nn.Module, model: nn.Module) -> None:
-    """Give a model the other's buffers where they differ by rounding alone: ``model.half()`` casts those that no file holds."""
+    """Give a model the other's buffers where these are its own, cast: ``model.half()`` casts those, too, that no file holds."""
     for name, buffer in model.named_buffers():
         owner, _, last = name.rpartition(".")
         other = again.get_buffer(name)
-        if buffer.shape == other.shape and torch.allclose(buffer.double(), other.double(), **ROUNDED):
+        cast = (other.to(dtype).to(buffer.dtype) for dtype in CASTS)
+        if other.is_floating_point() and any(torch.equal(buffer, one) for one in cast):
             setattr(again.get_submodule(owner), last, buffer)
 
 

@@ -5,11 +5,12 @@ import torch
 
 import nsvd
 from nsvd.compression import whole_layers
+from nsvd.compression.measure import statistics_of
 from nsvd.walk.calibrate import _whole
 from nsvd.walk.experts import experts_apart
 from nsvd.walk.targets import targets
 from tests.architectures import built
-from tests.tiny import assert_same, state, tiny_model, token_ids
+from tests.tiny import assert_same, state, tiny_model, tiny_tokenizer, token_ids
 
 IDS = token_ids()
 EXPERTS = "model.layers.0.mlp.experts"
@@ -168,6 +169,33 @@ def test_experts_are_what_they_were_when_something_raises(monkeypatch):
         nsvd.compress_(model, windows=IDS, method="asvd-1", ratio=0.3)
     assert_same(before, model)
     assert all(p is kept[name] for name, p in model.named_parameters())
+
+
+def test_worst_case_weights_of_statistics_are_those_of_the_request():
+    """``mix`` looks at the experts, too, of a model in which they are whole."""
+    texts = [IDS, token_ids(seed=5)]
+    model = built("mixtral")
+    each = [nsvd.calibrate(model, ids) for ids in texts]
+    told = nsvd.mix(each, "worst-case", model=model, ratio=0.4).origin["weights"]
+    asked = statistics_of(model, texts, "worst-case", ratio=0.4).origin["weights"]
+    assert told == pytest.approx(asked, abs=1e-6)
+    with experts_apart(model):
+        assert nsvd.mix(each, "worst-case", model=model, ratio=0.4).origin["weights"] == pytest.approx(told, abs=1e-6)
+
+
+def test_a_folder_with_experts_takes_a_cache_of_latents_and_weights(tmp_path):
+    """The statistics that serve both hold the experts; the weights are those of the texts that are given."""
+    nsvd.save(built("mixtral"), tiny_tokenizer(), tmp_path / "m")
+    texts = [IDS, token_ids(seed=5)]
+    how = {"method": "asvd-1", "ratio": 0.4, "windows": texts, "weights": [1.0, 2.0]}
+    report = nsvd.compress(tmp_path / "m", tmp_path / "low", **how)
+    both = nsvd.compress(tmp_path / "m", tmp_path / "both", cache_ratio=0.5, **how)
+    assert report.blocks_covered > 0.9
+    assert both.blocks_covered > 0.9
+    for wrong in (IDS[0], [IDS, IDS[0]]):
+        with pytest.raises(ValueError, match="windows"):
+            nsvd.compress(tmp_path / "m", tmp_path / "none", method="asvd-1", ratio=0.4, windows=wrong)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_model_without_experts_is_not_touched():
