@@ -156,7 +156,7 @@ def test_a_notebook_opens_in_colab_and_binder_where_the_project_has_an_address(m
     told = build()._elsewhere(file.name)
     assert f"colab.research.google.com/github/someone/nsvd/blob/main/notebooks/{file.name}" in told
     assert f"mybinder.org/v2/gh/someone/nsvd/main?labpath=notebooks/{file.name}" in told
-    assert "git+https://github.com/someone/nsvd" in told
+    assert "nsvd[notebooks] @ git+https://github.com/someone/nsvd" in told
     asked = (checkout() / "binder/requirements.txt").read_text(encoding="utf-8").splitlines()
     assert all((checkout() / "binder" / line.split()[1]).is_file() for line in asked if line.startswith("-c"))
 
