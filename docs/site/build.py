@@ -59,7 +59,9 @@ def _elsewhere(file: str) -> str:
         "Binder": f"https://mybinder.org/v2/gh/{place}/main?labpath=notebooks/{file}",
     }
     shown = " ".join(f'<a class="badge" href="{link}">Open in {name}</a>' for name, link in links.items())
-    return f'\n\n{shown} In Colab, run <code>%pip install "nsvd[notebooks] @ git+https://github.com/{place}"</code> first.'
+    return (
+        f'\n\n{shown} In Colab, run <code>%pip install "nsvd[notebooks] @ git+https://github.com/{place}"</code> first.'
+    )
 
 
 def prepare(source: Path) -> None:
