@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nsvd.stored.layers import CompressedLayer
-from nsvd.stored.section import LowRankConfig
+from nsvd.stored.section import LowRankConfig, section_of
 
 CASTS = (None, torch.bfloat16, torch.float16)  # a model may be cast to these and be none other
 
@@ -32,7 +32,7 @@ class FactorSums:
                 return
             for dtype, digest in zip(self._casts, self._digests, strict=True):
                 number = value.detach().cpu().to(dtype or value.dtype).to(torch.float32)
-                digest.update(number.contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(number.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def told(self) -> list[str]:
         """The sums; none where a parameter had no values, as on the device ``meta``, or was in parts or quantized."""
@@ -49,10 +49,9 @@ def factor_sums(model: nn.Module, *, casts: bool = True) -> list[str]:
 
 def is_changed(model: nn.Module) -> bool | None:
     """Whether the factors are others than those of the compression; None where that is not known."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    known = getattr(quantizer and quantizer.quantization_config, "factor_sums", None)
+    known: list[str] | None = getattr(section_of(model), "factor_sums", None)
     now = factor_sums(model, casts=False) if known else []
-    return now[0] not in known if now else None
+    return now[0] not in known if known and now else None
 
 
 def note_changes(model: nn.Module, config: LowRankConfig) -> None:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ from nsvd.stored.kinds import copy_processors
 from nsvd.stored.layers import LAYERS, CompressedLayer, LowRankLinear
 from nsvd.stored.parallel import follow_factors
 from nsvd.stored.quantized import check_plain
-from nsvd.stored.section import LowRankConfig
+from nsvd.stored.section import LowRankConfig, section_of
 from nsvd.stored.skeleton import check_dtypes, check_finite, check_fits, matched
 from nsvd.stored.transposed import as_linear
 
@@ -41,12 +42,13 @@ MODEL_FILES = (  # what ``save`` may find in the place of a model: names that tr
 
 # How attention layers, by name and with what config.json says of each, begin to cache latents ("attach") and end it ("detach"):
 # put here by ``nsvd.cache``, which knows layers and is not known by them.
-LATENT_CACHE: dict[str, Callable[[nn.Module, Mapping[str, dict]], None]] = {}
+LATENT_CACHE: dict[str, Callable[[PreTrainedModel, Mapping[str, dict]], None]] = {}
 
 
 class LowRankQuantizer(HfQuantizer):
     """Builds the low-rank layers before the weights are read, and takes them out again on ``dequantize``."""
 
+    quantization_config: LowRankConfig
     requires_calibration = True  # from_pretrained(dense, quantization_config=LowRankConfig()) is refused
 
     loading = False
@@ -58,7 +60,7 @@ class LowRankQuantizer(HfQuantizer):
         take_apart_for(model, modules)
         layers = dict(model.named_modules())
         for name, spec in modules.items():
-            layer = as_linear(layers.get(name))
+            layer = as_linear(layers[name]) if name in layers else None
             if not isinstance(layer, nn.Linear):
                 raise CheckpointError(
                     f"config.json names a compressed layer {name}, but the model has no such linear layer"
@@ -103,7 +105,7 @@ class LowRankQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):  # the factors keep their dtype, as all other parameters do
         LATENT_CACHE["detach"](model, self.latent_layers)
         for name in self.quantization_config.modules:
-            model.set_submodule(name, model.get_submodule(name).to_linear())
+            model.set_submodule(name, compressed_layer(model, name).to_linear())
         put_together_all(model)
         return model
 
@@ -146,6 +148,11 @@ def empty_layer(name: str, layer: nn.Linear, spec: dict) -> CompressedLayer:
         raise CheckpointError(f"config.json gives layer {name} {spec}: {error}") from error
 
 
+def compressed_layer(model: nn.Module, name: str) -> CompressedLayer:
+    """The layer of this name, which is compressed."""
+    return cast(CompressedLayer, model.get_submodule(name))
+
+
 def describe(layer: CompressedLayer) -> dict:
     """What config.json says of a layer."""
     kind = {} if layer.kind == LowRankLinear.kind else {"layer": layer.kind}
@@ -174,17 +181,15 @@ def _check_values(name: str, layer: CompressedLayer) -> None:
 def _check_latent(model: nn.Module, layers: dict) -> None:
     modules = dict(model.named_modules())
     for name, spec in layers.items():
-        pair = [modules.get(f"{name}.{part}") for part in ("k_proj", "v_proj")]
-        if not all(isinstance(layer, LowRankLinear) for layer in pair):
+        keys, values = (modules.get(f"{name}.{part}") for part in ("k_proj", "v_proj"))
+        if not (isinstance(keys, LowRankLinear) and isinstance(values, LowRankLinear)):
             raise CheckpointError(f"config.json gives {name} a latent cache, but not its k_proj and v_proj a rank")
         kinds = {key: type(value) for key, value in spec.items()}
         told = {"absorb": bool} | kinds == {"rotated": int, "joint": bool, "absorb": bool}
         if not told or not 0 <= spec["rotated"] <= getattr(modules[name], "head_dim", -1):
             raise CheckpointError(f"config.json gives {name} the latent cache {spec}")
-        if spec["joint"] and pair[0].rank != pair[1].rank:
-            raise CheckpointError(
-                f"config.json gives {name} one latent of two ranks, {pair[0].rank} and {pair[1].rank}"
-            )
+        if spec["joint"] and keys.rank != values.rank:
+            raise CheckpointError(f"config.json gives {name} one latent of two ranks, {keys.rank} and {values.rank}")
 
 
 def is_compressed(model: nn.Module) -> bool:
@@ -199,15 +204,15 @@ def mark_compressed(model: nn.Module, names: Iterable[str], **details) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    known = model.hf_quantizer.quantization_config.to_dict() if getattr(model, "hf_quantizer", None) else {}
-    modules = {name: describe(model.get_submodule(name)) for name in names}
+    known = before.to_dict() if (before := section_of(model)) else {}
+    modules = {name: describe(compressed_layer(model, name)) for name in names}
     if base := known.get("base_model") or model_card.base_of(model):
         details |= {"base_model": base}
     config = LowRankConfig(**known | details | {"modules": known.get("modules", {}) | modules})
     quantizer = LowRankQuantizer(config, pre_quantized=True)
-    model.hf_quantizer = quantizer
+    model.hf_quantizer = quantizer  # pyright: ignore[reportArgumentType]  # an attribute like any other
     quantizer.postprocess_model(model)
-    model.quantization_method = METHOD
+    model.quantization_method = METHOD  # pyright: ignore[reportArgumentType]
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -273,7 +278,7 @@ def save(
     if write is None:
         check_finite(model)
     with replacing(folder) as part, quiet():
-        size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        size: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         model.save_pretrained(part, **size) if write is None else write(model, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
@@ -282,8 +287,8 @@ def save(
             (part / "nsvd_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if kept is not None and not model_card.is_ours(kept):
             (part / model_card.NAME).write_bytes(kept.read_bytes())
-        elif isinstance(getattr(model, "hf_quantizer", None), LowRankQuantizer):
-            card = model_card.text(model, report)
+        elif (section := section_of(model)) is not None:
+            card = model_card.text(model, section.to_dict(), report)
             (part / model_card.NAME).write_text(card, encoding="utf-8")
         for file in part.glob("*.safetensors"):
             guard.sort_metadata(file)

@@ -7,7 +7,8 @@ gate, a bias, and which way the weights lie.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class ExpertsApart(nn.Module):
     """
 
     kind: type[nn.Module]
+    has_gate: bool
+    act_fn: Callable[[Tensor], Tensor]
 
     @property
     def count(self) -> int:
@@ -35,7 +38,11 @@ class ExpertsApart(nn.Module):
     def layers(self) -> Iterator[nn.Module]:
         """The layers of all of them, dense or compressed."""
         for number in range(self.count):
-            yield from self._modules[str(number)].values()
+            yield from self.expert(number).values()
+
+    def expert(self, number: int) -> nn.ModuleDict:
+        """The layers of one of them, by their names within it."""
+        return cast(nn.ModuleDict, self._modules[str(number)])
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor, everyone: Iterable[int] = ()) -> Tensor:
         """Σ of the experts' outputs for x (n, d), by their numbers (n, k) and weights (n, k).
@@ -50,9 +57,11 @@ class ExpertsApart(nn.Module):
         return out
 
     def _said(self, number: int, x: Tensor) -> Tensor:
-        expert = self._modules[str(number)]
-        hidden = self.kind._apply_gate(self, expert.gate_up(x)) if self.has_gate else self.act_fn(expert.up(x))
-        return expert.down(hidden)
+        expert = self.expert(number)
+        if self.has_gate:
+            gate = self.kind._apply_gate  # pyright: ignore[reportAttributeAccessIssue]  # see ``are_experts``
+            return expert["down"](gate(self, expert["gate_up"](x)))
+        return expert["down"](self.act_fn(expert["up"](x)))
 
 
 def are_experts(module: nn.Module) -> bool:
@@ -84,19 +93,21 @@ def take_apart(experts: nn.Module) -> dict[str, nn.Parameter]:
         experts.add_module(str(number), nn.ModuleDict(layers).train(experts.training))
     for name in whole:
         del experts._parameters[name]
-    experts.kind, experts.__class__ = type(experts), ExpertsApart
+    experts.kind, experts.__class__ = type(experts), ExpertsApart  # pyright: ignore[reportArgumentType]
     return whole
 
 
 @torch.no_grad()
 def put_together(experts: ExpertsApart, whole: Mapping[str, nn.Parameter] | None = None) -> None:
     """The inverse, for experts that are all dense; by default with parameters of their own."""
-    parts = [experts._modules.pop(str(number)) for number in range(experts.count)]
+    parts = [experts.expert(number) for number in range(experts.count)]
+    for number in range(len(parts)):
+        del experts._modules[str(number)]
     experts.__class__ = experts.__dict__.pop("kind")
     if whole is None:
         whole = {}
         for name in _weights(experts):
-            layers = [part[LAYER[name]] for part in parts]
+            layers = [cast(nn.Linear, part[LAYER[name]]) for part in parts]
             weights = torch.stack([layer.weight.mT if experts.is_transposed else layer.weight for layer in layers])
             whole[name] = nn.Parameter(weights, layers[0].weight.requires_grad)
             if experts.has_bias:

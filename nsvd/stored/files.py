@@ -196,10 +196,10 @@ def _hidden(parent: Path, name: str) -> Iterator[tuple[Path, int]]:
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             try:
-                descriptor = stack.enter_context(locked(folder / "lock"))
+                stack.enter_context(locked(folder / "lock"))
             except FileNotFoundError:  # another run took the folder for one left behind
                 continue
-            yield folder, stat.S_IMODE(os.fstat(descriptor).st_mode)
+            yield folder, stat.S_IMODE((folder / "lock").stat().st_mode)
             return
 
 

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging as hf
 
 from nsvd.stored.folder import CONFIG, CheckpointError, each_field
+
+Loaded = tuple[PreTrainedModel, dict[str, Any]]  # what ``from_pretrained`` returns with ``output_loading_info=True``
 
 
 @contextmanager

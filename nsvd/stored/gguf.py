@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from tqdm.auto import tqdm
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from nsvd.stored.folder import CheckpointError
-from nsvd.stored.foreign import reading
+from nsvd.stored.foreign import Loaded, reading
 from nsvd.stored.loading import usable_device, usable_dtype
 from nsvd.stored.skeleton import check_finite
 
@@ -63,10 +64,10 @@ def load_gguf(
             raise CheckpointError(f"{file} is not a GGUF file")
     where = {"gguf_file": file.name, "local_files_only": True}
     with reading(file), _bar(sys.stderr.isatty()):
-        read, info = AutoModelForCausalLM.from_pretrained(
+        read, info = cast(Loaded, AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32 if dtype == "auto" else dtype, trust_remote_code=False,
             output_loading_info=True, **where,
-        )  # fmt: skip
+        ))  # fmt: skip
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
         raise CheckpointError(f"{file}: {len(missing)} tensors missing or misshaped, first {missing[0]}")
@@ -74,14 +75,15 @@ def load_gguf(
         tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
     with reading(file):
         check_finite(read)
-    return _plain(read, file.stem).to(device).eval(), tokenizer
+    model = _plain(read, file.stem)
+    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper hides the signature
+    return model.eval(), tokenizer
 
 
 def _plain(read: PreTrainedModel, name: str) -> PreTrainedModel:
     """A model of the same configuration and with the same tensors, but of no quantization."""
     config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=read.dtype, trust_remote_code=False)
     model.load_state_dict(read.state_dict(), assign=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from nsvd.stored.experts import parameter_of
 from nsvd.stored.folder import METHOD, CheckpointError, Stored
@@ -74,11 +75,11 @@ def told(files: Iterable[str | Path]) -> dict | None:
     return section
 
 
-def expect(model: nn.Module, layers: Iterable[str], stored: Mapping[str, Stored]) -> None:
+def expect(model: PreTrainedModel, layers: Iterable[str], stored: Mapping[str, Stored]) -> None:
     """Let transformers pass over the two tensors; raises ``CheckpointError`` if one is more than that."""
     keys = tensors(layers)
     for key, tensor in keys.items():
         if key in stored and stored[key].shape != tuple(tensor.shape):
             raise CheckpointError(f"{stored[key].file}: {key} is stored beside the factors of this layer")
-    known = model._keys_to_ignore_on_load_unexpected or ()
-    model._keys_to_ignore_on_load_unexpected = {*known, *(re.escape(key) + "$" for key in keys)}
+    ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *(re.escape(key) + "$" for key in keys)}
+    model._keys_to_ignore_on_load_unexpected = ignored

@@ -20,7 +20,8 @@ def auto_class(config: PretrainedConfig) -> type:
     """The class that reads a folder of this configuration: for a text alone, unless the model in it is of the other kind."""
     beside = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
     alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    stored = beside is not None and beside.__name__ in (config.architectures or ())
+    name = getattr(beside, "__name__", None)
+    stored = name in (config.architectures or ())
     return AutoModelForMultimodalLM if stored or (beside is not None and alone is None) else AutoModelForCausalLM
 
 

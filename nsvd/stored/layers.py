@@ -38,6 +38,7 @@ class CompressedLayer(nn.Module, ABC):
     rank: int
     down: nn.Linear
     up: nn.Linear
+    bias: Tensor | None
     transposed = False  # whether the dense layer is a ``Conv1D``
 
     @classmethod
@@ -98,7 +99,7 @@ class CompressedLayer(nn.Module, ABC):
             layer = nn.Linear(self.in_features, self.out_features, bias is not None, **to)
         as_linear(layer).weight.copy_(self.dense())
         if bias is not None:
-            layer.bias.copy_(bias)
+            as_linear(layer).bias.copy_(bias)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -166,6 +167,7 @@ class PivotedLinear(CompressedLayer):
     """
 
     kind = "pivoted"
+    order: Tensor
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, *, device=None, dtype=None):
         super().__init__()
@@ -214,7 +216,8 @@ class PivotedLinear(CompressedLayer):
         return {"rank": self.rank}
 
     def dense(self) -> Tensor:
-        return Pivoted(*_exact(self.down.weight, self.up.weight), self.order).dense()
+        C, T = _exact(self.down.weight, self.up.weight)
+        return Pivoted(C, T, self.order).dense()
 
 
 class SplitLinear(CompressedLayer):
@@ -262,7 +265,7 @@ class SplitLinear(CompressedLayer):
     @property
     def bias(self) -> Tensor | None:
         """The bias (d_out,), that of the prime outputs first."""
-        both = [bias for bias in (self.prime.bias, self.up.bias) if bias is not None]
+        both: list[Tensor] = [bias for bias in (self.prime.bias, self.up.bias) if bias is not None]
         return torch.cat(both) if both else None
 
     def spec(self) -> dict[str, int]:

@@ -44,7 +44,8 @@ def load_folder(
     config, stored = looked_at(folder, verify=verify)
     with manifest.settled():
         model = _read_model(folder, dtype, stored, config)
-    return model.to(device).eval(), read_tokenizer(folder)
+    model.to(device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper hides the signature
+    return model.eval(), read_tokenizer(folder)
 
 
 def looked_at(folder: Path, *, verify: bool) -> tuple[dict, dict[str, Stored]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nsvd.stored.files import short_name
 from nsvd.stored.kinds import auto_class
@@ -53,9 +53,8 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 
 
-def text(model: nn.Module, report: Mapping | None = None) -> str:
-    """The card of a compressed model of transformers; what a report as ``nsvd_report.json`` knows besides is told, too."""
-    section = model.hf_quantizer.quantization_config.to_dict()
+def text(model: PreTrainedModel, section: Mapping, report: Mapping | None = None) -> str:
+    """The card of a model with this ``quantization_config``; what a report as ``nsvd_report.json`` knows besides is told, too."""
     source, report = section.get("base_model"), report or {}
     licence = _licence(model.config._name_or_path) if source else {}
     hub = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
@@ -116,20 +115,19 @@ def _licence(source: str) -> dict[str, str]:
     file = Path(source) / NAME
     if not Path(source).is_dir():
         try:
-            file = try_to_load_from_cache(source, NAME)
+            cached = try_to_load_from_cache(source, NAME)
         except ValueError:  # no hub id
             return {}
-    found = FRONT.match(Path(file).read_text(encoding="utf-8", errors="replace")) if _is_file(file) else None
+        file = Path(cached) if isinstance(cached, str) else None
+    found = (
+        FRONT.match(file.read_text(encoding="utf-8", errors="replace")) if file is not None and file.is_file() else None
+    )
     try:
         front = yaml.safe_load(found[1]) if found else None
     except yaml.YAMLError:
         return {}
     told = {key: front[key] for key in LICENCE if isinstance(front.get(key), str)} if isinstance(front, dict) else {}
     return told if "license" in told else {}
-
-
-def _is_file(file: object) -> bool:
-    return isinstance(file, str | Path) and Path(file).is_file()
 
 
 def base_of(model: nn.Module) -> str:

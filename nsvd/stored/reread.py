@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from nsvd.stored.checkpoint import describe
+from nsvd.stored.checkpoint import compressed_layer, describe
 from nsvd.stored.folder import CheckpointError
-from nsvd.stored.foreign import quiet
+from nsvd.stored.foreign import Loaded, quiet
 from nsvd.stored.section import LowRankConfig
 
 
@@ -27,13 +28,15 @@ def reread(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
         CheckpointError: if transformers cannot read it, or a tensor is lost on the way or comes from nowhere; it is named.
     """
     config = copy.deepcopy(model.config)
-    config.quantization_config = LowRankConfig({name: describe(model.get_submodule(name)) for name in names}).to_dict()
+    config.quantization_config = LowRankConfig(
+        {name: describe(compressed_layer(model, name)) for name in names}
+    ).to_dict()
     state = {key: value for key, value in model.state_dict().items() if key not in model.all_tied_weights_keys}
     with quiet():
-        again, info = type(model).from_pretrained(
+        again, info = cast(Loaded, type(model).from_pretrained(
             None, config=config, state_dict=revert_weight_conversion(model, state), dtype=model.dtype,
             device_map={"": "cpu" if with_numbers(model) else "meta"}, output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        ))  # fmt: skip
     misshaped = [key for key, *_ in info["mismatched_keys"]] + _other_sizes(again)
     wrong = {"missing": info["missing_keys"], "misshaped": misshaped}
     for what, keys in (wrong | {"unexpected": info["unexpected_keys"]}).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nsvd.stored.folder import CONFIG, METHOD, CheckpointError
@@ -24,11 +25,13 @@ class LowRankConfig(QuantizationConfigMixin):
         CheckpointError: naming a field that holds something else.
     """
 
+    changed_after_compression: bool  # there where it is so, see ``changes``
+
     def __init__(
         self, modules: dict | None = None, format_version: int = FORMAT, latent_cache: dict | None = None, **details
     ):
         details.pop("quant_method", None)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  # none of transformers' own
         self.format_version = _version(format_version)
         self.modules = dict(_objects("modules", {} if modules is None else modules))
         self.latent_cache = latent_cache
@@ -42,6 +45,12 @@ class LowRankConfig(QuantizationConfigMixin):
             if not told or hasattr(type(self), name):
                 raise CheckpointError(f"{CONFIG}: quantization_config.{name} is {json.dumps(value)[:40]}")
             setattr(self, name, value)
+
+
+def section_of(model: nn.Module) -> LowRankConfig | None:
+    """What a compressed model of transformers carries of its compression; None for another model."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return config if isinstance(config, LowRankConfig) else None
 
 
 def _version(value: object) -> int:

@@ -103,11 +103,12 @@ def check_fits(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
     for key, (tensor, entry) in found.items():
         if entry is not None and (entry.dtype in FLOATS) != tensor.is_floating_point():
             raise CheckpointError(f"{entry.file}: {key} is stored as {entry.dtype}, where the model has {tensor.dtype}")
-    wrong = sorted(key for key, (tensor, entry) in found.items() if entry and entry.shape != tuple(tensor.shape))
+    pairs = {key: (entry.shape, tuple(tensor.shape)) for key, (tensor, entry) in found.items() if entry}
+    wrong = sorted(key for key, (stored_shape, shape) in pairs.items() if stored_shape != shape)
     if wrong:
-        tensor, entry = found[wrong[0]]
+        stored_shape, shape = pairs[wrong[0]]
         raise CheckpointError(
-            f"{len(wrong)} tensors missing or misshaped, first {wrong[0]}: {entry.shape}, expected {tuple(tensor.shape)}"
+            f"{len(wrong)} tensors missing or misshaped, first {wrong[0]}: {stored_shape}, expected {shape}"
         )
     optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["(?!)"]))
     absent = {key: tensor.numel() for key, (tensor, entry) in found.items() if entry is None}
@@ -125,9 +126,9 @@ def check_fits(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
 def _derived(model: nn.Module) -> Iterator[Tensor]:
     """Buffers that are computed, not stored."""
     for module in model.modules():
-        yield from (
-            module._buffers[name] for name in module._non_persistent_buffers_set if module._buffers[name] is not None
-        )
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers[name]) is not None:
+                yield buffer
 
 
 def check_dtypes(config: Mapping, stored: Mapping[str, Stored]) -> None:

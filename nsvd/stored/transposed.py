@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,24 @@ class Transposed(Conv1D, nn.Linear):
     @property
     def weight(self) -> nn.Parameter:
         """To read, and to write into."""
-        own = self._parameters["weight"]
+        own = self._own_weight()
         return nn.Parameter(own.detach().T, requires_grad=own.requires_grad)
 
+    def _own_weight(self) -> nn.Parameter:
+        """(d_in, d_out), as it is stored."""
+        return cast(nn.Parameter, self._parameters["weight"])
+
     def forward(self, x: Tensor) -> Tensor:
-        flat = torch.addmm(self.bias, x.reshape(-1, self.nx), self._parameters["weight"])
+        flat = torch.addmm(self.bias, x.reshape(-1, self.nx), self._own_weight())
         return flat.view(*x.shape[:-1], self.nf)
+
+
+@overload
+def as_linear(layer: nn.Linear | Conv1D) -> nn.Linear: ...
+
+
+@overload
+def as_linear(layer: nn.Module) -> nn.Module: ...
 
 
 def as_linear(layer: nn.Module) -> nn.Module:
@@ -52,4 +65,4 @@ def linear_layers(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in (*before, *model.modules()):
             if type(layer) is Transposed:
-                layer.__class__ = Conv1D
+                layer.__class__ = Conv1D  # pyright: ignore[reportAttributeAccessIssue]  # what it was before
