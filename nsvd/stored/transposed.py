@@ -54,6 +54,11 @@ def as_linear(layer: nn.Module) -> nn.Module:
     return view
 
 
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of this name, ``as_linear``."""
+    return as_linear(cast(nn.Linear, model.get_submodule(name)))
+
+
 @contextmanager
 def linear_layers(model: nn.Module) -> Iterator[None]:
     """In the context every ``Conv1D`` of the model is a ``Transposed``; afterwards it is itself again, and so are copies of it."""

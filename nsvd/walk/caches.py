@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import cache
+from typing import cast
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
@@ -53,9 +54,10 @@ class Reserved(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, room: int):
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self._rooms = [t.new_empty(*t.shape[:-2], room, t.shape[-1]) for t in (layer.keys, layer.values)]
-        self.update(layer.keys, layer.values)
+        keys, values = cast(tuple[Tensor, Tensor], (layer.keys, layer.values))  # None before the first token alone
+        self.lazy_initialization(keys, values)
+        self._rooms = [t.new_empty(*t.shape[:-2], room, t.shape[-1]) for t in (keys, values)]
+        self.update(keys, values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Keys and values (count, heads, tokens, d) of all tokens, the new ones last."""

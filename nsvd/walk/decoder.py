@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from nsvd.walk.lazy import held
-from nsvd.walk.text import trial
+from nsvd.walk.text import trial, vocabulary
 
 CLOSE = 1e-3  # relative error of the last hidden states; the walk repeats the same operations, so it is 0 but for odd kernels
 
@@ -78,10 +78,12 @@ class Decoder:
         with self._stubbed(len(self)) as stubs:
             body = getattr(self.model, "base_model", self.model)
             body(input_ids=ids, use_cache=False)
-        calls = [stub.call for stub in stubs]
+        calls, first = [stub.call for stub in stubs if stub.call is not None], stubs[0].came
+        if first is None or len(calls) < len(self):
+            raise ValueError(f"it does not run each of {self.name}")
         if like is not None and same([(c.args, c.kwargs) for c in calls], [(c.args, c.kwargs) for c in like.calls]):
             calls = like.calls
-        return Entered(ids, stubs[0].came, calls)
+        return Entered(ids, first, calls)
 
     def held(self, index: int) -> AbstractContextManager[None]:
         """In the context a block's numbers stay in memory: for whoever runs it more than once. See ``nsvd.walk.lazy.held``."""
@@ -135,7 +137,6 @@ class Decoder:
     @torch.no_grad()
     def _check(self) -> None:
         kind, given = type(self.model).__name__, []
-        vocabulary = self.model.get_input_embeddings().num_embeddings
         ids = trial(self.model)
         handle = self.blocks[0].register_forward_hook(lambda _m, _a, out: given.append(out))
         try:
@@ -147,7 +148,9 @@ class Decoder:
         self._tuples = isinstance(given[0], tuple)
         try:
             entered = self.enter(ids)
-            self.enter(vocabulary - 1 - ids)  # another text: whatever a model keeps of one is then of this one
+            self.enter(
+                vocabulary(self.model) - 1 - ids
+            )  # another text: whatever a model keeps of one is then of this one
             hidden = entered.hidden
             for index, call in enumerate(entered.calls):
                 hidden = self.run(index, hidden, call)
@@ -174,6 +177,10 @@ class Decoder:
 class _Stub(nn.Module):
     """Notes how a block is called; hands on the hidden states that it is given, or those that it is told to."""
 
+    call: Call | None
+    came: Tensor | None
+    out: Tensor | None
+
     def __init__(self, block: nn.Module, tuples: bool):
         super().__init__()
         object.__setattr__(self, "block", block)  # no submodule: it is not to be found twice
@@ -187,12 +194,12 @@ class _Stub(nn.Module):
 
     def forward(self, *args, **kwargs):
         rest = dict(kwargs)
-        self.came = args[0] if args else rest.pop("hidden_states")
-        self.call = Call(args[1:], rest)
-        head = self.out is not None and self.came.shape[1] == 1 < self.out.shape[1]  # one token only asks for the head
-        out = self.came if self.out is None or head else self.out
-        if out.shape != self.came.shape:
-            raise ValueError(f"hidden states {tuple(out.shape)} in the place of {tuple(self.came.shape)}")
+        came: Tensor = args[0] if args else rest.pop("hidden_states")
+        self.came, self.call = came, Call(args[1:], rest)
+        head = self.out is not None and came.shape[1] == 1 < self.out.shape[1]  # one token only asks for the head
+        out = came if self.out is None or head else self.out
+        if out.shape != came.shape:
+            raise ValueError(f"hidden states {tuple(out.shape)} in the place of {tuple(came.shape)}")
         return (out, None) if self.tuples else out
 
 
@@ -222,10 +229,15 @@ def place_in(blocks: str, layer: str) -> tuple[int, str] | None:
 
 def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     """The part of the model that reads text, and its name: the whole model where it tells of no other."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if hasattr(model, "get_output_embeddings") and decoder is model.get_output_embeddings():
+    decoder: nn.Module = getattr(model, "get_decoder", lambda: model)()
+    if decoder is head_of(model):
         decoder = model  # what is called a decoder there is the head
     return next(name for name, module in model.named_modules() if module is decoder), decoder
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The output embedding, where the model tells of one."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def _outermost_lists(name: str, module: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:

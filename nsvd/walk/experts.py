@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from nsvd.linalg import Moments
 from nsvd.stored.experts import WITHIN, ExpertsApart, are_experts, put_together, take_apart
 from nsvd.stored.layers import CompressedLayer
+from nsvd.stored.transposed import linear_at
 from nsvd.walk.sums import Sums
 from nsvd.walk.text import TRIED
 
@@ -70,7 +72,7 @@ def scarce(model: nn.Module, sums: Sequence[Mapping[str, Sums]]) -> dict[str, st
     """
     found, first = {}, {}
     for name in of_experts(model, sums[0]):
-        if any(one[name].n < model.get_submodule(name).in_features for one in sums):
+        if any(one[name].n < linear_at(model, name).in_features for one in sums):
             path, number, part = name.rsplit(".", 2)
             found[name] = first.setdefault((path, number if part == "down" else "", part), name)
     return found
@@ -88,7 +90,8 @@ def filled(own: Sums, every: Moments) -> Moments:
     if not own.n:
         return Moments(every.G, every.mean_abs, d)
     share, mine = own.n / d, own.result()
-    return Moments(*(share * a + (1 - share) * b for a, b in ((mine.G, every.G), (mine.mean_abs, every.mean_abs))), d)
+    G, mean_abs = (share * a + (1 - share) * b for a, b in ((mine.G, every.G), (mine.scale(), every.scale())))
+    return Moments(G, mean_abs, d)
 
 
 @torch.inference_mode(False)
@@ -113,5 +116,5 @@ def _tried(experts: nn.Module) -> dict[str, nn.Parameter] | None:
     except Exception:
         same = False
     if not same:
-        put_together(experts, whole)
+        put_together(cast(ExpertsApart, experts), whole)
     return whole if same else None

@@ -19,6 +19,7 @@ from nsvd.stored import guard
 from nsvd.stored.folder import CONFIG, INDEX, SINGLE, Stored
 from nsvd.stored.foreign import quiet, reading
 from nsvd.stored.loading import looked_at, read_tokenizer, skeleton, usable_device, usable_dtype
+from nsvd.stored.section import section_of
 from nsvd.stored.skeleton import check_blocks, check_finite, renamed
 from nsvd.walk.decoder import block_list, place_in
 from nsvd.walk.lazy import Place, Slot, Source, filled, held, make_lazy, read, slots
@@ -45,7 +46,7 @@ def open_folder(
         ValueError: if there is no such dtype or device.
     """
     folder = Path(folder)
-    device, dtype = torch.device(usable_device(device)), usable_dtype(dtype)
+    where, dtype = torch.device(usable_device(device)), usable_dtype(dtype)
     told, stored = looked_at(folder, verify=verify)
     if told.get("quantization_config") is not None:
         raise WholeOnly(f"{folder} cannot be read block by block: it is compressed already")
@@ -59,8 +60,8 @@ def open_folder(
     for index, block in enumerate(blocks):
         path = f"{name}.{index}"
         inside = {key.removeprefix(f"{path}."): place for key, place in found.items() if key.startswith(f"{path}.")}
-        make_lazy(block, Source(path, inside, device))
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        make_lazy(block, Source(path, inside, where))
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(where))
     with reading(folder):
         check_blocks(model, unexpected)
         check_finite(model)
@@ -72,8 +73,8 @@ def _built(folder: Path, dtype, stored: Mapping[str, Stored], told: dict) -> Pre
     model = skeleton(folder, dtype, stored, told)
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
-            if module._buffers[name] is not None:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            if (buffer := module._buffers[name]) is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
     with reading(folder, f"model of {CONFIG}", told):
         model.initialize_weights()
     if model.can_generate():
@@ -115,10 +116,10 @@ def _placed(model: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[dict[
     absent = state.keys() - model.all_tied_weights_keys.keys() - found.keys()
     if wrong := sorted(absent | (others & state.keys())):
         raise WholeOnly(f"no file holds {wrong[0]} as it is in the model")
-    for part in sorted({*model._keep_in_fp32_modules, *model._keep_in_fp32_modules_strict}):
+    for part in sorted({*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}):
         if kept := next((name for name in found if re.search(part.replace("*", ".*"), name)), None):
             raise WholeOnly(f"{kept} may be kept in float32 where the rest is not")
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected]
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return found, {name for name in others if not any(pattern.search(name) for pattern in ignored)}
 
 
@@ -153,7 +154,7 @@ def write_folder(model: PreTrainedModel, folder: Path) -> None:
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-    told = getattr(model, "hf_quantizer", None) and model.hf_quantizer.quantization_config
+    told = section_of(model)
     beside, about = (guard.tensors(told.modules), guard.metadata(told)) if told else ({}, {})
     shards = _shards(model)
     files = {f"model-{i:05}-of-{len(shards):05}.safetensors": keys for i, keys in enumerate(shards, start=1)}

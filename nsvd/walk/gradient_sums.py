@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -36,7 +37,8 @@ class GradientSums:
     """Sums by name of layer, in float64."""
 
     def __init__(self, names: Iterable[str], kind: Kind):
-        self.kind, self.totals = kind, dict.fromkeys(names)
+        self.kind = kind
+        self.totals: dict[str, Half | Tensor | None] = dict.fromkeys(names)
 
     def taking(self, weight: float, name: str, x: Tensor) -> Callable[[Tensor], None]:
         """What takes in the gradient at the output of a layer with input x (…, d_in), times a weight."""
@@ -54,26 +56,29 @@ class GradientSums:
             gradient = clipped_tokens(gradient)
             weight *= before / gradient.shape[:-1].numel()
         g = gradient.reshape(-1, gradient.shape[-1])
-        if self.totals[name] is None:
+        total = self.totals[name]
+        if total is None:
             shape = (g.shape[1],) if x is None else (g.shape[1], x.shape[-1])
             square = x is None and not self.kind.diagonal
             place = {"dtype": torch.float64, "device": home(g)}
-            self.totals[name] = Half(g.shape[1], home(g)) if square else torch.zeros(shape, **place)
-        if x is not None:
-            add_cross_(self.totals[name], g, x.reshape(-1, x.shape[-1]), weight)
-        elif self.kind.diagonal:
-            self.totals[name] += weight * double(g).square().sum(0)
+            total = self.totals[name] = Half(g.shape[1], home(g)) if square else torch.zeros(shape, **place)
+        if isinstance(total, Half):
+            total.add_(g, weight)
+        elif x is not None:
+            add_cross_(total, g, x.reshape(-1, x.shape[-1]), weight)
         else:
-            self.totals[name].add_(g, weight)
+            total += weight * double(g).square().sum(0)
 
     def _whole(self, name: str) -> Tensor:
-        total, square = self.totals.pop(name), not (self.kind.diagonal or self.kind.weights)
-        total = joined(total) if square else summed(total)
+        square = not (self.kind.diagonal or self.kind.weights)
+        kept = self.totals.pop(name)
+        total = joined(cast(Half | None, kept)) if square else summed(cast(Tensor | None, kept))
+        del kept
         if total is None:
             raise ValueError(f"no gradient reached layer {name}")
-        if not (total.diagonal if square else total).isfinite().all():
+        if not (total.diagonal if isinstance(total, Half) else total).isfinite().all():
             raise FloatingPointError(f"the gradient at layer {name} holds NaN or Inf")
-        return (total.whole() if square else total).cpu()
+        return (total.whole() if isinstance(total, Half) else total).cpu()
 
 
 def clipped_tokens(gradient: Float[Tensor, "count length d"]) -> Float[Tensor, "count kept d"]:

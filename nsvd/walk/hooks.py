@@ -63,12 +63,17 @@ def intervening(
     """Put f(x) in the place of the input x, or f(y) of the output y, of named layers while in the context."""
     with ExitStack() as stack:
         for name, f in inputs.items():
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda _m, args, f=f: (f(args[0]), *args[1:]))
+            hook = model.get_submodule(name).register_forward_pre_hook(_changing(f))
             stack.callback(hook.remove)
         for name, f in outputs.items():
             hook = model.get_submodule(name).register_forward_hook(lambda _m, _args, y, f=f: f(y))
             stack.callback(hook.remove)
         yield
+
+
+def _changing(f: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple], tuple]:
+    """A hook that puts f(x) in the place of an input x."""
+    return lambda _module, args: (f(args[0]), *args[1:])
 
 
 @contextmanager

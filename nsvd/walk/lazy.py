@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from nsvd.stored.files import replacing
 from nsvd.stored.folder import CheckpointError
 from nsvd.stored.foreign import reading
 from nsvd.stored.skeleton import check_finite
-from nsvd.stored.transposed import as_linear
+from nsvd.stored.transposed import linear_at
 from nsvd.walk import processes
 from nsvd.walk.memory import give_back
 
@@ -37,7 +37,7 @@ class Place(NamedTuple):
 class Slot(NamedTuple):
     """Where a tensor stands in a module: among its parameters or buffers, by name."""
 
-    registry: dict[str, Tensor | None]
+    registry: dict[str, Any]  # ``_parameters`` or ``_buffers``
     name: str
 
     @property
@@ -91,7 +91,7 @@ def _lazy(kind: type[nn.Module]) -> type[LazyBlock]:
 def make_lazy(block: nn.Module, source: Source) -> None:
     """Let a block read its parameters and persistent buffers from files; those that it has are dropped."""
     block.__class__ = _lazy(type(block))
-    block.source = source
+    block.source = source  # pyright: ignore[reportArgumentType]  # an attribute like any other
     for slot in slots(block).values():
         slot.put(_emptied(slot.tensor).requires_grad_(False))
 
@@ -200,16 +200,15 @@ def weight_of(model: nn.Module, layer: str) -> Tensor:
     parts = layer.split(".")
     above = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts)))
     with held(next((module for module in above if isinstance(module, LazyBlock)), model)):
-        return as_linear(model.get_submodule(layer)).weight.detach()
+        return linear_at(model, layer).weight.detach()
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:
     """Every parameter and persistent buffer inside a module, by dotted name: what a state dict holds."""
     found = {}
     for path, inner in module.named_modules():
-        stored = {part: inner._parameters for part in inner._parameters} | {
-            part: inner._buffers for part in inner._buffers if part not in inner._non_persistent_buffers_set
-        }
+        stored: dict[str, dict[str, Any]] = {part: inner._parameters for part in inner._parameters}
+        stored |= {part: inner._buffers for part in inner._buffers if part not in inner._non_persistent_buffers_set}
         for part, registry in stored.items():
             if registry[part] is not None:
                 found[f"{path}.{part}" if path else part] = Slot(registry, part)

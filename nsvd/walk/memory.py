@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,8 +40,8 @@ def give_back() -> None:
 def _acts() -> list[Callable[[], object]]:
     if sys.platform != "linux":
         return []
-    found = [(getattr(ctypes.CDLL(None), "malloc_trim", None), 0)]
+    found: list[tuple[Any, *tuple[int, ...]]] = [(getattr(ctypes.CDLL(None), "malloc_trim", None), 0)]
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if library.is_file():
         found += [(getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None),)]
-    return [partial(*call) for call in found if call[0] is not None]
+    return [partial(act, *args) for act, *args in found if act is not None]

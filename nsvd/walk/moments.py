@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +59,17 @@ def mix(
     moments = {name: mixed([d.moments[name] for d in domains], shares) for name in first.moments}
     gradients = {}
     if all(d.gradients for d in domains):
-        gradients = {n: sum(w * d.gradients[n] for w, d in zip(shares, domains, strict=True)) for n in first.gradients}
+        gradients = {
+            name: cast(Tensor, sum(w * d.gradients[name] for w, d in zip(shares, domains, strict=True)))
+            for name in first.gradients
+        }
     return Statistics(moments, first.inputs, {"mixed": [d.origin for d in domains], "weights": shares}, gradients)
 
 
 def shares_of(weights: Sequence[float] | str, count: int) -> list[float]:
     """Weights of sum 1 for so many domains, from ``uniform`` or numbers."""
-    weights = [1.0] * count if weights == "uniform" else weights
-    return [w / sum(weights) for w in weights]
+    numbers = [1.0] * count if weights == "uniform" else cast(Sequence[float], weights)
+    return [w / sum(numbers) for w in numbers]
 
 
 def check_mixture(weights: Sequence[float] | str, count: int) -> None:
@@ -83,9 +87,9 @@ def check_mixture(weights: Sequence[float] | str, count: int) -> None:
 def mixed(parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
     """The moments of several domains as one, with weights of sum 1; see ``mix``."""
     scales = mixing([m.G.diagonal().mean() for m in parts], shares)
-    G = sum(a * m.G for a, m in zip(scales, parts, strict=True))
-    mean_abs = sum((w * a).sqrt() * m.mean_abs for w, a, m in zip(shares, scales, parts, strict=True))
-    return Moments(G, mean_abs, sum(m.n for m in parts))
+    G = cast(Tensor, sum(a * m.G for a, m in zip(scales, parts, strict=True)))
+    mean_abs = cast(Tensor, sum((w * a).sqrt() * m.scale() for w, a, m in zip(shares, scales, parts, strict=True)))
+    return Moments(G, mean_abs, sum(cast(int, m.n) for m in parts))
 
 
 def _worst_case(domains: Sequence[Statistics], model: nn.Module | None, ratio: float | None) -> list[float]:
@@ -97,7 +101,8 @@ def _worst_case(domains: Sequence[Statistics], model: nn.Module | None, ratio: f
     with experts_apart(model):
         for name, layer in targets(model).items():
             if name in domains[0]:
-                layers.append((name, [d[name].G for d in domains], rank_for_ratio(*layer.weight.shape, ratio)))
+                d_out, d_in = layer.weight.shape
+                layers.append((name, [d[name].G for d in domains], rank_for_ratio(d_out, d_in, ratio)))
         return same(worst_case_weights(_Weighed(model, layers)).weights)
 
 

@@ -67,7 +67,7 @@ def together(device: str = "auto", *, timeout: timedelta = TIMEOUT) -> Iterator[
         yield
     except BaseException as error:
         failed = True
-        _tell(error)
+        _tell(_joined, error)
         raise
     finally:
         joined, _joined = _joined, None
@@ -117,7 +117,7 @@ def gathered(value: T) -> list[T]:
     if _joined is None:
         return [value]
     found: list = [None] * _joined.count
-    _wait_for(dist.all_gather_object, found, value)
+    _wait_for(_joined, dist.all_gather_object, found, value)
     return found
 
 
@@ -126,7 +126,7 @@ def same(value: T, source: int = 0) -> T:
     if _joined is None:
         return value
     box = [value]
-    _wait_for(dist.broadcast_object_list, box, src=source)
+    _wait_for(_joined, dist.broadcast_object_list, box, src=source)
     return box[0]
 
 
@@ -141,7 +141,7 @@ def summed(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         tensor = torch.zeros(form[0], dtype=form[1], device=form[2])
     tensor = tensor.contiguous()
-    _wait_for(dist.all_reduce, tensor)
+    _wait_for(_joined, dist.all_reduce, tensor)
     return tensor
 
 
@@ -187,18 +187,18 @@ def _backend(device: str) -> str:
     return "cpu:gloo,cuda:nccl"
 
 
-def _wait_for(operation: Callable, *args, **how) -> None:
+def _wait_for(joined: _Joined, operation: Callable, *args, **how) -> None:
     try:
         operation(*args, **how)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise ConnectionError(_lost(error)) from error
+        raise ConnectionError(_lost(joined, error)) from error
 
 
-def _lost(error: RuntimeError) -> str:
+def _lost(joined: _Joined, error: RuntimeError) -> str:
     """Why the others do not answer."""
-    store, others = _joined.store, [number for number in range(_joined.count) if number != _joined.rank]
+    store, others = joined.store, [number for number in range(joined.count) if number != joined.rank]
     try:
         before, begin = _beats(store, others), time.monotonic()
         while time.monotonic() < begin + SILENT:
@@ -214,17 +214,17 @@ def _lost(error: RuntimeError) -> str:
     return f"rank {', '.join(silent)} has ended before the work was done"
 
 
-def _tell(error: BaseException) -> None:
+def _tell(joined: _Joined, error: BaseException) -> None:
     """Name this process in the error, unless it is of another one's end, and let the others know."""
     if not isinstance(error, ConnectionError):
-        name = f"rank {_joined.rank}: "
+        name = f"rank {joined.rank}: "
         if isinstance(error, OSError) and error.strerror is not None:
             error.strerror = name + error.strerror
         elif len(error.args) == 1:
             error.args = (f"{name}{error.args[0]}",)
     with suppress(RuntimeError):
-        said = str(error) if str(error).startswith("rank ") else f"rank {_joined.rank}: {type(error).__name__} {error}"
-        _joined.store.compare_set("failed", "", said)
+        said = str(error) if str(error).startswith("rank ") else f"rank {joined.rank}: {type(error).__name__} {error}"
+        joined.store.compare_set("failed", "", said)
 
 
 def _part(joined: _Joined) -> None:

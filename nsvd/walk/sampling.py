@@ -13,7 +13,7 @@ from nsvd.walk.caches import caches_of, reserve
 from nsvd.walk.hooks import evaluating
 from nsvd.walk.processes import gathered, in_turn, mine, share
 from nsvd.walk.sums import finite
-from nsvd.walk.text import check_length
+from nsvd.walk.text import check_length, vocabulary
 
 CACHE_BYTES = 8 * 2**30  # of a batch of windows while they are sampled
 MOST_TOKENS = 2**27  # of text that is made up, 1 GiB of ids
@@ -64,9 +64,8 @@ def sample(
             "the model's configuration names no token that begins a text (bos_token_id), so it cannot write one: "
             "pass start= to sample, or calibrate on a text that is at hand (windows=, --calibration CORPUS)"
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if not 0 <= start < vocabulary:
-        raise ValueError(f"the token to start from (bos_token_id) is {start}, the vocabulary has {vocabulary} tokens")
+    if not 0 <= start < (known := vocabulary(model)):
+        raise ValueError(f"the token to start from (bos_token_id) is {start}, the vocabulary has {known} tokens")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device writes the same
     draws = torch.cat([_uniform(count, generator) for _ in range(length - 1)], dim=1)
@@ -94,7 +93,8 @@ def own_text(
     """
     check_unwrapped(model)
     if length is None:
-        length = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048, 2048)
+        most: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+        length = min(most, 2048)
     length = max(2, length // 2)
     return sample(model, count, length + (not bos), opening=OPENING, start=start, seed=seed)[:, not bos :]
 

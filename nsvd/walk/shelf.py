@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkstemp
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,7 @@ from nsvd.walk import processes
 LIMIT = 2**28  # bytes kept in memory by default; what comes later goes to files
 
 _ENDING = ".safetensors"
-_KINDS = {kind.__name__: kind for kind in (Moments, Orthogonal, Oblique, Spectrum)}
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Moments, Orthogonal, Oblique, Spectrum)}
 
 
 class Shelf:
@@ -46,12 +47,17 @@ class Shelf:
         self._held: dict[str, tuple[dict[str, Tensor], dict, int]] = {}  # tensors, note, bytes of memory
         self._bytes, self._ours = 0, set()
 
+    @property
+    def _place(self) -> Path:
+        """The folder of a shelf that lasts."""
+        return cast(Path, self._folder)
+
     @cached_property
     def own(self) -> Shelf:
         """Where this process keeps what is its own; this very shelf where it is alone, or the shelf does not last."""
         if not self._common or processes.count() == 1:
             return self
-        return Shelf(self._folder / f"rank-{processes.rank()}-of-{processes.count()}", common=False)
+        return Shelf(self._place / f"rank-{processes.rank()}-of-{processes.count()}", common=False)
 
     def scratch(self) -> Shelf:
         """An empty shelf for what is of no use to a later run. Its files, where it needs any, lie in the folder of this one."""
@@ -98,18 +104,18 @@ class Shelf:
 
     def begun(self, *apart: str) -> bool:
         """Whether there is any group in the folder but those."""
-        files = self._folder.rglob(f"*{_ENDING}") if self.lasting else ()
-        return any(file.relative_to(self._folder).as_posix().removesuffix(_ENDING) not in apart for file in files)
+        files = self._place.rglob(f"*{_ENDING}") if self.lasting else ()
+        return any(file.relative_to(self._place).as_posix().removesuffix(_ENDING) not in apart for file in files)
 
     def clear(self) -> None:
         """Forget all groups."""
         self._held, self._bytes, self._ours = {}, 0, set()
         if self.lasting:
-            self._once(lambda: shutil.rmtree(self._folder, ignore_errors=True))
+            self._once(lambda: shutil.rmtree(self._place, ignore_errors=True))
 
     def file(self, key: str) -> Path:
         """Where a group is, or would be, in the folder of a shelf that lasts."""
-        return self._folder / f"{key}{_ENDING}"
+        return self._place / f"{key}{_ENDING}"
 
     def kept(self, name: str) -> Kept:
         """A mapping whose values lie on this shelf under ``name``."""
@@ -118,7 +124,7 @@ class Shelf:
     def keys(self, prefix: str) -> list[str]:
         """The keys that begin with ``prefix/``, in order."""
         here = [key for key in self._held if key.startswith(f"{prefix}/")]
-        folder = self._folder / prefix if self.lasting else None
+        folder = self._place / prefix if self.lasting else None
         if folder is not None and folder.is_dir():
             here += [f"{prefix}/{file.name.removesuffix(_ENDING)}" for file in folder.glob(f"*{_ENDING}")]
         return sorted(here)
@@ -141,7 +147,7 @@ class Shelf:
             raise self._damaged(key) from error
 
     def _damaged(self, key: str) -> OSError:
-        return OSError(f"{self.file(key)} is not what was written there; remove {self._folder.parent} to begin anew")
+        return OSError(f"{self.file(key)} is not what was written there; remove {self._place.parent} to begin anew")
 
     def _write(self, key: str, tensors: dict[str, Tensor], note: dict) -> None:
         file = self.file(key)
@@ -169,11 +175,14 @@ class Kept(MutableMapping):
     """Tensors, moments or decompositions by name, on a shelf; the one read last stays in memory."""
 
     def __init__(self, shelf: Shelf, name: str):
-        self.shelf, self.name, self._last = shelf, name, (None, None)
+        self.shelf, self.name = shelf, name
+        self._last: tuple[str | None, Any] = (None, None)
 
     def __setitem__(self, key: str, value: Tensor | Moments | Decomposition | Spectrum) -> None:
-        kind, tensors, note = type(value).__name__, {"": value}, {}
-        if dataclasses.is_dataclass(value):
+        kind, note = type(value).__name__, {}
+        if isinstance(value, Tensor):
+            tensors = {"": value}
+        else:
             parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
             first = {id(part): name for name, part in reversed(parts.items())}
             tensors = {n: part for n, part in parts.items() if isinstance(part, Tensor) and first[id(part)] == n}

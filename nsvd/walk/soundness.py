@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nsvd.linalg.methods import check_finite
+from nsvd.stored.checkpoint import compressed_layer
 from nsvd.stored.experts import take_apart_for
 from nsvd.stored.folder import CheckpointError
 from nsvd.stored.foreign import quiet
@@ -110,8 +111,8 @@ def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Te
         return
     for name in () if is_lazy(model) else dense:  # the dense layers of a lazy model are not at hand any more
         with exchanged(model, {other: layer for other, layer in dense.items() if other != name}):
-            if fault := _fault(model, before):
-                raise type(fault)(f"layer {name}: once it is exchanged, {fault}") from fault
+            if alone := _fault(model, before):
+                raise type(alone)(f"layer {name}: once it is exchanged, {alone}") from alone
     raise type(fault)(
         f"layer {next(iter(dense))} and {len(dense) - 1} others: once they are exchanged, {fault}"
     ) from fault
@@ -133,7 +134,8 @@ def _check_reread(model: nn.Module) -> None:
     _as_cast(again, model)
     said, now = _run(model), _run(again)
     if not (now - said).norm() <= CLOSE * said.norm():
-        differs = (n for n, layer in layers.items() if not torch.equal(again.get_submodule(n).dense(), layer.dense()))
+        pairs = ((name, compressed_layer(again, name), layer) for name, layer in layers.items())
+        differs = (name for name, other, layer in pairs if not torch.equal(other.dense(), layer.dense()))
         where = next((f"; layer {name} is another" for name in differs), "")
         raise ValueError(f"{type(model).__name__} says something else once it is saved and read again{where}")
 

@@ -54,7 +54,7 @@ class Statistics(Mapping[str, Moments]):
         readers: dict[str, list[str]] = {}
         for layer, leader in self.inputs.items():
             readers.setdefault(leader, []).append(layer.rsplit(".", 1)[-1])
-        sizes = {name: (len(m.mean_abs), m.n, _outlier(m)) for name, m in self.moments.items()}
+        sizes = {name: (len(m.G), m.n, _outlier(m)) for name, m in self.moments.items()}
         most = max((peak for *_, peak in sizes.values() if peak is not None), default=0.0)
         rows = [
             [text(name), text(", ".join(readers.get(name, []))), number(channels), number(n), bar(peak, most, "{:.1f}")]
@@ -144,7 +144,7 @@ def _outlier(moments: Moments) -> float | None:
 def _tensors(moments: Mapping[str, Moments], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As they are stored, by layer and letter."""
     tensors = {f"{name}.G": m.G.contiguous() for name, m in moments.items()}
-    tensors |= {f"{name}.mean_abs": m.mean_abs.contiguous() for name, m in moments.items()}
+    tensors |= {f"{name}.mean_abs": m.scale().contiguous() for name, m in moments.items()}
     return tensors | {f"{name}.H": H.contiguous() for name, H in gradients.items()}
 
 

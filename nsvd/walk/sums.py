@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -59,7 +60,7 @@ def joined(half: Half | None) -> Half | None:
         return half
     d = next(filter(None, gathered(None if half is None else half.d)), None)
     values = summed(None if half is None else half.values)
-    return None if values is None else Half(d, values.device, values)
+    return None if d is None or values is None else Half(d, values.device, values)
 
 
 class Sums:
@@ -83,7 +84,7 @@ class Sums:
     @property
     def squares(self) -> Float[Tensor, " d_in"]:
         """Σ x², of every channel: NaN or Inf where an input is, or a product too large."""
-        return self._half.diagonal
+        return self._taken()[0].diagonal
 
     def add(self, x: Float[Tensor, "... d_in"], y: Float[Tensor, "... d_out"] | None = None) -> None:
         """Take in inputs, and what goes with each of them."""
@@ -92,16 +93,16 @@ class Sums:
             common = torch.promote_types(x.dtype, y.dtype)
             x, y = x.to(common), y.reshape(-1, y.shape[-1]).to(common)
         place = {"dtype": torch.float64, "device": home(x)}
-        if self._half is None:
+        if self._half is None or self.absolute is None:
             self._half = Half(x.shape[1], home(x))
             self.absolute = torch.zeros(x.shape[1], **place)
-        if self.cross is None and y is not None:
-            self.cross = torch.zeros(y.shape[1], x.shape[1], **place)
         self._half.add_(x)
         for part in _chunks(x):
             pieces = [piece.abs().sum(0, dtype=_least(part)) for piece in part.split(PIECE)]
             self.absolute += double(torch.stack(pieces)).sum(0)
         if y is not None:
+            if self.cross is None:
+                self.cross = torch.zeros(y.shape[1], x.shape[1], **place)
             add_cross_(self.cross, y, x)
         self.n += len(x)
 
@@ -112,9 +113,16 @@ class Sums:
 
     def result(self) -> Moments:
         """Averages per token, on the CPU. The sums are used up."""
-        G, mean_abs = self.outer.cpu().div_(self.n), self.absolute.cpu().div_(self.n)
+        half, absolute = self._taken()
+        G, mean_abs = half.whole().cpu().div_(self.n), absolute.cpu().div_(self.n)
         self.forget()
         return Moments(G, mean_abs, self.n)
+
+    def _taken(self) -> tuple[Half, Tensor]:
+        """Σ x xᵀ and Σ |x|; raises ``ValueError`` before the first input."""
+        if self._half is None or self.absolute is None:
+            raise ValueError("nothing was summed: there was no input")
+        return self._half, self.absolute
 
     def forget(self) -> None:
         """Give the memory of the sums back."""
@@ -138,7 +146,7 @@ def add_cross_(
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor, weight: float = 1.0) -> None:
     """Add weight · aᵀ b."""
-    how = {} if a.dtype == _least(a) else {"out_dtype": torch.float32}
+    how: dict[str, Any] = {} if a.dtype == _least(a) else {"out_dtype": torch.float32}
     total.add_(torch.mm(a.mT, b, **how).to(total.device), alpha=weight)
 
 
@@ -170,7 +178,8 @@ def _exact(*inputs: Tensor) -> Iterator[None]:
 
     No TF32, no autocast. A processor may multiply in bfloat16 where the numbers come from it: that is as exact, and faster.
     """
-    places = {cuda.matmul: "ieee", mkldnn.matmul: "bf16" if all(x.dtype == torch.bfloat16 for x in inputs) else "ieee"}
+    cpu: Any = mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]  # torch adds it to its own module when imported
+    places = {cuda.matmul: "ieee", cpu: "bf16" if all(x.dtype == torch.bfloat16 for x in inputs) else "ieee"}
     before = {place: place.fp32_precision for place in places}
     for place, precision in places.items():
         place.fp32_precision = precision

@@ -15,7 +15,7 @@ from nsvd.stored.kinds import check_continues
 from nsvd.stored.layers import CompressedLayer
 from nsvd.stored.quantized import is_quantized
 from nsvd.stored.transposed import Transposed, as_linear
-from nsvd.walk.decoder import longest_list, text_decoder
+from nsvd.walk.decoder import head_of, longest_list, text_decoder
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight of another dtype is quantized
 
@@ -42,7 +42,7 @@ def targets(
     _check_model(model)
     name, whole = longest_list(model) or text_decoder(model)
     inside = {id(part) for m in whole.modules() if isinstance(m, CompressedLayer) for part in m.modules()}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = head_of(model)
     found = {}
     for inner, module in whole.named_modules(prefix=name):
         if id(module) in inside:

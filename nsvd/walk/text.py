@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -38,17 +39,22 @@ def check_readable(model: nn.Module, windows: Int[Tensor, "count length"]) -> No
     check_unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         return
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    known = vocabulary(model)
     for token in (int(windows.min()), int(windows.max())):
-        if not 0 <= token < vocabulary:
+        if not 0 <= token < known:
             raise ValueError(
-                f"the text holds token {token}, but the model's vocabulary has {vocabulary} tokens: "
+                f"the text holds token {token}, but the model's vocabulary has {known} tokens: "
                 "does the tokenizer belong to the model?"
             )
     check_length(model, windows.shape[1])
 
 
-def check_length(model: nn.Module, length: int) -> None:
+def vocabulary(model: nn.Module) -> int:
+    """How many tokens a model of transformers knows."""
+    return cast(nn.Embedding, cast(PreTrainedModel, model).get_input_embeddings()).weight.shape[0]
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
     """Raise ``ValueError`` if the model has learned fewer positions."""
     if length > (most := _positions(model) or length):
         raise ValueError(f"cannot read windows of {length} tokens: the model has learned {most} positions")
@@ -64,7 +70,7 @@ def trial(model: nn.Module) -> Int[Tensor, "1 tried"]:
     return ids if known is None else ids % known.weight.shape[0]
 
 
-def _positions(model: nn.Module) -> int | None:
+def _positions(model: PreTrainedModel) -> int | None:
     """How many positions the model has learned; None where it computes them, and any number will do."""
     tokens = model.get_input_embeddings()
     if any(isinstance(module, nn.Embedding) and module is not tokens for module in model.modules()):
@@ -74,8 +80,7 @@ def _positions(model: nn.Module) -> int | None:
 
 def tokens_at_once(model: nn.Module) -> int:
     """How many tokens' logits take no more than ``LOGIT_BYTES`` in float32: 1 … ``TOKENS``."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return min(max(LOGIT_BYTES // (4 * vocabulary), 1), TOKENS)
+    return min(max(LOGIT_BYTES // (4 * vocabulary(model)), 1), TOKENS)
 
 
 def windows_at_once(model: nn.Module, length: int) -> int:
@@ -103,7 +108,7 @@ def predictions(model: nn.Module, ids: Int[Tensor, "n length"]) -> Iterator[Floa
                 hidden.append(hidden[0] if hidden else out["last_hidden_state"])
                 out["last_hidden_state"] = hidden[0][:, part]
 
-        handle = model.get_decoder().register_forward_hook(exchange)
+        handle = cast(PreTrainedModel, model).get_decoder().register_forward_hook(exchange)
         try:
             with evaluating(model):
                 logits = model(input_ids=ids[:, :1] if hidden else ids, use_cache=False).logits
