@@ -1,8 +1,11 @@
 """lm-evaluation-harness: its own program reads compressed folders, and its numbers are ours."""
 
 import json
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +78,27 @@ def test_one_folder_has_the_same_numbers_by_both(tasks, capsys):
         assert ours["acc"] == asked["acc"] == told[asked["task"]]["acc,none"]
         assert ours["questions"] == asked["questions"] == 8
     assert rows[0]["acc_norm"] == rows[2]["acc_norm"] == told["twin_plain"]["acc_norm,none"]
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_have_the_numbers_of_one(tasks, capsys):
+    """``python -m nsvd lm_eval`` under torchrun, as ``accelerate launch`` starts it; the harness alone shares out GPUs."""
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
+    torch.set_default_dtype(torch.float32)
+    nsvd.save(compressed(tiny_model()), tiny_tokenizer(), tasks / "low")
+    asked = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={tasks / 'low'},dtype=float32", "--device", "cpu"]
+    asked += ["--tasks", str(tasks / "plain.yaml"), "--output_path"]
+    assert main([*asked, str(tasks / "one")]) == 0
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "nsvd"]
+    done = subprocess.run(
+        [*launcher, *asked, str(tasks / "two")], capture_output=True, text=True, timeout=400, check=False,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        json.loads(next((tasks / name).rglob("results*.json")).read_text(encoding="utf-8"))["results"]
+        for name in ("one", "two")
+    )
+    assert one == two

@@ -1,6 +1,7 @@
 """Models with weights that were quantized in place: neither saved nor compressed, and told what to do first."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import nsvd
 from nsvd.lab import bits
-from tests.tiny import Q, compressed, float32, logits, tiny_model, tiny_tokenizer  # noqa: F401
+from nsvd.stored.quantized import is_quantized
+from tests.tiny import GROUPED, Q, compressed, float32, logits, tiny_model, tiny_tokenizer  # noqa: F401
 
 PIVOTED = {"method": "asvd-1", "factors": "pivoted"}
 
@@ -85,3 +87,23 @@ def test_a_weight_of_four_bits_is_counted_as_half_a_byte():
     groups = {32: 1, 48: 1}  # widths that one group holds
     counted = sum(rows * width // 2 + 2 * rows * groups[width] for rows, width in weights)
     assert bits.stored_bytes(model) == rest + counted
+
+
+@pytest.mark.parametrize("bits_", [0, 9, 16])
+def test_there_are_1_to_8_bits(bits_):
+    with pytest.raises(ValueError, match=f"rounded to 1 to 8 bits, not to {bits_}"):
+        bits.quantize_(tiny_model(), bits_)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt_oss"])
+def test_all_linear_layers_are_rounded(name):
+    """Also those that keep their weight the other way round, and the experts of a mixture."""
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'nsvd[quantize]'")
+    more = {} if name == "gpt2" else {"num_local_experts": 4, "head_dim": 8, **GROUPED}
+    model = tiny_model(name, **more)
+    before, whole = logits(model), bits.stored_bytes(model)
+    bits.quantize_(model, 8)
+    plain = {key for key, value in model.named_parameters() if value.ndim > 1 and not is_quantized(value)}
+    assert not {key for key in plain if not re.search(r"wte|wpe|embed|lm_head|router|gate\.weight|_bias", key)}
+    assert bits.stored_bytes(model) < 0.75 * whole
+    assert 0 < (logits(model) - before).norm() < 0.05 * before.norm()
