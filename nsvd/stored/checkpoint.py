@@ -26,7 +26,7 @@ from nsvd.stored.foreign import quiet
 from nsvd.stored.kinds import copy_processors
 from nsvd.stored.layers import LAYERS, CompressedLayer, LowRankLinear
 from nsvd.stored.parallel import follow_factors
-from nsvd.stored.quantized import check_plain
+from nsvd.stored.quantized import check_plain, make_plain, make_room, put_together, taken_apart
 from nsvd.stored.section import LowRankConfig, section_of
 from nsvd.stored.skeleton import check_dtypes, check_finite, check_fits, matched
 from nsvd.stored.transposed import as_linear
@@ -52,6 +52,7 @@ class LowRankQuantizer(HfQuantizer):
     requires_calibration = True  # from_pretrained(dense, quantization_config=LowRankConfig()) is refused
 
     loading = False
+    quantized: Mapping[str, dict] = {}
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         self.loading = True
@@ -74,6 +75,8 @@ class LowRankQuantizer(HfQuantizer):
             folder = Path(checkpoint_files[0]).parent
             manifest.check_files([folder / CONFIG, *checkpoint_files])
             stored = headers(checkpoint_files)
+            prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
+            self.quantized = make_room(model, checkpoint_files, stored, prefix)
             guard.expect(model, modules, stored)
             _check_factors(model, modules, stored)
             check_dtypes(read_json(folder / CONFIG), stored)
@@ -82,6 +85,7 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **_):
         model.is_quantized = False  # the factors are plain numbers of the model's dtype: .half() and .float() cast them
         if self.loading:
+            put_together(model, self.quantized)
             check_finite(model)
             for name, layer in model.named_modules():
                 if isinstance(layer, CompressedLayer):
@@ -104,6 +108,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):  # the factors keep their dtype, as all other parameters do
         LATENT_CACHE["detach"](model, self.latent_layers)
+        make_plain(model)
         for name in self.quantization_config.modules:
             model.set_submodule(name, compressed_layer(model, name).to_linear())
         put_together_all(model)
@@ -111,9 +116,10 @@ class LowRankQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         config = self.quantization_config
-        check_plain(model)
+        check_plain(model, stored=True)
         note_changes(model, config)
-        return {**model.state_dict(), **guard.tensors(config.modules)}, guard.metadata(config)
+        state, about = taken_apart(model.state_dict())
+        return {**state, **guard.tensors(config.modules)}, guard.metadata(config) | about
 
     def is_serializable(self) -> bool:
         return True
@@ -269,7 +275,7 @@ def save(
     """
     check_target(folder)
     check_unwrapped(model)
-    check_plain(model)
+    check_plain(model, stored=is_compressed(model))
     place = reached(folder)
     kept = place / model_card.NAME if (place / model_card.NAME).is_file() else None
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from nsvd.stored.folder import CheckpointError, Stored
+from nsvd.stored.quantized import is_quantized
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 SPARE_TENSORS, SPARE_BYTES = 2_000, 2**30  # beyond what the files hold: fused and tied weights; masks and rotations
@@ -165,7 +166,12 @@ def check_blocks(model: nn.Module, unexpected: Iterable[str]) -> None:
 def check_finite(model: nn.Module, prefix: str = "") -> None:
     """Raise ``CheckpointError`` naming the first parameter that holds NaN or Inf, with a prefix before its name."""
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point() or parameter.sum().isfinite():
+        if (
+            parameter.is_meta
+            or not parameter.is_floating_point()
+            or is_quantized(parameter)
+            or parameter.sum().isfinite()
+        ):
             continue
         if not parameter.isfinite().all():  # else the sum alone overflows
             raise CheckpointError(f"parameter {prefix}{name} holds NaN or Inf")
