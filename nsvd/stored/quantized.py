@@ -4,11 +4,14 @@ Those of torchao are stored, in a compressed model, as the tensors that they hol
 makes one of them is an entry ``torchao`` in the header of every weight file. No pickle is written or read.
 """
 
+# pyright: reportMissingImports=false
+# torchao is no dependency: it is imported where it is met.
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -87,7 +90,7 @@ def put_together(model: PreTrainedModel, about: Mapping[str, dict]) -> None:
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
         layer = model.get_submodule(name.removesuffix(".weight"))
-        parts = {part: layer._buffers.pop(f"_weight_{part}") for part in entry["_tensor_data_names"]}
+        parts = {part: cast(Tensor, layer._buffers.pop(f"_weight_{part}")) for part in entry["_tensor_data_names"]}
         for part, value in parts.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise CheckpointError(f"{_part(name, part)} holds NaN or Inf")

@@ -33,7 +33,7 @@ from nsvd.stored.section import LowRankConfig
 
 PLAIN, PIVOTED = LowRankLinear.kind, PivotedLinear.kind
 KEYS = ("weight", "down.weight", "up.weight", "order")
-PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a joined layer; others have numbers
+PARTS: dict[object, int] = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a joined layer; others have numbers
 
 
 def register() -> None:
@@ -120,7 +120,7 @@ class FactorsMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -150,7 +150,7 @@ class FactorsMethod(LinearMethodBase):
             if count := sum(map(prod, shapes)):
                 empty, dtype = (-1, torch.int64) if key == "order" else (float("nan"), params_dtype)
                 parameter = nn.Parameter(torch.full((count,), empty, dtype=dtype), requires_grad=False)
-                parameter.weight_loader = partial(self._load, layer, key)
+                parameter.weight_loader = partial(self._load, layer, key)  # pyright: ignore[reportAttributeAccessIssue]
                 place, _, name = key.rpartition(".")
                 layer.get_submodule(place).register_parameter(name, parameter)
 
@@ -161,7 +161,7 @@ class FactorsMethod(LinearMethodBase):
                 if ((value < 0) if key == "order" else value.isnan()).any():
                     raise ValueError(f"{name}.{key} is not in the files, or holds NaN")
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y (…, d_out) of x (…, d_in), in the sizes that this process holds."""
         latents = F.linear(x, layer.down.weight.view(-1, x.shape[-1])).split(self.ranks, dim=-1)
         dense, ups, orders = (self._parts(layer, key) for key in ("weight", "up.weight", "order"))
@@ -174,7 +174,7 @@ class FactorsMethod(LinearMethodBase):
         y = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
         return y if bias is None else y + bias
 
-    def _parts(self, layer: nn.Module, key: str) -> list[Tensor]:
+    def _parts(self, layer: Any, key: str) -> list[Tensor]:
         """What each part has of a parameter, as views of it."""
         place, _, name = key.rpartition(".")
         value = getattr(layer.get_submodule(place), name, None)
@@ -184,7 +184,7 @@ class FactorsMethod(LinearMethodBase):
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes[key], strict=True)]
 
     def _load(
-        self, layer: nn.Module, key: str, _parameter: nn.Parameter, stored: Tensor, part: str | int | None = None
+        self, layer: Any, key: str, _parameter: nn.Parameter, stored: Tensor, part: str | int | None = None
     ) -> None:
         """Take out of a tensor of the files what belongs to this process."""
         number = 0 if part is None and len(self.names) == 1 else PARTS.get(part, part)

@@ -1,5 +1,9 @@
 """Fine-tuning after a compression: what is trained, what stays, and what is kept on the way."""
 
+import random
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +39,29 @@ def test_factors_alone_are_trained_and_text_gets_likelier(adapters, capfd):
     assert capfd.readouterr().out == ""
     again = fine_tuned(model, ids, steps=[12], adapters=adapters, **HOW)[12]
     assert moved(again, made[12]) == set()
+
+
+@pytest.mark.parametrize("adapters", WAYS)
+def test_random_numbers_of_others_are_left_alone(adapters):
+    """Trainer sets seeds of its own."""
+    model, ids = compressed(tiny_model(), method="asvd-1"), token_ids(4, 16)
+
+    def drawn():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before = drawn()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    fine_tuned(model, ids, steps=[1], adapters=adapters, **HOW)
+    assert drawn() == before
+
+
+@pytest.mark.parametrize("steps", [[], [0], [3, -1]])
+def test_there_is_a_step_to_copy_after(steps):
+    with pytest.raises(ValueError, match=rf"steps are whole numbers from 1, not {re.escape(str(steps))}"):
+        fine_tuned(compressed(tiny_model()), token_ids(4, 16), steps=steps, **HOW)
 
 
 def test_of_a_dense_model_the_target_layers_are_trained():
