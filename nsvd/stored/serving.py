@@ -87,10 +87,13 @@ class ServedConfig(QuantizationConfig):
         self.plain |= {*hf_to_vllm_mapper.apply_list(sorted(self.plain))}
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """Passes over the two tensors of ``guard``; the bias of plain factors becomes that of the layer."""
-        notes = {re.compile(f"^{re.escape(key)}$"): None for key in self.notes}
+        """Passes over the two tensors of ``guard``; the bias of plain factors becomes that of the layer.
+
+        Some models put a prefix before all names.
+        """
+        notes = {re.compile(rf"(^|\.){re.escape(key)}$"): None for key in self.notes}
         plain = "|".join(map(re.escape, sorted(self.plain)))
-        return WeightsMapper(orig_to_new_regex=notes | {re.compile(rf"^({plain})\.up\.bias$"): r"\1.bias"})
+        return WeightsMapper(orig_to_new_regex=notes | {re.compile(rf"(^|\.)({plain})\.up\.bias$"): r"\1\2.bias"})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How the layer of this name computes; None for what is no linear layer, which then stays as it is."""

@@ -140,6 +140,9 @@ def test_names_are_those_of_vllm(serving):
         f"{Q}.down.weight",
         "model.norm.weight",
     ]
+    assert made.get_checkpoint_weight_mapper().apply_list([f"transformer.{name}" for name in names[:3]]) == [
+        f"transformer.{Q}.bias"
+    ]
     made.apply_vllm_mapper(pretend_vllm.WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert f"language_model.{Q}" in made.modules
     mapper = made.get_checkpoint_weight_mapper()
