@@ -21,12 +21,13 @@ than the h d hidden + r n d of the two factors, unless r is below about d, and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nsvd.stored.layers import LowRankLinear
+from nsvd.stored.layers import CompressedLayer, LowRankLinear
 from nsvd.walk.caches import with_cache
 
 OUTPUTS = ("o_proj", "out_proj", "dense")  # the names under which attention layers keep their output projection
@@ -34,9 +35,30 @@ CLOSE = 1e-4  # relative, in float32
 ANY_WIDTH = ("eager", "sdpa")  # attention functions of transformers that take values wider than keys
 
 
+class Attention(nn.Module):
+    """What is read of an attention layer of transformers. For annotations alone: no layer is of this class."""
+
+    head_dim: int
+    layer_idx: int
+    k_proj: nn.Linear | CompressedLayer
+    v_proj: nn.Linear | CompressedLayer
+
+
+class Factored(Attention):
+    """One whose keys and values are factored. Likewise."""
+
+    k_proj: LowRankLinear
+    v_proj: LowRankLinear
+
+
 def output_name(attention: nn.Module) -> str | None:
     """The name of the output projection, None where it has none of those known."""
     return next((name for name in OUTPUTS if isinstance(getattr(attention, name, None), nn.Module)), None)
+
+
+def output_of(attention: nn.Module) -> nn.Linear:
+    """The output projection of a layer that has one of a known name."""
+    return getattr(attention, cast(str, output_name(attention)))
 
 
 class Redirected:
@@ -44,7 +66,7 @@ class Redirected:
 
     def __init__(self, attention: nn.Module, output: Callable[[Tensor], Tensor]):
         self._attention = attention
-        setattr(self, output_name(attention), output)
+        setattr(self, cast(str, output_name(attention)), output)
 
     def __getattr__(self, name: str):
         return getattr(self._attention, name)
@@ -56,13 +78,13 @@ def multiplications(queries: int, held: int, heads: int, kv_heads: int, d: int, 
     return rebuilt, queries * heads * held * r + queries * heads * d * r
 
 
-def pays(attention: nn.Module, z: Tensor, queries: int) -> bool:
+def pays(attention: Factored, z: Tensor, queries: int) -> bool:
     """Whether absorbing takes fewer multiplications and no larger tensors for these latents z (batch, 1, s, r).
 
     No larger are those with r ≤ d, and those of a single text; else attention functions copy them for every head.
     """
     batch, _, held, r = z.shape
-    d, v_proj, output = attention.head_dim, attention.v_proj, getattr(attention, output_name(attention))
+    d, v_proj, output = attention.head_dim, attention.v_proj, output_of(attention)
     if r > d and (batch > 1 or getattr(attention.config, "_attn_implementation", None) not in ANY_WIDTH):
         return False
     if type(v_proj.up) is not nn.Linear or attention.training:  # an adapter; dropout, and weights no longer sum to one
@@ -71,16 +93,15 @@ def pays(attention: nn.Module, z: Tensor, queries: int) -> bool:
     return absorbed < rebuilt
 
 
-def as_values(attention: nn.Module, z: Tensor) -> Tensor:
+def as_values(attention: Factored, z: Tensor) -> Tensor:
     """Latents (batch, 1, s, r) in the place of values (batch, n, s, max(r, d)), not copied for each of the n heads."""
     z = pad(z, (0, max(0, attention.head_dim - z.shape[-1])))
     return z.expand(-1, attention.v_proj.out_features // attention.head_dim, -1, -1)
 
 
-def lift(attention: nn.Module, u: Tensor) -> Tensor:
+def lift(attention: Factored, u: Tensor) -> Tensor:
     """What attention over values gives, (batch, q, h · d), from what it gives over ``as_values``, (batch, q, h · max(r, d))."""
-    v_proj: LowRankLinear = attention.v_proj
-    d, r = attention.head_dim, v_proj.rank
+    v_proj, d, r = attention.v_proj, attention.head_dim, attention.v_proj.rank
     n = v_proj.out_features // d
     u = u.unflatten(-1, (n, -1, max(r, d)))[..., :r]  # (batch, q, n, heads of a group, r)
     values = torch.einsum("bqgir,gdr->bqgid", u, v_proj.up.weight.unflatten(0, (n, d)))
@@ -90,7 +111,7 @@ def lift(attention: nn.Module, u: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def absorbs(attention: nn.Module, args: tuple, kwargs: dict) -> bool:
+def absorbs(attention: Attention, args: tuple, kwargs: dict) -> bool:
     """Whether the layer's weights sum to one and its output projection reads nothing but the sum; shown on one call of it.
 
     Its values are shifted and widened by one channel, and have to come through so. To be asked in float32: weights sum to one
@@ -110,7 +131,7 @@ def absorbs(attention: nn.Module, args: tuple, kwargs: dict) -> bool:
 
 def _summed(attention: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     """What the output projection is given."""
-    seen, like = [], getattr(attention, output_name(attention))
+    seen, like = [], output_of(attention)
 
     def output(x: Tensor) -> Tensor:
         seen.append(x)

@@ -6,12 +6,13 @@ import inspect
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from nsvd.cache.absorption import absorbs
+from nsvd.cache.absorption import Attention, absorbs
 from nsvd.stored.layers import CompressedLayer
 from nsvd.walk.caches import cache_in, caches_of, input_of, with_cache
 from nsvd.walk.hooks import as_float32, evaluating, in_float32, watch_calls
@@ -21,33 +22,34 @@ NORMS = ("k_norm", "k_layernorm")  # the names under which attention layers keep
 CLOSE = 1e-2  # relative, in float32; what is compared went through the same operations, or another recipe was used
 
 
-def finish_keys(attention: nn.Module, keys: Tensor, rotation: tuple[Tensor, Tensor] | None, rotated: int) -> Tensor:
+def finish_keys(attention: Attention, keys: Tensor, rotation: tuple[Tensor, Tensor] | None, rotated: int) -> Tensor:
     """Projected keys (batch, s, heads · d) as they enter attention, (batch, heads, s, d): normed and rotated.
 
     ``rotation`` is (cos, sin) of the s tokens; the family's ``apply_rotary_pos_emb`` is given the first ``rotated`` channels
     of each head, the others stay as they are.
     """
     norm = next((module for name in NORMS if (module := getattr(attention, name, None)) is not None), None)
-    whole = norm is not None and norm.weight.shape[-1] == keys.shape[-1]  # over all heads together, before they part
-    keys = split_heads(attention, norm(keys) if whole else keys)
-    if norm is not None and not whole:
+    if norm is not None and norm.weight.shape[-1] == keys.shape[-1]:  # over all heads together, before they part
+        keys, norm = norm(keys), None
+    keys = split_heads(attention, keys)
+    if norm is not None:
         keys = norm(keys)
     if not rotated:
         return keys
     turning, kept = keys.tensor_split([rotated], dim=-1)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    _, turned = rotate(turning[:, :0], turning, *rotation)  # no query heads
+    _, turned = rotate(turning[:, :0], turning, *cast(tuple[Tensor, Tensor], rotation))  # no query heads
     return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
 
 
-def split_heads(attention: nn.Module, states: Tensor) -> Tensor:
+def split_heads(attention: Attention, states: Tensor) -> Tensor:
     """(batch, s, heads · d) → (batch, heads, s, d)."""
     return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 def rotate_by(model: PreTrainedModel, x: Tensor, positions: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
     """(cos, sin) of positions (batch, s) by the model's own rotary embedding, in the dtype of x."""
-    rotary = model.get_decoder().rotary_emb
+    rotary: nn.Module = cast(Any, model.get_decoder()).rotary_emb
     takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
     return rotary(x, positions, **({"layer_type": layer_type} if takes_type else {}))
 
@@ -66,11 +68,11 @@ def kind_of(model: PreTrainedModel, index: int) -> str | None:
     return types[index] if types else None
 
 
-def key_value_layers(model: nn.Module) -> dict[str, nn.Module]:
+def key_value_layers(model: nn.Module) -> dict[str, Attention]:
     """The modules with a ``k_proj`` and a ``v_proj`` of their own that are linear, by name."""
     linear = nn.Linear | CompressedLayer
     return {
-        name: module
+        name: cast(Attention, module)
         for name, module in model.named_modules()
         if isinstance(getattr(module, "k_proj", None), linear) and isinstance(getattr(module, "v_proj", None), linear)
     }
@@ -129,7 +131,7 @@ def _run(model: PreTrainedModel, cache: DynamicCache) -> None:
         model.base_model(input_ids=ids, use_cache=True, **{name: cache})
 
 
-def _rotated(model: PreTrainedModel, name: str, layer: nn.Module, call: tuple | None, cache: _Recorder) -> int:
+def _rotated(model: PreTrainedModel, name: str, layer: Attention, call: tuple | None, cache: _Recorder) -> int:
     kind = f"layer {name} ({type(layer).__name__})"
     if call is None or getattr(layer, "layer_idx", None) not in cache.seen:
         raise ValueError(f"{kind}: its keys do not reach a cache of their own, so no latents can be cached for it")
@@ -178,7 +180,7 @@ def _handed(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor
 
 
 def _makes(
-    layer: nn.Module, projected: Tensor, rotation: tuple[Tensor, Tensor] | None, rotated: int, keys: Tensor
+    layer: Attention, projected: Tensor, rotation: tuple[Tensor, Tensor] | None, rotated: int, keys: Tensor
 ) -> bool:
     """Whether ``finish_keys`` gives the keys; a recipe that does not even fit the shapes, or the family's rotation, does not."""
     try:

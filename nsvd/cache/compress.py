@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -223,7 +224,7 @@ def _examined(model: PreTrainedModel, absorb: bool | str) -> tuple[dict[str, int
 
 def _prepare(factoring: Factoring, attention: str, pair: Mapping[str, nn.Linear], stats: Statistics | None) -> Pair:
     weights = [double(layer.weight) for layer in pair.values()]
-    known = [stats[name].to(weights[0].device) if factoring.needs_moments else None for name in pair]
+    known = [cast(Statistics, stats)[name].to(weights[0].device) if factoring.needs_moments else None for name in pair]
     with naming(attention):
         return factoring.prepare(weights, known)
 
@@ -248,7 +249,7 @@ def _weights(layer: nn.Module) -> list[Tensor]:
 
 def _shares(model: PreTrainedModel, projections: dict, rotated: dict[str, int], cache_ratio: float) -> dict[str, int]:
     """Latent numbers a token for each attention layer: ⌊cache_ratio (d_k + d_v)⌋, less the digits where positions are kept."""
-    index = {attention: model.get_submodule(attention).layer_idx for attention in projections}
+    index = {name: layer.layer_idx for name, layer in key_value_layers(model).items() if name in projections}
     keepers = {of[0] for of in by_kind(model, [index[name] for name in projections if rotated[name]]).values()}
     shares = {}
     for attention, pair in projections.items():

@@ -21,6 +21,7 @@ The idea is that of the ASVD paper (arXiv 2312.05821); Palu (arXiv 2407.21118) b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from nsvd.cache.absorption import Redirected, as_values, lift, output_name, pays
+from nsvd.cache.absorption import Factored, Redirected, as_values, lift, output_of, pays
 from nsvd.cache.attention import by_kind, finish_keys, key_value_layers, rotate_by, split_heads
 from nsvd.stored.checkpoint import LATENT_CACHE
 from nsvd.walk.caches import cache_in, input_of, with_cache
@@ -71,9 +72,7 @@ class Rotation:
 class LatentAttention:
     """In place of an attention layer's ``forward``: the same, but what is cached are latents."""
 
-    def __init__(
-        self, attention: nn.Module, rotation: Rotation | None, rotated: int, joint: bool, absorb: bool = False
-    ):
+    def __init__(self, attention: Factored, rotation: Rotation | None, rotated: int, joint: bool, absorb: bool = False):
         self.attention, self.rotation, self.rotated, self.joint = attention, rotation, rotated, joint
         self.absorb = absorb
 
@@ -94,7 +93,7 @@ class LatentAttention:
             if kwargs.get("use_cache"):
                 raise ValueError(f"layer {attention.layer_idx} is to cache latents, but it is given no cache")
             return type(attention).forward(attention, *args, **kwargs)
-        stand_in = _StandIn(self, cache, input_of(attention, args, kwargs), kwargs.get("position_ids"))
+        stand_in = _StandIn(self, cache, cast(Tensor, input_of(attention, args, kwargs)), kwargs.get("position_ids"))
         args, kwargs = with_cache(args, kwargs, stand_in)
         redirected = Redirected(attention, stand_in.output) if self.absorb else attention
         output = type(attention).forward(redirected, *args, **kwargs)
@@ -120,8 +119,8 @@ class LatentAttention:
         """Keys and values (batch, heads, s, d) from the latents of all tokens held; and whether the values are latents still."""
         attention, rotation = self.attention, None
         if self.rotation is not None:
-            rotation = self.rotation.of_all(cache, attention.layer_idx, z_k[:, 0])
-            rotation = tuple(part.to(z_k.device) for part in rotation)
+            cos, sin = self.rotation.of_all(cache, attention.layer_idx, z_k[:, 0])
+            rotation = cos.to(z_k.device), sin.to(z_k.device)
         z_k = z_k[..., : attention.k_proj.rank]
         z_v = z_k if self.joint else z_v
         keys = finish_keys(attention, attention.k_proj.up(z_k[:, 0]), rotation, self.rotated)
@@ -151,7 +150,7 @@ class _StandIn:
     def output(self, x: Tensor) -> Tensor:
         """The output projection, of attention over values or over their latents."""
         attention = self.layer.attention
-        return getattr(attention, output_name(attention))(lift(attention, x) if self.absorbed else x)
+        return output_of(attention)(lift(attention, x) if self.absorbed else x)
 
 
 def attach(model: PreTrainedModel, layers: Mapping[str, Mapping[str, int | bool]]) -> None:
@@ -160,21 +159,23 @@ def attach(model: PreTrainedModel, layers: Mapping[str, Mapping[str, int | bool]
     ``layers`` maps their names to {"rotated": channels of a head that are rotated, "joint": whether K and V share one latent,
     "absorb": whether V stays latent where that pays, False where it is not told}.
     """
-    modules = {name: model.get_submodule(name) for name in layers}
+    modules = {name: _factored(model, name) for name in layers}
     kinds = by_kind(model, [layer.layer_idx for name, layer in modules.items() if layers[name]["rotated"]])
     rotations = {kind: Rotation(model, kind, of[0], of[-1]) for kind, of in kinds.items()}
     rotation_of = {index: rotations[kind] for kind, of in kinds.items() for index in of}
     for name, layer in modules.items():
         if layers[name]["joint"]:
             _tie(model, name)
-        layer.forward = LatentAttention(layer, rotation_of.get(layer.layer_idx), **layers[name])
+        layer.forward = LatentAttention(
+            layer, rotation_of.get(layer.layer_idx), **cast(Mapping[str, Any], layers[name])
+        )
 
 
 def detach(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Give the named attention layers their own forward back."""
     for name in names:
-        layer = model.get_submodule(name)
-        if layer.forward.joint:
+        layer = _factored(model, name)
+        if cast(LatentAttention, layer.forward).joint:
             del layer.v_proj._tied_weights_keys, model.all_tied_weights_keys[f"{name}.v_proj.down.weight"]
         del layer.forward
 
@@ -188,11 +189,17 @@ def latent_layers(model: nn.Module) -> dict[str, LatentAttention]:
     return {name: forward for name, forward in found.items() if isinstance(forward, LatentAttention)}
 
 
+def _factored(model: PreTrainedModel, name: str) -> Factored:
+    """The attention layer of this name, whose keys and values are factored."""
+    return cast(Factored, model.get_submodule(name))
+
+
 def _tie(model: PreTrainedModel, name: str) -> None:
     """One down-projection for both; transformers then stores it once and ties it again on loading."""
-    layer = model.get_submodule(name)
+    layer = _factored(model, name)
     layer.v_proj.down.weight = layer.k_proj.down.weight
-    layer.v_proj._tied_weights_keys = {"down.weight": "the down-projection of the keys"}
+    told = {"down.weight": "the down-projection of the keys"}
+    layer.v_proj._tied_weights_keys = told  # pyright: ignore[reportArgumentType]  # an attribute like any other
     model.all_tied_weights_keys[f"{name}.v_proj.down.weight"] = f"{name}.k_proj.down.weight"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,28 +55,29 @@ class Factoring:
 
     def prepare(self, weights: Sequence[Tensor], moments: Sequence[Moments | None]) -> Pair:
         """All ranks of one pair, for W_k and W_v with their moments."""
-        rows, both = tuple(len(W) for W in weights), list(zip(weights, moments, strict=True))
+        both, (W_k, W_v) = list(zip(weights, moments, strict=True)), weights
+        rows, known = (len(W_k), len(W_v)), cast(Sequence[Moments], moments)  # None where nothing is asked of them
         if self.joint and self.method.needs_gradients:
-            H = [ridged(_matrix(m.H), self.options["eta"], "eta") for m in moments]
-            moment = replace(moments[0], H=torch.block_diag(*H))
-            one = self.method.prepare(torch.cat(list(weights)), moment, **self.options | {"eta": 0.0})
+            H = [ridged(_matrix(m.slopes()), self.options["eta"], "eta") for m in known]
+            options: dict[str, Any] = {**self.options, "eta": 0.0}
+            one = self.method.prepare(torch.cat([W_k, W_v]), replace(known[0], H=torch.block_diag(*H)), **options)
             return Pair([one], (1.0, 1.0), rows)
         if self.joint and self.by_loss:
-            units = tuple(_root_mean(m.H) for m in moments)
+            u_k, u_v = (_root_mean(m.slopes()) for m in known)
         else:
-            known = {"k": 0 if self.joint else None}  # joint they only tell the units
-            ones = [self.method.prepare(W, m, **known, **self.options) for W, m in both]
-            units = tuple(self._unit(one, m) for one, (_, m) in zip(ones, both, strict=True))
+            k = 0 if self.joint else None  # joint they only tell the units
+            ones = [self.method.prepare(W, m, k=k, **self.options) for W, m in both]
+            u_k, u_v = (self._unit(one, m) for one, (_, m) in zip(ones, both, strict=True))
         if self.joint:
-            stacked = torch.cat([unit * W for unit, W in zip(units, weights, strict=True)])
+            stacked = torch.cat([u_k * W_k, u_v * W_v])
             ones = [self.method.prepare(stacked, moments[0], **self.options)]
-        return Pair(ones, units, rows)
+        return Pair(ones, (u_k, u_v), rows)
 
     def _unit(self, one: Decomposition, moments: Moments | None) -> float:
         if self.method.needs_gradients:
             return 1.0
         if self.by_loss:
-            return _root_mean(moments.H)
+            return _root_mean(cast(Moments, moments).slopes())
         norm = one.s.norm().item()
         if not norm:
             raise ValueError(ZERO)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import check_statistics, take_statistics
@@ -155,26 +157,29 @@ def _carried_out(
         nothing = Result(Exchange(model, layers, stats, ask, clock).rows({}, {}), [])
         return _report(model, ask, layers, stats, nothing, clock, {})
     if ask.sampled:
-        ask = replace(ask, domains=[own_text(model, seed=ask.seed)], sampled_text=True)
+        ask = replace(ask, domains=[own_text(cast(PreTrainedModel, model), seed=ask.seed)], sampled_text=True)
         clock.lap("sample")
     texts, used = ask.domains, _texts(ask, stats)
     if stats is None and ask.shifted and wanted is None:
         texts = [ids[::RANKS_EVERY] for ids in texts]
+    known: Statistics | Walked | None = stats
     once = stats is None and prepared is None and ask.one_by_one and ask.weights != "worst-case"
-    if once and (decoder := walkable(model, wanted)) is not None:
+    if once and wanted is not None and (decoder := walkable(model, wanted)) is not None:
         at = _blocks_done(shelf)
-        stats = Walked(decoder, texts, list(wanted), ask.weights, shelf=shelf, at=at, progress=ask.progress)
+        known = Walked(decoder, texts, list(wanted), ask.weights, shelf=shelf, at=at, progress=ask.progress)
     else:
         given = stats is not None
         how = {"weights": ask.weights, "ratio": ask.ratio, "shelf": shelf, "layers": list(layers)}
-        stats = take_statistics(model, stats, texts, ask.judge, ask.allocation, clock, ask.seed, ask.progress, **how)
+        known = stats = take_statistics(
+            model, stats, texts, ask.judge, ask.allocation, clock, ask.seed, ask.progress, **how
+        )
         if given or stats is None:
             check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
     if prepared is not None:
         check_prepared(prepared, layers, stats, ask.method, ask.options)
-    job = Exchange(model, layers, stats, ask, clock, shelf)
+    job = Exchange(model, layers, known, ask, clock, shelf)
     result = split(job, prepared, before) if ask.splits else factor(job, wanted, prepared, before)
-    return _report(model, ask, layers, stats, result, clock, used)
+    return _report(model, ask, layers, known, result, clock, used)
 
 
 def _blocks_done(shelf: Shelf, stage: str = "final") -> int:
@@ -201,7 +206,7 @@ def _texts(ask: Request, stats: Statistics | None) -> dict[str, dict]:
 def _given(model: nn.Module, layers: Mapping[str, nn.Linear], ask: Request) -> dict[str, int] | None:
     """The ranks that are known before anything is measured, None where they have to be found."""
     if ask.ranks is None:
-        return None if ask.searches or ask.splits else uniform(model, ask.ratio, ask.factors, layers=layers)
+        return None if ask.searches or ask.splits else uniform(model, ask.removed, ask.factors, layers=layers)
     for name, k in ask.ranks.items():
         if name not in layers:
             raise ValueError(f"no layer {name!r} to compress; the model has {', '.join(list(layers)[:3])}, …")
@@ -214,7 +219,7 @@ def _report(
     model: nn.Module,
     ask: Request,
     layers: Mapping[str, nn.Linear],
-    stats: Statistics | None,
+    stats: Statistics | Walked | None,
     result: Result,
     clock: Clock,
     texts: dict,

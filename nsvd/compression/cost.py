@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from nsvd.compression.compress import RANKS_EVERY
 from nsvd.compression.descent import TRIED
@@ -22,13 +23,13 @@ from nsvd.compression.ranks import SEARCHING, TRYING
 from nsvd.compression.request import Request
 from nsvd.compression.strs import KEPT
 from nsvd.linalg import rank_for_ratio
-from nsvd.walk.decoder import longest_list
+from nsvd.walk.decoder import block_list
 from nsvd.walk.experts import experts_apart
 from nsvd.walk.shelf import LIMIT
 from nsvd.walk.stream import windows_read
 from nsvd.walk.sums import CHUNK, STRIPS
 from nsvd.walk.targets import by_block, targets
-from nsvd.walk.text import LOGIT_BYTES, tokens_at_once
+from nsvd.walk.text import LOGIT_BYTES, tokens_at_once, vocabulary
 
 SINGLE, DOUBLE = 4, 8  # bytes of a number in float32, in float64
 HALF = (1 + 1 / STRIPS) / 2  # of a symmetric matrix, as ``Half`` holds it
@@ -72,7 +73,7 @@ class Cost:
     stages: dict[str, Stage]
 
 
-def cost(model: nn.Module, ask: Request) -> Cost:
+def cost(model: PreTrainedModel, ask: Request) -> Cost:
     """What ``carry_out`` takes for a dense model, which may be without its numbers, and the request's windows, on a lasting shelf.
 
     Which layers share an input is told from their sizes: neighbours of one parent with as many inputs do, but for a last one that
@@ -85,15 +86,15 @@ def cost(model: nn.Module, ask: Request) -> Cost:
 class _Sums:
     """The sizes that all stages are told from."""
 
-    def __init__(self, model: nn.Module, ask: Request):
+    def __init__(self, model: PreTrainedModel, ask: Request):
         self.ask, layers = ask, targets(model, ask.layers, ask.exclude)
         self.hidden = model.config.get_text_config().hidden_size
         first = next(iter(layers.values()))
-        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.vocabulary = vocabulary(model)
         self.bytes, self.logits = first.weight.element_size(), tokens_at_once(model)
         self.blocks = [_layers(names, layers, self.hidden, ask) for names in by_block(model, layers).values()]
         self.largest = max(self.blocks, key=lambda block: sum(one.d_out * one.d_in for one in block))
-        name = longest_list(model)[0]
+        name, _ = block_list(model)
         outside = {id(p): p for n, p in model.named_parameters() if not n.startswith(f"{name}.")}
         self.outside = sum(p.numel() * p.element_size() for p in outside.values())
         self.block = self.bytes * sum(one.d_out * one.d_in for one in self.largest)
@@ -340,7 +341,7 @@ def _layers(names: Sequence[str], layers: dict[str, nn.Linear], hidden: int, ask
     found = []
     for name in names:
         d_out, d_in = layers[name].weight.shape
-        rank = rank_for_ratio(d_out, d_in, ask.ratio, ask.factors) if ask.ratio else ask.ranks.get(name, 0)
+        rank = rank_for_ratio(d_out, d_in, ask.ratio, ask.factors) if ask.ratio else (ask.ranks or {}).get(name, 0)
         first = not shared.get(name, False)
         found.append(Layer(d_out, d_in, rank, first, first and not shared.get(after.get(name), False)))
     return found

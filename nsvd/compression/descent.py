@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -107,11 +108,11 @@ def descend_(
             now = rate * min(1.0, (step + 1) / warmup) * (1 - step / steps)
             for group, size in zip(adam.param_groups, sizes, strict=True):
                 group["lr"] = now * size
-            norm = sum(copy.grad.square().sum() for copy in copies)
+            norm = sum(cast(Tensor, copy.grad).square().sum() for copy in copies)
             adam.step()
             adam.zero_grad()
             _put(factors, copies)
-            norm = norm + sum(factor.detach().float().square().sum() for factor in factors)
+            norm = cast(Tensor, norm + sum(factor.detach().float().square().sum() for factor in factors))
             if not norm.isfinite() or losses[-1] != losses[-1]:
                 raise FloatingPointError(f"{name}: NaN or Inf at step {step + 1} of {steps}, at a loss of {losses[-1]}")
     finally:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,21 @@ from nsvd.linalg import Decomposition, LowRank, saves_parameters
 from nsvd.linalg.decomposition import Spectrum
 from nsvd.linalg.factors import n_params
 from nsvd.linalg.precision import home
-from nsvd.stored.checkpoint import describe, empty_layer
+from nsvd.stored.checkpoint import compressed_layer, describe, empty_layer
 from nsvd.stored.files import sha256
 from nsvd.stored.layers import CompressedLayer, stand_in
 from nsvd.walk.calibrate import Walked
 from nsvd.walk.decoder import longest_list
-from nsvd.walk.lazy import held, read_from, revert, settle
+from nsvd.walk.lazy import LazyBlock, held, read_from, revert, settle
 from nsvd.walk.memory import give_back
 from nsvd.walk.processes import count, gathered, same
 from nsvd.walk.shelf import Kept, Shelf
 from nsvd.walk.statistics import Statistics
-from nsvd.walk.targets import by_block
+from nsvd.walk.targets import by_block, shape_of
 
 TARGET_RIDGE = 0.03  # of shifted targets, for methods without a ridge of their own: the inputs never fix a target alone
+
+Packed = tuple[dict | None, dict[str, Tensor]]  # what ``describe`` says of a layer, if it is compressed, and its state
 
 
 @dataclass
@@ -62,8 +65,13 @@ class Exchange:
 
     def smaller(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """The ranks of those layers that are worth exchanging."""
-        shapes = {name: self.layers[name].weight.shape for name in ranks}
+        shapes = {name: shape_of(self.layers[name]) for name in ranks}
         return {name: k for name, k in ranks.items() if saves_parameters(*shapes[name], k, self.ask.factors)}
+
+    @property
+    def measured(self) -> Statistics | None:
+        """The statistics, where all moments are at hand: those taken on a walk serve ranks that are known."""
+        return cast(Statistics | None, self.stats)
 
     def at_once(self, ranks: Mapping[str, int], prepared: Mapping[str, Decomposition] | None) -> None:
         """Every layer for the inputs of the dense model."""
@@ -81,7 +89,7 @@ class Exchange:
                     if not is_mine(self.owner, name):
                         continue
                     one = prepared[name].to(home(self.layers[name].weight)) if prepared is not None else None
-                    how = (self.layers[name], name, self.stats, self.ask.method, self.options)
+                    how = (self.layers[name], name, self.stats, self.ask.whole, self.options)
                     one = one or prepare_layer(*how, k=ranks[name])
                     self.clock.lap("decompose")
                     made[name] = self._cut(name, one, ranks[name])
@@ -129,16 +137,16 @@ class Exchange:
             if k is not None:
                 H = self._gradients.get(name)
                 known = dataclasses.replace(arrived.moments, H=None if H is None else H.to(target.device))
-                target = self.ask.method.prepare(target, known, k=k, **self.options)
+                target = self.ask.whole.prepare(target, known, k=k, **self.options)
         self.clock.lap("decompose")
         return target
 
     def _stand_in(self, name: str, fit: Decomposition | Tensor, k: int | None) -> nn.Module:
         """What takes the place of a layer; its errors are noted."""
         if k is not None:
-            return self._cut(name, fit, k)
+            return self._cut(name, cast(Decomposition, fit), k)
         new = copy.deepcopy(self.layers[name])
-        new.weight.copy_(fit)
+        new.weight.copy_(cast(Tensor, fit))
         if not new.weight.isfinite().all():
             raise FloatingPointError(
                 f"layer {name}: the weight that fits its inputs is too large for {new.weight.dtype}"
@@ -179,7 +187,7 @@ class Exchange:
         if not self.shelf.lasting or key not in self.shelf:
             return False
         note, block = self.shelf.note(key), self.blocks[index]
-        if note["sum"] is None:
+        if note["sum"] is None or not isinstance(block, LazyBlock):
             return False
         for name, spec in note["layers"].items():
             self.model.set_submodule(name, empty_layer(name, self.layers[name], spec))
@@ -222,7 +230,7 @@ class Exchange:
     def _cut(self, name: str, one: Decomposition, k: int) -> CompressedLayer:
         """The stand-in of a layer; its errors are noted."""
         with naming(name):
-            value: LowRank = self.ask.method.cut(one, k, **self.options)
+            value: LowRank = self.ask.whole.cut(one, k, **self.options)
             new = stand_in(self.layers[name], value, self.ask.factors)
         self.clock.lap("cut")
         give_back()
@@ -235,7 +243,7 @@ class Exchange:
         found = {}
         for name in names:
             if is_mine(self.owner, name):
-                now = self.model.get_submodule(name).dense()
+                now = compressed_layer(self.model, name).dense()
                 found[name] = relative_errors(self.layers[name], now, self.stats, name)
         self._join(found)
         self.clock.lap("errors")
@@ -260,8 +268,10 @@ class Exchange:
         None where it is not known, or the block changes that output before it gives it out (a norm).
         """
         H = self._gradients.get(last) if block.batches and last not in block.within else None
-        stream = None if H is None else block.batches[0].hidden[OURS]
-        if H is None or len(H) != stream.shape[-1]:
+        if H is None:
+            return None
+        stream: Tensor = block.batches[0].hidden[OURS]
+        if len(H) != stream.shape[-1]:
             return None
         return H.to(stream.device, torch.float32)
 
@@ -275,12 +285,12 @@ def told(
         return dict(made)
     new = {}
     for name, layer in dense.items():
-        spec, state = same(_packed(made[name]) if name in made else None, owner[name])
+        spec, state = cast(Packed, same(_packed(made[name]) if name in made else None, owner[name]))
         new[name] = made[name] if name in made else _unpacked(name, layer, spec, state)
     return new
 
 
-def _packed(layer: nn.Module) -> tuple[dict | None, dict[str, Tensor]]:
+def _packed(layer: nn.Module) -> Packed:
     spec = describe(layer) if isinstance(layer, CompressedLayer) else None
     return spec, {name: value.cpu().clone() for name, value in layer.state_dict().items()}
 

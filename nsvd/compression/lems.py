@@ -18,7 +18,7 @@ from nsvd.linalg.precision import home
 from nsvd.walk.hooks import evaluating, exchanged
 from nsvd.walk.loss import check_text, divergence_of
 from nsvd.walk.processes import gathered
-from nsvd.walk.targets import among
+from nsvd.walk.targets import among, shape_of
 from nsvd.walk.text import tokens_at_once
 
 TEMPERATURE = 0.6  # of both models' predictions
@@ -60,7 +60,7 @@ def probes(
     for name, layer in tqdm(layers.items(), "divergences", disable=not progress, leave=False):
         if is_mine(owner, name):
             with naming(name):
-                k = max(chosen.least_rank(options), largest_rank(*layer.weight.shape, 1 - kept, factors))
+                k = max(chosen.least_rank(options), largest_rank(*shape_of(layer), 1 - kept, factors))
                 value = chosen.cut(prepared[name].to(home(layer.weight)), k, **options)
                 with exchanged(model, stand_ins(model, {name: value})):
                     found[name] = k, divergence(text, name)
@@ -83,8 +83,8 @@ def divergence(text: Text, name: str, temperature: float = TEMPERATURE) -> float
             step = max(1, tokens_at_once(text.model) // (2 * len(item.ids)))
             for start in range(first, length, step):
                 part = slice(start, start + step)
-                both = (decoder.logits(item.ids[:, part], h[:, part].to(decoder.device)) for h in (dense, hidden))
-                total += divergence_of(*both, temperature).item()
+                p, q = (decoder.logits(item.ids[:, part], h[:, part].to(decoder.device)) for h in (dense, hidden))
+                total += divergence_of(p, q, temperature).item()
     total /= len(text.windows) * (length - first)
     if not total < float("inf"):
         raise FloatingPointError("the divergence from the dense model is NaN or Inf")

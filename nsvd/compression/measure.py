@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 from nsvd.compression.prepared import Prepared, describing
 from nsvd.compression.report import Clock
 from nsvd.compression.sola_blocks import blocks
-from nsvd.linalg import Decomposition, Method, SplitMethod, by_name
+from nsvd.linalg import Decomposition, Method, Moments, SplitMethod, by_name
 from nsvd.linalg.decomposition import Spectrum
 from nsvd.linalg.methods import check_finite
 from nsvd.linalg.precision import double
@@ -67,7 +68,7 @@ def prepare(
 
 
 def decompositions(
-    found: MutableMapping[str, Decomposition | Spectrum],
+    found: MutableMapping[str, Any],
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     stats: Statistics | None,
@@ -78,15 +79,15 @@ def decompositions(
     only_ranks: bool = False,
     progress: bool = False,
 ) -> None:
-    """Decompose each layer that ``found`` lacks, and put it there; with ``only_ranks`` no more than their singular values.
+    """Decompose each layer that ``found`` lacks, and put it there; with ``only_ranks`` no more than a ``Spectrum`` of it.
 
     Several processes deal the layers; of those that another has decomposed each has the singular values.
     """
-    if parts is None:
-        parts = dict.fromkeys(layers, WHOLE)
-        if isinstance(chosen, SplitMethod):
-            parts = blocks(layers, roles(model), stats, chosen.resolve(options))
-            chosen, options = chosen.inner(options)
+    if isinstance(chosen, Method):
+        method, parts = chosen, dict.fromkeys(layers, WHOLE) if parts is None else parts
+    else:
+        parts = blocks(layers, roles(model), stats, chosen.resolve(options))
+        method, options = chosen.inner(options)
     _, listed = longest_list(model) or ("", [model])
     owner = owners(model, layers)
     with tqdm(total=len(parts), desc="decompose", disable=not progress, leave=False) as bar:
@@ -98,13 +99,13 @@ def decompositions(
                 for name in missing:
                     if is_mine(owner, name):
                         how = {"part": parts[name], "k": 0 if only_ranks else None}
-                        one = prepare_layer(layers[name], name, stats, chosen, options, **how).to("cpu")
+                        one = prepare_layer(layers[name], name, stats, method, options, **how).to("cpu")
                         found[name] = Spectrum(one.s) if only_ranks else one
                         del one
                         give_back()
                         bar.update()
             for name in missing:
-                s = same(found[name].s if is_mine(owner, name) else None, owner[name])
+                s = cast(Tensor, same(found[name].s if is_mine(owner, name) else None, owner[name]))
                 if not is_mine(owner, name):
                     found[name] = Spectrum(s)
                     bar.update()
@@ -113,7 +114,7 @@ def decompositions(
 def prepare_layer(
     layer: nn.Linear,
     name: str,
-    stats: Statistics | None,
+    stats: Mapping[str, Moments] | None,
     method: Method,
     options: dict,
     *,
@@ -123,7 +124,8 @@ def prepare_layer(
     """The outer decomposition of one layer, or a block of it, up to rank ``k`` where one is given; what raises names the layer."""
     W, moments = part.take(double(layer.weight)), None
     if method.needs_moments:
-        moments = part.moments(stats[name].to(W.device))
+        known = cast(Mapping[str, Moments], stats)  # see ``check_statistics``
+        moments = part.moments(known[name].to(W.device))
     with naming(name):
         return method.prepare(W, moments, k=k, **options)
 
@@ -218,9 +220,9 @@ def check_statistics(layers: Mapping[str, nn.Linear], stats: Statistics | None, 
             raise ValueError(
                 f"layer {name} has {layer.in_features} inputs, the statistics {len(stats[name].G)}; another model's?"
             )
-        if method.needs_gradients and len(stats[name].H) != layer.out_features:
+        if method.needs_gradients and len(stats[name].slopes()) != layer.out_features:
             raise ValueError(
-                f"layer {name} has {layer.out_features} outputs, the gradients {len(stats[name].H)}; another model's?"
+                f"layer {name} has {layer.out_features} outputs, the gradients {len(stats[name].slopes())}; another model's?"
             )
 
 

@@ -10,10 +10,10 @@ trying, not by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from nsvd.linalg import Moments
 from nsvd.linalg.kfac import shift
 from nsvd.linalg.moments import mixing
 from nsvd.linalg.precision import double
+from nsvd.stored.transposed import linear_at
 from nsvd.walk.decoder import Decoder, Entered, run_block
 from nsvd.walk.hooks import evaluating, inputs_seen
 from nsvd.walk.landmarks import arrivals, check_every_token, landmark, value_at
@@ -100,7 +101,7 @@ def followed(
     shelf: Shelf | None = None,
     batch: int | None = None,
     progress: bool = False,
-) -> Iterator[FollowedBlock]:
+) -> Generator[FollowedBlock, None, None]:
     """The blocks in their order, between two streams. Whoever takes one exchanges its layers, and calls its ``step``.
 
     All ``domains`` (token ids, count × length each) have equal ``weights`` unless some of sum 1 are given, and are mixed as by
@@ -198,7 +199,7 @@ class FollowedBlock:
             yield self._arrived(group, sums, place == leader.removeprefix(self._prefix))  # and kept by nobody here
             del sums
             for item, output_of in zip(self.batches, rest, strict=True):
-                if output_of is not None:  # the part's new output, from its last layer's
+                if part is not None and output_of is not None:  # the part's new output, from its last layer's
                     item.outputs[part] = output_of(self._model.get_submodule(leader)(item.hidden.pop(INPUT)))
                 if place is not None and place not in places.values():
                     del item.landmarks[place]
@@ -228,14 +229,14 @@ class FollowedBlock:
 
     def _through_dense(self, places: set[str | None]) -> None:
         """Take the dense stream behind the block, and note what it holds at some places."""
-        modules = {None if place is None else self.block.get_submodule(place): place for place in places}
+        modules = {self.block.get_submodule(place): place for place in places if place is not None}
         probe = self._probe
         probe.hidden[DENSE] = run_block(self.block, probe.hidden[DENSE], probe.calls[self.index])
         for item in self.batches:
             found = arrivals(self.block, item.hidden[DENSE], item.calls[self.index], set(modules))
             item.hidden[DENSE] = found.pop(None)
             for module, value in found.items():
-                item.landmarks[modules[module]] = value
+                item.landmarks[modules[cast(nn.Module, module)]] = value
 
     def _measured(self, leader: str, layer: nn.Module, place: str | None, part: str | None) -> tuple[list[Sums], list]:
         """Sums over what arrives at an input and what is missing at the landmark, by domain.
@@ -265,7 +266,7 @@ class FollowedBlock:
         moments, missing = self._mixed(sums)
         if not (moments.G.diagonal().isfinite().all() and missing.isfinite().all()):
             raise FloatingPointError(f"the input of layer {group[0]} holds NaN or Inf on the calibration text")
-        return Arrived({name: self._model.get_submodule(name) for name in group}, moments, missing, itself, self._mu)
+        return Arrived({name: linear_at(self._model, name) for name in group}, moments, missing, itself, self._mu)
 
     def _mixed(self, sums: Sequence[Sums]) -> tuple[Moments, Tensor]:
         """The moments of all domains, and E, mixed as ``moments.mix`` mixes G and mean absolute values; sums are used up."""
@@ -275,7 +276,7 @@ class FollowedBlock:
             for part in ("outer", "cross")
         )
         roots = [(w * a) ** 0.5 for w, a in zip(self._weights, scales, strict=True)]
-        mean_abs = _total(root * s.absolute / s.n for root, s in zip(roots, sums, strict=True))
+        mean_abs = _total(root * cast(Tensor, s.absolute) / s.n for root, s in zip(roots, sums, strict=True))
         for one in sums:
             one.forget()
         return Moments(G, mean_abs, sum(s.n for s in sums)), E

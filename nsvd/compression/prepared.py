@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -32,7 +33,7 @@ class Prepared(Mapping[str, Decomposition]):
 
 
 def describing(
-    layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method | SplitMethod, options: Mapping
+    layers: Mapping[str, nn.Linear], stats: Statistics | None, method: Method | SplitMethod, options: dict
 ) -> tuple[dict, str, str | None]:
     """The outer step, and fingerprints of the weights and of the moments that it looks at."""
     return method.outer_step(options), _weights(layers), _moments(layers, stats, method)
@@ -43,17 +44,15 @@ def check_prepared(
     layers: Mapping[str, nn.Linear],
     stats: Statistics | None,
     method: Method | SplitMethod,
-    options: Mapping,
+    options: dict,
 ) -> None:
     """Raise ``ValueError`` unless this is what ``prepare`` returns for these layers, statistics, method and options."""
     check_step(prepared, layers, method, options)
-    if prepared.moments != _moments(layers, stats, method):
+    if cast(Prepared, prepared).moments != _moments(layers, stats, method):
         raise ValueError("prepared was made for other statistics than those given")
 
 
-def check_step(
-    prepared: object, layers: Mapping[str, nn.Linear], method: Method | SplitMethod, options: Mapping
-) -> None:
+def check_step(prepared: object, layers: Mapping[str, nn.Linear], method: Method | SplitMethod, options: dict) -> None:
     """The same where the statistics are not known: another kind of thing, outer step or weights is refused."""
     if not isinstance(prepared, Prepared):
         raise ValueError(f"prepared is a {type(prepared).__name__}, but what prepare() returns is wanted")

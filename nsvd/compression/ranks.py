@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +73,13 @@ def searched(
 
     ``domains`` are the windows that those of ``SEARCHING`` read.
     """
-    how = {"method": method, "factors": factors}
+    how: dict[str, Any] = {"method": method, "factors": factors, **options}
     if allocation == "spectrum":
-        return spectrum(model, prepared, ratio, **how, **options), 0
+        return spectrum(model, prepared, ratio, **how), 0
     if allocation == "fisher":
-        return by_loss(model, stats, prepared, ratio, **how, **options), 0
+        return by_loss(model, stats, prepared, ratio, **how), 0
     if allocation == "svd-llm-v2":
-        return svd_llm_v2(model, stats, prepared, ratio, **how, **options), 0
+        return svd_llm_v2(model, stats, prepared, ratio, **how), 0
     if allocation == "zero-sum":
         changes = zero_sum_changes(model, stats, prepared, domains, shelf=shelf, progress=progress)
         least = matrix_method(method).least_rank(options)
@@ -87,9 +88,9 @@ def searched(
         )
     windows = torch.cat(list(domains))
     if allocation == "lems":
-        found = probes(model, windows, prepared, progress=progress, **how, **options)
-        return lems(model, found, prepared, ratio, **how, **options), found.tokens
-    table = measured(model, stats, windows, prepared, progress=progress, **how, **options)
+        found = probes(model, windows, prepared, progress=progress, **how)
+        return lems(model, found, prepared, ratio, **how), found.tokens
+    table = measured(model, stats, windows, prepared, progress=progress, **how)
     return strs(model, table, ratio, factors), table.tokens
 
 
@@ -137,7 +138,8 @@ def by_loss(
     sizes, chosen = shapes(model, prepared), matrix_method(method)
     spectra = _spectra(model, prepared, method, options)
     if not chosen.needs_gradients:
-        spectra = {name: s * _mean_square(stats[name].H).to(s) ** 0.5 for name, s in spectra.items()}
+        known = cast(Statistics, stats)  # see ``check_gradients``
+        spectra = {name: s * _mean_square(known[name].slopes()).to(s) ** 0.5 for name, s in spectra.items()}
     steps = spectrum_steps(spectra, sizes, factors, least=chosen.least_rank(options), relative=False)
     return cut(steps, sizes, ratio, factors)
 
@@ -202,7 +204,7 @@ def svd_llm_v2(
     sizes, losses, ranks = shapes(model, prepared), {}, {}
     inner = {name: place for name, (_, place) in places(model, sizes).items()}
     for name, s in _spectra(model, prepared, method, options).items():
-        tokens = 1 if stats is None else stats[name].n
+        tokens = 1 if stats is None else cast(int, stats[name].n)
         with naming(name):
             k = rank_for_ratio(*sizes[name], ratio, factors)
         losses[name] = (tokens * double(s)[k:].square().sum().item()) ** 0.5
@@ -213,9 +215,7 @@ def svd_llm_v2(
     return ranks
 
 
-def _spectra(
-    model: nn.Module, prepared: Mapping[str, Decomposition], method: str, options: Mapping
-) -> dict[str, Tensor]:
+def _spectra(model: nn.Module, prepared: Mapping[str, Decomposition], method: str, options: dict) -> dict[str, Tensor]:
     """The singular values of every layer; what was kept for another outer step or other weights is refused."""
     if isinstance(prepared, Prepared):
         check_step(prepared, among(model, prepared), matrix_method(method), options)

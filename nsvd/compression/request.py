@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor
 
@@ -77,9 +78,19 @@ class Request:
         return isinstance(self.method, SplitMethod)
 
     @property
+    def whole(self) -> Method:
+        """The method, where it factors whole layers."""
+        return cast(Method, self.method)
+
+    @property
+    def removed(self) -> float:
+        """The ratio, where no ranks are given."""
+        return cast(float, self.ratio)
+
+    @property
     def searches(self) -> bool:
         """Whether the ranks come from decompositions."""
-        return self.allocation != "uniform" and self.ratio > 0 and not self.splits
+        return self.allocation != "uniform" and self.removed > 0 and not self.splits
 
     @property
     def one_by_one(self) -> bool:
@@ -101,7 +112,7 @@ class Request:
     @property
     def judge(self) -> Method | SplitMethod:
         """The method that says which statistics are needed."""
-        inner = self.method.inner(self.options)[0] if self.splits else self.method
+        inner = self.method.inner(self.options)[0] if isinstance(self.method, SplitMethod) else self.method
         return inner if inner.needs_gradients else self.method
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from nsvd.compression.measure import check_statistics, decompositions, is_mine, 
 from nsvd.compression.report import relative_errors
 from nsvd.compression.sola_blocks import blocks
 from nsvd.compression.whole_layers import Result
-from nsvd.linalg import Decomposition, LowRank, saves_parameters
+from nsvd.linalg import Decomposition, LowRank, SplitMethod, saves_parameters
 from nsvd.linalg.budget import cut, spectrum_steps
 from nsvd.linalg.factors import remaining
 from nsvd.linalg.precision import double, home
@@ -25,7 +26,7 @@ from nsvd.stored.layers import LowRankLinear, SplitColumns, SplitRows
 from nsvd.walk.lazy import held
 from nsvd.walk.roles import Roles, roles
 from nsvd.walk.soundness import check_exchanged
-from nsvd.walk.targets import by_block
+from nsvd.walk.targets import by_block, shape_of
 
 
 def split(job: Exchange, prepared: Mapping[str, Decomposition] | None, before: Tensor) -> Result:
@@ -33,11 +34,11 @@ def split(job: Exchange, prepared: Mapping[str, Decomposition] | None, before: T
 
     ``before`` is what the dense model said to the tokens that it is tried on afterwards.
     """
-    ask, layers = job.ask, job.layers
-    settings, (inner, rest) = ask.method.resolve(ask.options), ask.method.inner(ask.options)
+    ask, layers, method = job.ask, job.layers, cast(SplitMethod, job.ask.method)
+    settings, (inner, rest) = method.resolve(ask.options), method.inner(ask.options)
     found = roles(job.model)
     parts = blocks(layers, found, job.stats, settings, ask.ratio)
-    check_statistics({name: layers[name] for name in parts}, job.stats, inner)
+    check_statistics({name: layers[name] for name in parts}, job.measured, inner)
     if unknown := [name for name in ask.ranks or () if name not in parts]:
         raise ValueError(f"layer {unknown[0]} is not one that SoLA compresses with {_exclusions(settings)}")
     job.clock.lap("roles")
@@ -45,16 +46,16 @@ def split(job: Exchange, prepared: Mapping[str, Decomposition] | None, before: T
         prepared = job.shelf.own.kept("decompositions")
         wanted = {name: parts[name] for name in (parts if ask.ratio else ask.ranks or ())}
         how = {"parts": wanted, "progress": ask.progress}
-        decompositions(prepared, job.model, layers, job.stats, inner, rest, **how)
+        decompositions(prepared, job.model, layers, job.measured, inner, rest, **how)
         job.clock.lap("decompose")
     ranks, moves = ask.ranks, []
     if ranks is None:
         spectra = {name: prepared[name].s for name in parts} if ask.ratio else {}
         kinds = {name: found.places[name][1] if name in found.places else name for name in parts}
         how = (settings, inner.least_rank(rest))
-        ranks, moves = allocate(layers, parts, kinds, spectra, ask.ratio, ask.allocation, *how)
+        ranks, moves = allocate(layers, parts, kinds, spectra, ask.removed, ask.allocation, *how)
         job.clock.lap("search")
-    smaller = {n: k for n, k in ranks.items() if saves_parameters(*parts[n].shape(*layers[n].weight.shape), k)}
+    smaller = {n: k for n, k in ranks.items() if saves_parameters(*parts[n].shape(*shape_of(layers[n])), k)}
     moved = _permuted_beside(found, parts, smaller)
     everything = {*smaller, *moved}
     try:
@@ -108,7 +109,7 @@ def _rows(
         row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": ranks.get(name), "dense": name not in smaller}
         params = d_out * d_in
         if name in smaller:
-            shape = part.shape(d_out, d_in)
+            shape = parts[name].shape(d_out, d_in)
             params += smaller[name] * sum(shape) - math.prod(shape)
         rows.append(row | {"prime": part.prime if part else 0, "params": params} | job.errors.get(name, {}))
     return rows
@@ -134,7 +135,7 @@ def allocate(
     if not ratio:
         return {}, []
     whole = {name: layer.weight.numel() for name, layer in layers.items()}
-    shapes = {name: block.shape(*layers[name].weight.shape) for name, block in parts.items()}
+    shapes = {name: block.shape(*shape_of(layers[name])) for name, block in parts.items()}
     total, sizes = sum(whole.values()), {name: math.prod(shape) for name, shape in shapes.items()}
     dense = total - sum(sizes.values())  # primes, and layers left out
     budget = remaining(total, ratio) - dense

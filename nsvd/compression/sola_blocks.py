@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from torch import nn
 
+from nsvd.linalg import Moments
 from nsvd.linalg.sola import COLUMNS, ROWS, WHOLE, Block, by_size, n_prime
 from nsvd.walk.roles import Roles
-from nsvd.walk.statistics import Statistics
 
 
 def blocks(
-    layers: Mapping[str, nn.Linear], found: Roles, stats: Statistics, settings: Mapping, ratio: float | None = None
+    layers: Mapping[str, nn.Linear],
+    found: Roles,
+    stats: Mapping[str, Moments] | None,
+    settings: Mapping,
+    ratio: float | None = None,
 ) -> dict[str, Block]:
     """The block of every layer that is compressed, in the order of the model.
 
@@ -20,11 +25,11 @@ def blocks(
     and last blocks of the model, the values unless ``compress_v``, and the outputs of attention for a ratio below
     ``o_from``.
     """
-    chosen = dict.fromkeys(layers, WHOLE)
+    chosen, known = dict.fromkeys(layers, WHOLE), cast(Mapping[str, Moments], stats)  # see ``check_statistics``
     for last, first in found.neurons.items():
         prime = n_prime(layers[last].in_features, float(settings["prime"]))
         if prime:
-            order = by_size(stats[last].mean_abs)
+            order = by_size(known[last].scale())
             chosen |= {name: Block(order, prime, ROWS) for name in first} | {last: Block(order, prime, COLUMNS)}
     kept = outer(found.places, settings["keep_outer"])
     kept |= set() if settings["compress_v"] else found.values

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from nsvd.linalg.precision import home
 from nsvd.markup import block, shaded, table, text
 from nsvd.stored.files import fingerprint
 from nsvd.stored.layers import LowRankLinear
-from nsvd.stored.transposed import as_linear
+from nsvd.stored.transposed import linear_at
 from nsvd.walk.calibrate import calibrate
 from nsvd.walk.decoder import Decoder
 from nsvd.walk.hooks import evaluating, exchanged
@@ -36,7 +36,7 @@ from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.stream import Batch, Stream, in_order, numbered
-from nsvd.walk.targets import among, shapes, targets
+from nsvd.walk.targets import among, shape_of, shapes, targets
 from nsvd.walk.text import windows_at_once
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def sensitivity(
     """
     if prepared is not None:
         check_prepared(prepared, targets(model), stats, matrix_method(method), options)
-    how = {"method": method, "kept": kept, "factors": factors, "records": records, "progress": progress}
-    return measured(model, stats, windows, prepared, **how, **options)
+    how: dict[str, Any] = {"method": method, "kept": kept, "factors": factors, "records": records, **options}
+    return measured(model, stats, windows, prepared, progress=progress, **how)
 
 
 def measured(
@@ -287,7 +287,7 @@ def losses_with(model: nn.Module, factors: Mapping[str, LowRank], windows: Tenso
 
 
 def stand_ins(model: nn.Module, factors: Mapping[str, LowRank]) -> dict[str, LowRankLinear]:
-    layers = {name: as_linear(model.get_submodule(name)) for name in factors}
+    layers = {name: linear_at(model, name) for name in factors}
     return {n: LowRankLinear.from_factors(layer, factors[n].to(layer.weight.dtype)) for n, layer in layers.items()}
 
 
@@ -306,7 +306,7 @@ def _candidates(
         with naming(name):
             if not 0 < fraction < 1:
                 raise ValueError(f"kept fraction {fraction} is not in (0, 1)")
-            k = rank_for_ratio(*layer.weight.shape, 1 - fraction, factors)
+            k = rank_for_ratio(*shape_of(layer), 1 - fraction, factors)
         if k >= method.least_rank(settings):
             yield fraction, k
 

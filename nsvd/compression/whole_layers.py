@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -73,15 +73,15 @@ def _search(
     ask = job.ask
     how = {"method": recipe(ask.name).method, "progress": ask.progress, **ask.options}
     if ask.allocation == "fisher":
-        check_gradients(job.layers, job.stats, "allocation 'fisher'")
+        check_gradients(job.layers, job.measured, "allocation 'fisher'")
     if prepared is None:
         prepared = job.shelf.own.kept(f"decompositions-{end}")
-        rest = {"only_ranks": only_ranks and ask.allocation not in SEARCHING, "progress": ask.progress}
-        decompositions(prepared, job.model, job.layers, job.stats, ask.method, ask.options, **rest)
+        rest: dict[str, Any] = {"only_ranks": only_ranks and ask.allocation not in SEARCHING, "progress": ask.progress}
+        decompositions(prepared, job.model, job.layers, job.measured, ask.method, ask.options, **rest)
         job.clock.lap("decompose")
     texts = [ids[: ask.search_count] for ids in ask.domains]
     how |= {"factors": ask.factors, "shelf": job.shelf}
-    ranks, tokens = same(searched(job.model, job.stats, prepared, ask.ratio, ask.allocation, texts, **how))
+    ranks, tokens = same(searched(job.model, job.measured, prepared, ask.removed, ask.allocation, texts, **how))
     job.clock.lap("search")
     return ranks, prepared, tokens
 
@@ -93,7 +93,8 @@ def _both_ends(job: Exchange, ranks: Mapping[str, int], prepared: Mapping[str, D
     rule. Labels at the compressed end are drawn from the dense model. So errors that are already made weigh more, which was a
     little better on three of our models (0.2 points of what ASVD-I loses).
     """
-    ask, stats, known, shelf = job.ask, job.stats, job.stats.gradients, job.shelf
+    ask, stats, shelf = job.ask, cast(Statistics, job.measured), job.shelf
+    known = stats.gradients
     if ENDS not in shelf:
         draft, smaller, texts = (
             replace(job, stage="draft"),

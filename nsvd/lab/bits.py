@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,8 @@ def quantize_(model: PreTrainedModel, bits: int) -> None:
     """
     if bits not in BITS:
         raise ValueError(f"weights are rounded to 1 to 8 bits, not to {bits}")
-    from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup
-    from torchao.quantization import quantize_ as round_
+    from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup  # pyright: ignore[reportMissingImports]
+    from torchao.quantization import quantize_ as round_  # pyright: ignore[reportMissingImports]
 
     _only_linear(model)
     for layer in _linear(model):
@@ -69,6 +70,7 @@ def _linear(model: PreTrainedModel) -> list[nn.Linear]:
 
 def _bytes(value: Tensor) -> int:
     if is_traceable_wrapper_subclass(value):  # symmetric: no zero points
-        bits = int(str(value.target_dtype).removeprefix("torch.int"))
-        return -(-value.numel() * bits // 8) + value.scale.numel() * SCALE
+        rounded = cast(Any, value)  # by torchao, which says what it holds
+        bits = int(str(rounded.target_dtype).removeprefix("torch.int"))
+        return -(-value.numel() * bits // 8) + rounded.scale.numel() * SCALE
     return value.numel() * (2 if value.is_floating_point() else value.element_size())

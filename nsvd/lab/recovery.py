@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from nsvd.stored.foreign import quiet
@@ -47,7 +49,7 @@ def fine_tuned(
         raise ValueError(f"steps are whole numbers from 1, not {list(steps)}")
     tuned = copy.deepcopy(model).requires_grad_(False)
     if adapters:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]  # not a dependency
 
         how = LoraConfig(r=adapters, lora_alpha=2 * adapters, target_modules=FACTORS, task_type="CAUSAL_LM")
         with _numbers_apart():
@@ -65,7 +67,7 @@ def fine_tuned(
             use_cpu=model.device.type == "cpu",
         )  # fmt: skip
         rows = [{"input_ids": window, "labels": window} for window in ids]
-        trainer = Trainer(tuned, how, train_dataset=rows, callbacks=[copies])
+        trainer = Trainer(tuned, how, train_dataset=cast(Dataset, rows), callbacks=[copies])
         trainer.remove_callback(PrinterCallback)
         with quiet():
             trainer.train()
@@ -90,8 +92,8 @@ class _Copies(TrainerCallback):
     def __init__(self, steps: Sequence[int]):
         self.steps, self.made = set(steps), {}
 
-    def on_step_end(self, args, state, control, model=None, **_) -> None:
+    def on_step_end(self, args, state, control, **given) -> None:
         if state.global_step in self.steps:
-            kept = copy.deepcopy(model)
+            kept = copy.deepcopy(given["model"])
             kept = kept.merge_and_unload() if hasattr(kept, "merge_and_unload") else kept
             self.made[state.global_step] = kept.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def settled_parts(block: nn.Module, begin: str, groups: Mapping[str, Sequence[st
 
 
 @contextmanager
-def remembering(block: nn.Module, settled: Sequence[str], outputs: dict[str, object]) -> Iterator[None]:
+def remembering(block: nn.Module, settled: Sequence[str], outputs: MutableMapping[str, object]) -> Iterator[None]:
     """In the context settled parts give back what ``outputs`` holds for them; what is missing there is put in as they run.
 
     Layers are exchanged in forward order, so what comes before a settled part does not change either.

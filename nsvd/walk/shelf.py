@@ -171,7 +171,7 @@ class Shelf:
         return tensors, note
 
 
-class Kept(MutableMapping):
+class Kept(MutableMapping[str, Any]):
     """Tensors, moments or decompositions by name, on a shelf; the one read last stays in memory."""
 
     def __init__(self, shelf: Shelf, name: str):
@@ -191,7 +191,7 @@ class Kept(MutableMapping):
         self.shelf.put(f"{self.name}/{key}", tensors, kind=kind, parts=note)
         self._last = (None, None)
 
-    def __getitem__(self, key: str):
+    def __getitem__(self, key: str) -> Any:
         if self._last[0] == key:
             return self._last[1]
         at = f"{self.name}/{key}"

@@ -110,7 +110,13 @@ def among(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.
 @torch.no_grad()
 def shapes(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, tuple[int, int]]:
     """(d_out, d_in) of the target layers that are named, or of all."""
-    return {name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in among(model, names).items()}
+    return {name: shape_of(layer) for name, layer in among(model, names).items()}
+
+
+def shape_of(layer: nn.Linear) -> tuple[int, int]:
+    """(d_out, d_in) of a layer's weight."""
+    d_out, d_in = layer.weight.shape
+    return d_out, d_in
 
 
 def is_plain(layer: nn.Linear) -> bool:

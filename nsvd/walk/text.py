@@ -54,7 +54,7 @@ def vocabulary(model: nn.Module) -> int:
     return cast(nn.Embedding, cast(PreTrainedModel, model).get_input_embeddings()).weight.shape[0]
 
 
-def check_length(model: PreTrainedModel, length: int) -> None:
+def check_length(model: nn.Module, length: int) -> None:
     """Raise ``ValueError`` if the model has learned fewer positions."""
     if length > (most := _positions(model) or length):
         raise ValueError(f"cannot read windows of {length} tokens: the model has learned {most} positions")
@@ -70,11 +70,11 @@ def trial(model: nn.Module) -> Int[Tensor, "1 tried"]:
     return ids if known is None else ids % known.weight.shape[0]
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def _positions(model: nn.Module) -> int | None:
     """How many positions the model has learned; None where it computes them, and any number will do."""
-    tokens = model.get_input_embeddings()
+    tokens = cast(PreTrainedModel, model).get_input_embeddings()
     if any(isinstance(module, nn.Embedding) and module is not tokens for module in model.modules()):
-        return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return getattr(cast(PreTrainedModel, model).config.get_text_config(), "max_position_embeddings", None)
     return None
 
 

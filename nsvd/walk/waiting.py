@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -48,7 +49,7 @@ class Row(Sequence):
             self.shelf.drop(f"{self.name}/{index}")
 
 
-class Waiting(MutableMapping):
+class Waiting(MutableMapping[str, Any]):
     """Tensors, or nests of them, by name: they wait on a shelf, and each comes back to the device that it came from."""
 
     def __init__(self, shelf: Shelf, key: str):
@@ -60,7 +61,7 @@ class Waiting(MutableMapping):
         self.shelf.put(f"{self.key}/{name}", tensors)
         self._forms[name] = form, [leaf.device if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def __getitem__(self, name: str) -> object:
+    def __getitem__(self, name: str) -> Any:
         form, leaves = self._forms[name]
         found = self.shelf.get(f"{self.key}/{name}")
         leaves = [found[str(i)].to(leaf) if str(i) in found else leaf for i, leaf in enumerate(leaves)]
