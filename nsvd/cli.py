@@ -103,6 +103,7 @@ def compress(chosen: argparse.Namespace) -> None:
     import nsvd
     from nsvd.compression.request import RECIPES, base_method
     from nsvd.lab.compress import compressed
+    from nsvd.lab.overview import largest
     from nsvd.walk.processes import rank, together
 
     names = ("k1", "alpha", "mu", "eta", *nsvd.METHODS["sola"].options)
@@ -136,7 +137,7 @@ def compress(chosen: argparse.Namespace) -> None:
         )
         said.append(
             f"{report.model_ratio_reached:.1%} of the whole model's {report.model_params_before:,} removed, "
-            f"left alone {_first(report.left_alone)}"
+            f"left alone {largest(report.left_alone)}"
         )
         if report.blocks_covered < MOST:
             said.append(
@@ -146,13 +147,6 @@ def compress(chosen: argparse.Namespace) -> None:
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
     label = chosen.method if chosen.method in RECIPES else base_method(chosen.method).label
     print(f"{chosen.out}: {label}, {'; '.join(said)}")
-
-
-def _first(sizes: dict[str, int], most: int = 3) -> str:
-    """The first few names with their numbers of parameters, and how many more there are."""
-    told = [f"{name} ({size:,})" for name, size in list(sizes.items())[:most]]
-    rest = sum(list(sizes.values())[most:])
-    return ", ".join(told + ([f"others ({rest:,})"] if rest else []))
 
 
 def _text(chosen: argparse.Namespace) -> dict:
@@ -316,40 +310,11 @@ def lm_eval(chosen: argparse.Namespace) -> None:
 def info(chosen: argparse.Namespace) -> None:
     """What a model folder holds."""
     import nsvd
-    from nsvd.cache.latent import bytes_per_token
-    from nsvd.stored.changes import is_changed
-    from nsvd.stored.checkpoint import describe
-    from nsvd.stored.layers import CompressedLayer
+    from nsvd.lab.overview import overview
 
     model, _ = nsvd.load(chosen.model, device="auto" if chosen.speed else "cpu")
-    total, size = model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"{chosen.model}: {type(model).__name__}, {total:,} parameters, {size / 2**20:.1f} MiB, {model.dtype}")
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        print("dense")
-        if chosen.speed:
-            _speed(model)
-        return
-    about = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    reached = about.get("ratio_reached")
-    removed = f", {reached:.1%} of the target layers' parameters removed" if reached is not None else ""
-    whole = about.get("model_ratio_reached")
-    removed += f", {whole:.1%} of the whole model's" if whole is not None else ""
-    if "method" in about:
-        print(f"compressed by {about['method']} {about.get('options') or ''}{removed}")
-    if is_changed(model):
-        print("changed after compression: its factors are not those that it was given then, as after fine-tuning")
-    if cache := about.get("latent_cache"):
-        before, after = bytes_per_token(model)
-        print(
-            f"KV cache compressed by {cache.get('method')} {cache.get('options') or ''}: {before:,} → {after:,} bytes a token"
-        )
-        absorbing = [layer.get("absorb", False) for layer in cache["layers"].values()]
-        print(f"values are not rebuilt where absorbing them is cheaper, in {sum(absorbing)} of {len(absorbing)} layers")
-    for name, module in model.named_modules():
-        if isinstance(module, CompressedLayer):
-            about = ", ".join(f"{key} {value}" for key, value in describe(module).items())
-            print(f"  {name}: {module.out_features} × {module.in_features}, {about}")
+    for line in overview(model, chosen.model, every=chosen.layers):
+        print(line)
     if chosen.speed:
         _speed(model)
 
@@ -557,6 +522,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(info)
     sub.add_argument("model", metavar="MODEL", help="embedded name, folder, .gguf file or hub id")
+    sub.add_argument(
+        "--layers", action="store_true", help="a line for every compressed layer in place of one for all of a kind"
+    )
     sub.add_argument(
         "--speed", action="store_true", help="measure up to which rank factors are no slower than dense layers here"
     )

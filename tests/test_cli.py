@@ -101,7 +101,7 @@ def test_compress_info_evaluate(here, capsys):
     assert {layer["layer"] for layer in report["layers"]} == set(nsvd.targets(nsvd.load(MINI, device="cpu")[0]))
     assert contents(here).keys() == {"low", *(f"low/{file.name}" for file in (here / "low").iterdir())}
 
-    described = said(capsys, "info", "low").splitlines()
+    described = said(capsys, "info", "low", "--layers").splitlines()
     assert "LlamaForCausalLM" in described[0]
     assert described[1].startswith("compressed by nsvd-1 {'k1': 0.95}, 3")
     assert len(described) == 2 + len(report["layers"])
@@ -271,7 +271,7 @@ def test_the_cache_is_compressed_alone_or_beside_the_weights(here, models, capsy
     assert line.startswith("low: SVD, KV cache of 128 bytes a token (256 dense)")
     assert said(capsys, "info", "low").splitlines()[1] == "KV cache compressed by svd : 256 → 128 bytes a token"
     said(capsys, "compress", models / "dense", "both", *cache, "--ratio", 0.3)
-    assert len(said(capsys, "info", "both").splitlines()) == 4 + 14  # two lines of the cache
+    assert len(said(capsys, "info", "both", "--layers").splitlines()) == 4 + 14  # two lines of the cache
     report = json.loads((here / "both" / "nsvd_report.json").read_text())
     assert (report["ratio"], report["cache"]["cache_ratio"], len(report["cache"]["layers"])) == (0.3, 0.5, 2)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,13 +14,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from nsvd.linalg import Moments
 from nsvd.linalg.errors import output_energy
 from nsvd.linalg.precision import double
 from nsvd.markup import bar, block, number, size, table, text
 from nsvd.stored.files import fingerprint
+from nsvd.stored.groups import place
 from nsvd.version import __version__
 from nsvd.walk.decoder import longest_list
-from nsvd.walk.statistics import Statistics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +37,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def relative_errors(layer: nn.Linear, dense: Tensor, stats: Statistics | None, name: str) -> dict[str, float]:
+def relative_errors(
+    layer: nn.Linear, dense: Tensor, stats: Mapping[str, Moments] | None, name: str
+) -> dict[str, float]:
     """Relative errors ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ) X‖ / ‖W X‖ of ``dense``, Ŵ."""
     W = double(layer.weight)
     G = stats[name].G.to(W.device) if stats is not None and name in stats else None
@@ -152,8 +154,7 @@ def left_alone(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in inside:
-            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-            sizes[pattern] = sizes.get(pattern, 0) + parameter.numel()
+            sizes[place(name)] = sizes.get(place(name), 0) + parameter.numel()
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 

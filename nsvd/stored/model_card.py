@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nsvd.stored.files import short_name
+from nsvd.stored.groups import groups
 from nsvd.stored.kinds import auto_class
-from nsvd.stored.layers import CompressedLayer
 
 NAME = "README.md"
 MARK = "<!-- written by nsvd; delete this line to keep your own text when the folder is saved again -->"
@@ -94,19 +94,13 @@ def _removed(section: Mapping) -> str:
 
 
 def _rows(model: nn.Module) -> list[str]:
-    """A line for the layers of one name in their blocks."""
-    groups: dict[tuple, list[CompressedLayer]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, CompressedLayer):
-            place = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-            groups.setdefault((place, layer.out_features, layer.in_features, layer.kind), []).append(layer)
+    """A line for the layers of one kind."""
     lines = []
-    for (place, d_out, d_in, kind), layers in groups.items():
-        ranks = sorted({layer.rank for layer in layers})
-        weights = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
-        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        kept = weights / (len(layers) * d_out * d_in)
-        lines.append(f"| `{place}` | {len(layers)} | {d_out} × {d_in} | {kind} | {span} | {kept:.0%} |")
+    for one in groups(model):
+        low, _, high = one.ranks
+        span = str(low) if low == high else f"{low} to {high}"
+        shape = f"{one.d_out} × {one.d_in}"
+        lines.append(f"| `{one.place}` | {len(one.layers)} | {shape} | {one.kind} | {span} | {one.kept:.0%} |")
     return lines
 
 

@@ -363,7 +363,7 @@ def test_the_command_line_compresses_and_tells(tmp_path, capsys):
     ]
     assert cli.main([*command, *options, "--compress-v", "--o-from", "0.0", "--count", "8", "--length", "32"]) == 0
     assert "SoLA, 1" in capsys.readouterr().out
-    assert cli.main(["info", str(tmp_path / "low")]) == 0
+    assert cli.main(["info", str(tmp_path / "low"), "--layers"]) == 0
     told = capsys.readouterr().out
     assert "compressed by sola" in told
     assert re.search(r"model\.layers\.1\.mlp\.down_proj: 32 × 48, layer split-columns, prime 12, rank \d+", told)

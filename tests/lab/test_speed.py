@@ -91,7 +91,7 @@ def test_info_tells_it_when_asked(timed, tmp_path, capsys):
     nsvd.save(model, tiny_tokenizer(), tmp_path / "m")
     assert main(["info", str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
-    assert f"  {Q}: 32 × 32, rank 15\n" in out
+    assert "  model.layers.*.self_attn.q_proj  1 of 32 × 32, low-rank 15, 94% of the parameters kept\n" in out
     assert not timed
     assert main(["info", str(tmp_path / "m"), "--speed"]) == 0
     out = capsys.readouterr().out
