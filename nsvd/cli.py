@@ -143,6 +143,8 @@ def compress(chosen: argparse.Namespace) -> None:
             said.append(
                 f"the layers taken hold {report.blocks_covered:.0%} of the blocks' parameters, the rest of these is dense"
             )
+        if report.unreached:
+            said.append(report.unreached)
     if report := done.cache:
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
     label = chosen.method if chosen.method in RECIPES else base_method(chosen.method).label

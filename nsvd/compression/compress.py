@@ -16,7 +16,7 @@ from nsvd.compression.measure import check_statistics, take_statistics
 from nsvd.compression.prepared import Prepared, check_prepared
 from nsvd.compression.ranks import SEARCHING, uniform
 from nsvd.compression.report import Clock, Report, covered, left_alone, peak_memory, text_of, versions
-from nsvd.compression.request import Request, resolve
+from nsvd.compression.request import Request, chosen_layers, resolve
 from nsvd.compression.sola import split
 from nsvd.compression.whole_layers import Result, factor
 from nsvd.stored.changes import FactorSums
@@ -30,7 +30,6 @@ from nsvd.walk.sampling import own_text
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.soundness import check_values, predicted
 from nsvd.walk.statistics import Statistics
-from nsvd.walk.targets import targets
 from nsvd.walk.text import check_readable
 
 # Every second window is enough for moments that decide on ranks alone, as where the layers see shifted ones.
@@ -147,7 +146,7 @@ def _carried_out(
         raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
-    layers, clock = targets(model, ask.layers, ask.exclude), Clock()
+    layers, clock = chosen_layers(model, ask), Clock()
     wanted = _given(model, layers, ask)
     for ids in ask.domains:
         check_readable(model, ids)

@@ -20,7 +20,7 @@ from nsvd.compression.descent import TRIED
 from nsvd.compression.distill import TOKENS as DISTILLED
 from nsvd.compression.measure import GRADIENTS_EVERY, GRADIENTS_LEAST
 from nsvd.compression.ranks import SEARCHING, TRYING
-from nsvd.compression.request import Request
+from nsvd.compression.request import Request, chosen_layers
 from nsvd.compression.strs import KEPT
 from nsvd.linalg import rank_for_ratio
 from nsvd.walk.decoder import block_list
@@ -28,7 +28,7 @@ from nsvd.walk.experts import experts_apart
 from nsvd.walk.shelf import LIMIT
 from nsvd.walk.stream import windows_read
 from nsvd.walk.sums import CHUNK, STRIPS
-from nsvd.walk.targets import by_block, targets
+from nsvd.walk.targets import by_block
 from nsvd.walk.text import LOGIT_BYTES, tokens_at_once, vocabulary
 
 SINGLE, DOUBLE = 4, 8  # bytes of a number in float32, in float64
@@ -87,7 +87,7 @@ class _Sums:
     """The sizes that all stages are told from."""
 
     def __init__(self, model: PreTrainedModel, ask: Request):
-        self.ask, layers = ask, targets(model, ask.layers, ask.exclude)
+        self.ask, layers = ask, chosen_layers(model, ask)
         self.hidden = model.config.get_text_config().hidden_size
         first = next(iter(layers.values()))
         self.vocabulary = vocabulary(model)
@@ -116,6 +116,8 @@ class _Sums:
             stages["search"] = self.slopes(ends)
         if ask.shifted:
             stages["in order"] = self.in_order(ends)
+        if ask.refine:
+            stages["refinement"] = self.refinement()
         if ask.distill:
             stages["distillation"] = self.distillation()
         found = stages.values()
@@ -214,6 +216,15 @@ class _Sums:
             one.d_in**3 / 3 + 2 * one.d_in**3 for one in self._every if one.first
         )  # factored once for all that read it
         return Stage(device, host, disk, 2, 2 * self._forward + products, work)
+
+    def refinement(self) -> Stage:
+        """Factors of one block in float32, and its graph; all batches once, then one a step. Three rates are tried."""
+        numbers = sum(one.rank * (one.d_out + one.d_in) for one in self.largest)
+        metric = SINGLE * self.hidden**2 * self._judged
+        device = self._held + (4 * SINGLE + self.bytes) * numbers + metric + 3 * self._activations(self._batch)
+        steps = self.ask.refine + 3 * min(TRIED, self.ask.refine)
+        passes = 1 + 3 * steps * self._batch / self.tokens
+        return Stage(device, 0, 0, passes, passes * self._forward)
 
     def distillation(self) -> Stage:
         """Factors in float32, their gradients, Adam's two averages, how they began, and the graph of a batch through all blocks.

@@ -112,6 +112,14 @@ class Report(Tabled):
         """Everything but the rows and the moves, ready for JSON."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("rows", "moves")}
 
+    @property
+    def unreached(self) -> str:
+        """How many experts no token of the calibration has reached, as a sentence; empty where there are none."""
+        experts = (self.calibration or {}).get("experts", {})
+        if not experts.get("unreached"):
+            return ""
+        return f"{experts['unreached']} of {experts['count']} experts saw no token; they use the shared moment"
+
     def __repr__(self) -> str:
         factored = sum(not row["dense"] for row in self.rows)
         return (

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsvd.compression.ranks import ALLOCATIONS, SEARCHING, SOLA_ALLOCATIONS, check_allocation
 from nsvd.linalg import METHODS, Method, SplitMethod, by_name
 from nsvd.linalg.factors import check_factors
+from nsvd.stored.experts import layer_names
 from nsvd.walk.moments import check_mixture, check_windows
-from nsvd.walk.targets import patterns
+from nsvd.walk.targets import fits, patterns, targets
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,20 @@ class Request:
         """The method that says which statistics are needed."""
         inner = self.method.inner(self.options)[0] if isinstance(self.method, SplitMethod) else self.method
         return inner if inner.needs_gradients else self.method
+
+
+def chosen_layers(model: nn.Module, ask: Request) -> dict[str, nn.Linear]:
+    """The target layers that the request names; raises ``ValueError`` as ``targets``, and says why where they are experts."""
+    try:
+        return targets(model, ask.layers, ask.exclude)
+    except ValueError as error:
+        named = (pattern for pattern in ask.layers or () if any(fits(name, pattern) for name in layer_names(model)))
+        if ask.reaches_experts or (pattern := next(named, None)) is None:
+            raise
+        raise ValueError(
+            f"{pattern!r} names layers of experts, and these stay dense here: shifted inputs, gradients, distillation and SoLA "
+            "need layers that every token goes through"
+        ) from error
 
 
 def resolve(

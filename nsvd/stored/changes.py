@@ -7,15 +7,17 @@ they are now, and writes ``changed_after_compression`` where they differ.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nsvd.stored.layers import CompressedLayer
 from nsvd.stored.section import LowRankConfig, section_of
 
-CASTS = (None, torch.bfloat16, torch.float16)  # a model may be cast to these and be none other
+# A model may be cast to one of these after the other and be none other. More casts give the same again.
+CASTS = ((), (torch.bfloat16,), (torch.float16,), (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16))
 
 
 class FactorSums:
@@ -30,13 +32,20 @@ class FactorSums:
             if value.is_meta or is_traceable_wrapper_subclass(value):
                 self._known = False
                 return
-            for dtype, digest in zip(self._casts, self._digests, strict=True):
-                number = value.detach().cpu().to(dtype or value.dtype).to(torch.float32)
+            for dtypes, digest in zip(self._casts, self._digests, strict=True):
+                number = cast_through(value.detach().cpu(), dtypes).to(torch.float32)
                 digest.update(number.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def told(self) -> list[str]:
         """The sums; none where a parameter had no values, as on the device ``meta``, or was in parts or quantized."""
         return list(dict.fromkeys(digest.hexdigest()[:16] for digest in self._digests)) if self._known else []
+
+
+def cast_through(value: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor:
+    """A tensor cast to one dtype after the other."""
+    for dtype in dtypes:
+        value = value.to(dtype)
+    return value
 
 
 def factor_sums(model: nn.Module, *, casts: bool = True) -> list[str]:

@@ -131,6 +131,15 @@ def parameter_of(layer: str) -> str | None:
     return f"{inside[1]}.{PARAMETER[inside[2]]}" if inside else None
 
 
+def layer_names(model: nn.Module) -> Iterator[str]:
+    """The names that the layers of all experts have once they are taken apart."""
+    for name, module in model.named_modules():
+        if are_experts(module):
+            parts = [LAYER[part] for part in _weights(module)]
+            count = len(module.get_parameter(_weights(module)[0]))
+            yield from (f"{name}.{number}.{part}" for number in range(count) for part in parts)
+
+
 def put_together_all(model: nn.Module) -> None:
     """Put together all experts of a model; they must be dense."""
     for module in list(model.modules()):

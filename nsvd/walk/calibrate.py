@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from nsvd.linalg import Moments
 from nsvd.stored.folder import CheckpointError
 from nsvd.walk.decoder import Decoder
-from nsvd.walk.experts import experts_apart, filled, of_experts, scarce, sent_to_all
+from nsvd.walk.experts import experts_apart, filled, of_experts, scarce, sent_to_all, unreached
 from nsvd.walk.hooks import evaluating, watch_inputs
 from nsvd.walk.moments import (
     body_forward,
@@ -30,7 +30,7 @@ from nsvd.walk.stream import Batch, Stream, windows_read
 from nsvd.walk.sums import Sums, finite
 from nsvd.walk.targets import targets
 
-STREAM = "moments-stream"  # on the shelf
+STREAM, EXPERTS = "moments-stream", "moments-experts"  # on the shelf
 
 
 @torch.inference_mode(False)
@@ -110,6 +110,9 @@ class Walked(Mapping[str, Moments]):
             self._stream = Stream(decoder, domains, batch=batch, scratch=scratch)
         if self._shelf is not None:
             self._stream.restore(self._shelf, STREAM, at)
+            for at in range(self._stream.at):
+                if (key := f"{EXPERTS}/{at}") in self._shelf:
+                    self._count(self._shelf.note(key))
         self._bar = tqdm(total=len(decoder), desc="moments", disable=not progress, leave=False)
         self._bar.update(self._stream.at)
 
@@ -172,6 +175,11 @@ class Walked(Mapping[str, Moments]):
                     every, sound = self._read(list(dict.fromkeys(few.values())), onwards=True)
         for sums in parts:
             check_sums(model, {name: one for name, one in sums.items() if name not in few})
+        if routed:
+            found = unreached(model, parts)
+            self._count(found)
+            if self._shelf is not None:
+                self._shelf.put(f"{EXPERTS}/{stream.at}", {}, **found)
         stream.at += 1
         for batch, fine in zip(stream.batches, sound, strict=True):
             if not fine:
@@ -188,6 +196,11 @@ class Walked(Mapping[str, Moments]):
         self._bar.update()
         if stream.at == len(self.decoder):
             self._bar.close()
+
+    def _count(self, found: Mapping[str, int]) -> None:
+        """Note how many experts a block has, and how many of them no token has reached."""
+        known = self.origin.get("experts", {"count": 0, "unreached": 0})
+        self.origin["experts"] = {name: number + found[name] for name, number in known.items()}
 
     def _read(self, layers: Sequence[str], *, onwards: bool) -> tuple[list[dict[str, Sums]], list[Tensor]]:
         """The sums over the inputs of layers of the next block, for every domain.
@@ -241,9 +254,11 @@ def _whole(model: nn.Module, windows: Tensor, names: Sequence[str], batch: int |
     check_sums(model, {name: sums for name, sums in own.items() if name not in few})
     with sent_to_all(model, few.values()):
         every = _summed(model, few.values(), windows.split(batch)) if few else {}
+    check_sums(model, every)
     beside = {name: sums.result() for name, sums in every.items()}
     moments = {n: filled(sums, beside[few[n]]) if n in few else sums.result() for n, sums in own.items()}
-    return Statistics(moments, inputs, origin_of(model, windows))
+    experts = {"experts": found} if (found := unreached(model, [own]))["count"] else {}
+    return Statistics(moments, inputs, origin_of(model, windows) | experts)
 
 
 def _summed(model: nn.Module, layers: Iterable[str], texts: Iterable[Tensor]) -> dict[str, Sums]:
@@ -253,7 +268,7 @@ def _summed(model: nn.Module, layers: Iterable[str], texts: Iterable[Tensor]) ->
         for ids in texts:
             if not finite(body_forward(model, ids)) and overflown is None:
                 overflown = ids
-    if overflown is not None:
-        check_sums(model, running)
+    if overflown is not None:  # of experts that no token has reached nothing is known
+        check_sums(model, {name: sums for name, sums in running.items() if sums.n})
         raise overflow(model, overflown)
     return running

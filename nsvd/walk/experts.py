@@ -78,6 +78,15 @@ def scarce(model: nn.Module, sums: Sequence[Mapping[str, Sums]]) -> dict[str, st
     return found
 
 
+def unreached(model: nn.Module, sums: Sequence[Mapping[str, Sums]]) -> dict[str, int]:
+    """How many experts (``count``) these layers are parts of, and how many of them no token of any domain has reached."""
+    tokens: dict[str, int] = {}
+    for name in of_experts(model, sums[0]):
+        expert = name.rpartition(".")[0]
+        tokens[expert] = tokens.get(expert, 0) + sum(one[name].n for one in sums)
+    return {"count": len(tokens), "unreached": sum(not n for n in tokens.values())}
+
+
 def filled(own: Sums, every: Moments) -> Moments:
     """Moments of an expert's own tokens, filled up with the mean of all that enter the block until they are as many as the inputs.
 

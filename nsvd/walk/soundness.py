@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nsvd.linalg.methods import check_finite
+from nsvd.stored.changes import CASTS, cast_through
 from nsvd.stored.checkpoint import compressed_layer
 from nsvd.stored.experts import take_apart_for
 from nsvd.stored.folder import CheckpointError
@@ -22,7 +23,6 @@ from nsvd.walk.hooks import evaluating, exchanged, model_in_float32, watch_outpu
 from nsvd.walk.lazy import LazyBlock, is_lazy, slots
 from nsvd.walk.text import TRIED, trial
 
-CASTS = (torch.bfloat16, torch.float16)
 CLOSE = 1e-2  # relative error of what a model read again says: 0, but where it keeps parameters in several precisions
 
 
@@ -145,7 +145,7 @@ def _as_cast(again: nn.Module, model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         owner, _, last = name.rpartition(".")
         other = again.get_buffer(name)
-        cast = (other.to(dtype).to(buffer.dtype) for dtype in CASTS)
+        cast = (cast_through(other, dtypes).to(buffer.dtype) for dtypes in CASTS if dtypes)
         if other.is_floating_point() and any(torch.equal(buffer, one) for one in cast):
             setattr(again.get_submodule(owner), last, buffer)
 

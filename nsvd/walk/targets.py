@@ -83,20 +83,21 @@ def _picked(
 ) -> dict[str, nn.Linear]:
     """Those of the layers that fit one of the wanted patterns, if there are any, and none of the excluded ones."""
     for pattern in (*(wanted or ()), *excluded):
-        if not any(_fits(name, pattern) for name in found):
+        if not any(fits(name, pattern) for name in found):
             raise ValueError(f"no layer is called {pattern!r}; the model has {', '.join(list(found)[:3])}, …")
     picked = {
         name: layer
         for name, layer in found.items()
-        if (wanted is None or any(_fits(name, pattern) for pattern in wanted))
-        and not any(_fits(name, pattern) for pattern in excluded)
+        if (wanted is None or any(fits(name, pattern) for pattern in wanted))
+        and not any(fits(name, pattern) for pattern in excluded)
     }
     if not picked:
         raise ValueError(f"exclude {', '.join(excluded)} leaves no layer to compress")
     return picked
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern is of a layer's whole name, or of its end after a dot."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 

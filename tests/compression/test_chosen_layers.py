@@ -166,3 +166,16 @@ class Test_a_model_that_would_be_another_once_it_is_read_again:
         model = tiny_model("rwkv", **sizes)
         with pytest.raises(ValueError, match="RwkvForCausalLM changes its own parameters while it runs"):
             nsvd.compress_(model, method="svd", ratio=0.3)
+
+
+@pytest.mark.parametrize("pattern", ["*experts*", "experts.0.gate_up"])
+def test_a_method_that_leaves_experts_dense_says_why(pattern, tmp_path):
+    """In memory, and from folder to folder; one that reaches them compresses these alone."""
+    model, why = tiny_model("mixtral", **EXPERTS), "names layers of experts, and these stay dense here: shifted inputs,"
+    with pytest.raises(ValueError, match=why):
+        nsvd.compress_(model, windows=IDS, method="best", ratio=0.3, layers=pattern)
+    nsvd.save(model, tiny_tokenizer(), tmp_path / "m")
+    with pytest.raises(ValueError, match=why):
+        nsvd.compress(tmp_path / "m", tmp_path / "low", method="best", ratio=0.3, layers=[pattern])
+    nsvd.compress_(model, windows=IDS, method="asvd-1", ratio=0.3, layers=pattern)
+    assert all(".experts." in name for name in compressed_names(model))

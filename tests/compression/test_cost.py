@@ -92,6 +92,12 @@ def test_passes_of_searches_and_of_distillation():
     assert fitted.device > plain.device
 
 
+def test_passes_of_refinement():
+    """All batches once; then a step is three over the 2048 tokens of one of two batches, and three rates are tried first."""
+    plain, fitted = (told(SMALL, 8, "best", 256, 16, refine=steps) for steps in (0, 20))
+    assert fitted.passes == pytest.approx(plain.passes + 1 + (20 + 3 * 12) * 3 / 2)
+
+
 def test_layers_that_share_an_input_are_told_from_their_sizes():
     """Of a block at LLaMA-7B's sizes four inputs are measured, in float64: three of width d, one of the feed-forward's."""
     asked = request("asvd-1", torch.zeros(1, 2, dtype=torch.long))

@@ -62,6 +62,15 @@ def test_a_cast_is_no_change(before, after, tmp_path):
     assert is_changed(again)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_two_casts_are_no_change(dtypes):
+    """Numbers that float16 makes coarser, and some that are rounded twice, are among the factors."""
+    model = compressed(tiny_model(), method="svd")
+    for dtype in dtypes:
+        model.to(dtype)
+    assert is_changed(model.float()) is False
+
+
 def test_training_steps_of_the_compression_are_part_of_it(tmp_path):
     """Distillation and refinement come before the sums, in memory and from folder to folder."""
     steps = {"distill": 2, "refine": 2, "shifted": True, "method": "ridge", "mu": 0.03}

@@ -78,6 +78,28 @@ def test_each_expert_has_the_moments_of_its_own_tokens(by_block):
             assert found.n == max(len(values), d)
 
 
+@pytest.mark.parametrize("by_block", [True, False])
+def test_experts_that_no_token_reaches_are_counted(by_block):
+    """One of four of the first block; the report of a compression says so in words."""
+    model = built("mixtral")
+    silence(model)
+    with experts_apart(model):
+        stats = nsvd.calibrate(model, IDS) if by_block else _whole(model, IDS, list(targets(model)), None, False)
+    assert stats.origin["experts"] == {"count": 4 * len(model.model.layers), "unreached": 1}
+    report = nsvd.compress_(built("mixtral"), stats, method="asvd-1", ratio=0.3)
+    assert report.unreached == f"1 of {4 * len(model.model.layers)} experts saw no token; they use the shared moment"
+
+
+def test_a_model_that_overflows_is_told_of_before_experts_that_no_token_reaches():
+    """The text is not to blame."""
+    model = built("mixtral")
+    silence(model)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    with experts_apart(model), pytest.raises(FloatingPointError, match="what the model gives out holds NaN or Inf"):
+        _whole(model, IDS, list(targets(model)), None, False)
+
+
 def test_a_short_text_fills_up_both():
     """Eight tokens are fewer than the inputs of any expert: a little of its own, most of all that enter."""
     model = built("mixtral")
