@@ -619,7 +619,7 @@ def test_a_fresh_process_reads_what_another_one_wrote(models, tmp_path):
             stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False,
         )  # fmt: skip
 
-    done = program("info", models / "low")
+    done = program("info", models / "low", "--layers")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{Q}: 32 × 32, rank 11" in done.stdout
     if Path("/dev/full").exists():

@@ -53,6 +53,7 @@ def compress_(
     windows: Tensor | Sequence[Tensor] | None = None,
     weights: Sequence[float] | str = "uniform",
     search_count: int | None = None,
+    neurons: float | None = None,
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     prepared: Prepared | None = None,
@@ -102,6 +103,9 @@ def compress_(
         weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
             ``mix``. Statistics that are given bring the weights they were mixed with.
         search_count: how many windows of every domain ``strs``, ``lems`` and ``zero-sum`` read; by default all.
+        neurons: the share, in [0, 1], of what is to be removed that goes as whole neurons of the feed-forwards (the default is 0):
+            those that cost the loss least, see ``nsvd.linalg.neurons``; ranks remove the rest. Goes with ``kfac`` or ``best``,
+            ``fisher`` and ``shifted``, and a model in memory. A half is a good choice.
         layers, exclude: names or patterns of the target layers to compress, and of those to leave alone, see ``targets``; by
             default all. ``ratio`` is that of the layers taken.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused; to follow inputs needs
@@ -116,7 +120,7 @@ def compress_(
     ask = resolve(
         method, options, ratio=ratio, ranks=ranks, allocation=allocation, factors=factors, shifted=shifted, refine=refine,
         distill=distill, windows=windows, weights=weights, search_count=search_count, seed=seed, progress=progress,
-        layers=layers, exclude=exclude,
+        neurons=neurons, layers=layers, exclude=exclude,
     )  # fmt: skip
     return carry_out(model, ask, stats, prepared)
 
@@ -174,6 +178,8 @@ def _carried_out(
         )
         if given or stats is None:
             check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
+    if prepared is not None and ask.neurons:
+        raise ValueError("prepared is of whole layers, and neurons leave some of each: give one of the two")
     if prepared is not None:
         check_prepared(prepared, layers, stats, ask.method, ask.options)
     job = Exchange(model, layers, known, ask, clock, shelf)
@@ -231,7 +237,7 @@ def _report(
     report = Report(
         method=ask.name, options=ask.method.resolve(ask.options),
         allocation=ask.allocation if ask.ranks is None else "given", factors=ask.factors,
-        shifted=ask.shifted, refine=ask.refine, distill=ask.distill, losses=list(result.losses), seed=ask.seed,
+        shifted=ask.shifted, neurons=ask.neurons, refine=ask.refine, distill=ask.distill, losses=list(result.losses), seed=ask.seed,
         calibration=None if stats is None else stats.origin, texts=texts, search_tokens=result.tokens, ratio=ask.ratio,
         ratio_reached=1 - after / before, params_before=before, params_after=after,
         model_ratio_reached=(before - after) / (whole + before - after), model_params_before=whole + before - after,
@@ -241,7 +247,18 @@ def _report(
         moves=list(result.moves),
     )  # fmt: skip
     if result.changed:
-        told = ("method", "options", "allocation", "factors", "shifted", "refine", "distill", "ratio", "ratio_reached")
+        told = (
+            "method",
+            "options",
+            "allocation",
+            "factors",
+            "shifted",
+            "neurons",
+            "refine",
+            "distill",
+            "ratio",
+            "ratio_reached",
+        )
         told += ("model_ratio_reached",)
         sums = FactorSums()
         for module in held_modules(model):

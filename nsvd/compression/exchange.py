@@ -22,7 +22,7 @@ from nsvd.compression.report import Clock, relative_errors
 from nsvd.compression.request import Request
 from nsvd.linalg import Decomposition, LowRank, saves_parameters
 from nsvd.linalg.decomposition import Spectrum
-from nsvd.linalg.factors import n_params
+from nsvd.linalg.factors import n_params, remaining
 from nsvd.linalg.precision import home
 from nsvd.stored.checkpoint import compressed_layer, describe, empty_layer
 from nsvd.stored.files import sha256
@@ -56,12 +56,24 @@ class Exchange:
     clock: Clock
     shelf: Shelf = field(default_factory=Shelf)
     stage: str = "final"
+    originals: Mapping[str, nn.Linear] = field(default_factory=dict)  # what stood where layers have lost neurons
     errors: dict[str, dict[str, float]] = field(default_factory=dict, init=False)  # relative ones, by layer
 
     def __post_init__(self) -> None:
         self.options = self.ask.method.resolve(self.ask.options)
         self.list, self.blocks = longest_list(self.model) or ("", [self.model])
         self.owner = owners(self.model, self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """The fraction of the layers' parameters that lower ranks are to remove, with what has gone before."""
+        before, now = (sum(layer.weight.numel() for layer in which.values()) for which in (self.before, self.layers))
+        return self.ask.removed if before == now else 1 - remaining(before, self.ask.removed) / now
+
+    @property
+    def before(self) -> dict[str, nn.Linear]:
+        """The layers as they were at first."""
+        return dict(self.layers) | dict(self.originals)
 
     def smaller(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """The ranks of those layers that are worth exchanging."""
@@ -108,7 +120,7 @@ class Exchange:
         while begin < len(self.blocks) and self.resumed(begin):
             begin += 1
         how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(), "unsettled": bool(ask.refine)}
-        how |= {"begin": begin, "shelf": self.shelf, "progress": ask.progress}
+        how |= {"originals": self.originals, "begin": begin, "shelf": self.shelf, "progress": ask.progress}
         with closing(followed(self.model, ask.domains, list(names), **how)) as blocks:
             for block in blocks:
                 for arrived in block.inputs():
@@ -204,7 +216,7 @@ class Exchange:
     def distill(self, touched: Sequence[str], names: Sequence[str]) -> list[float]:
         """All factors together, towards what the dense model predicts; the loss at every step. ``touched`` are all layers that
         are not what they were, the ``names`` those that have factors."""
-        ask, dense = self.ask, {name: self.layers[name] for name in touched}
+        ask, dense = self.ask, {name: self.before[name] for name in touched}
         how = {"steps": ask.distill, "seed": ask.seed, "progress": ask.progress}
         losses = distill_(self.model, dense, ask.domains, self._shares(), **how)
         self.clock.lap("distill")
@@ -221,10 +233,11 @@ class Exchange:
         """A row a layer for the report."""
         rows = []
         for name, layer in self.layers.items():
-            d_out, d_in = layer.weight.shape
-            params = n_params(d_out, d_in, smaller[name], self.ask.factors) if name in smaller else d_out * d_in
+            (d_out, d_in), (m, n) = self.before[name].weight.shape, layer.weight.shape
+            params = n_params(m, n, smaller[name], self.ask.factors) if name in smaller else m * n
             row = {"layer": name, "d_out": d_out, "d_in": d_in, "rank": wanted.get(name), "dense": name not in smaller}
-            rows.append(row | {"params": params} | self.errors.get(name, {}))
+            left = {"outputs": m, "inputs": n} if self.originals else {}
+            rows.append(row | left | {"params": params} | self.errors.get(name, {}))
         return rows
 
     def _cut(self, name: str, one: Decomposition, k: int) -> CompressedLayer:

@@ -25,7 +25,7 @@ from nsvd.linalg.moments import mixing
 from nsvd.linalg.precision import double
 from nsvd.stored.transposed import linear_at
 from nsvd.walk.decoder import Decoder, Entered, run_block
-from nsvd.walk.hooks import evaluating, inputs_seen
+from nsvd.walk.hooks import evaluating, exchanged, inputs_seen
 from nsvd.walk.landmarks import arrivals, check_every_token, landmark, value_at
 from nsvd.walk.memory import give_back
 from nsvd.walk.moments import readers
@@ -95,6 +95,7 @@ def followed(
     names: Sequence[str],
     *,
     mu: float,
+    originals: Mapping[str, nn.Linear] | None = None,
     weights: Sequence[float] | None = None,
     unsettled: bool = False,
     begin: int = 0,
@@ -105,9 +106,10 @@ def followed(
     """The blocks in their order, between two streams. Whoever takes one exchanges its layers, and calls its ``step``.
 
     All ``domains`` (token ids, count × length each) have equal ``weights`` unless some of sum 1 are given, and are mixed as by
-    ``moments.mix``; ``mu`` is the ridge that keeps a target near the layer's own weight where its inputs say nothing. A block is
-    ``unsettled`` if it will change once more when its layers are exchanged. On a ``shelf`` that lasts both streams behind a
-    block are kept at its ``step``; ``begin`` is the number of blocks that an earlier walk has done.
+    ``moments.mix``; ``mu`` is the ridge that keeps a target near the layer's own weight where its inputs say nothing. The dense
+    stream goes through ``originals`` where layers have been exchanged before. A block is ``unsettled`` if it will change once
+    more when its layers are exchanged. On a ``shelf`` that lasts both streams behind a block are kept at its ``step``; ``begin``
+    is the number of blocks that an earlier walk has done.
 
     One block runs at a time. Of all the calibration text there wait, in memory or past a limit in files, the hidden states of both
     streams, what the dense stream holds at the landmarks of the layers that are not done, the outputs of parts of the block
@@ -145,7 +147,9 @@ def followed(
         counted = {"total": len(decoder), "initial": begin, "disable": not progress, "leave": False}
         for index in tqdm(range(begin, len(decoder)), "shifted", **counted):
             with decoder.held(index):
-                yield FollowedBlock(decoder, index, leaders, batches, probe, _Terms(weights, mu, unsettled, shelf))
+                yield FollowedBlock(
+                    decoder, index, leaders, batches, probe, _Terms(weights, mu, unsettled, shelf, originals or {})
+                )
             shelf.own.drop(f"{STREAMS}/{index}")
 
 
@@ -156,6 +160,7 @@ class _Terms(NamedTuple):
     mu: float
     unsettled: bool
     shelf: Shelf
+    originals: Mapping[str, nn.Linear]
 
 
 class FollowedBlock:
@@ -176,7 +181,11 @@ class FollowedBlock:
     ):
         self.index, self.block, self.batches = index, decoder.blocks[index], batches
         self._model, self._prefix = decoder.model, f"{decoder.name}.{index}."
-        self._probe, (self._weights, self._mu, self._unsettled, self._shelf) = probe, terms
+        self._probe, (self._weights, self._mu, self._unsettled, self._shelf, originals) = probe, terms
+        self._originals = {name: layer for name, layer in originals.items() if name.startswith(self._prefix)}
+        self._fewer = {
+            n for n, old in self._originals.items() if old.out_features != self._model.get_submodule(n).out_features
+        }
         self._settled: list[str] = []
         self.within: set[str] = set()  # layers that do not end in what the block gives out, once ``inputs`` has begun
         self._groups: dict[str, list[str]] = {}
@@ -187,9 +196,10 @@ class FollowedBlock:
     @torch.no_grad()
     def inputs(self) -> Iterator[Arrived]:
         """What arrives at each input of the block's layers."""
-        places = self._landmarks()
+        with exchanged(self._model, self._originals):
+            places = self._landmarks()
+            self._through_dense(set(places.values()))
         self.within = {leader for leader, place in places.items() if place is not None}
-        self._through_dense(set(places.values()))
         for leader, group in self._groups.items():
             before, now = self._settled, settled_parts(self.block, self._prefix, self._groups, leader)
             last = self._unsettled and len(places) == 1  # all that is done runs once more
@@ -222,9 +232,10 @@ class FollowedBlock:
         """Where the target of each input's layers is measured, by name; looked for once, told to all processes."""
         names, found = {module: name for name, module in self.block.named_modules()}, {}
         for leader, group in self._groups.items() if rank() == 0 else ():
-            layer = self._model.get_submodule(leader)  # it stands for its own output, where several share the input
+            # It stands for its own output, where several share the input, or where what it gave out has other neurons.
+            layer, alone = self._model.get_submodule(leader), len(group) == 1 and leader not in self._fewer
             here = self._probe.hidden[DENSE], self._probe.calls[self.index]
-            found[leader] = names.get(landmark(self.block, layer, *here) if len(group) == 1 else layer)
+            found[leader] = names.get(landmark(self.block, layer, *here) if alone else layer)
         return same(found)
 
     def _through_dense(self, places: set[str | None]) -> None:

@@ -78,6 +78,7 @@ class Report(Tabled):
     allocation: str  # of ALLOCATIONS, or "given"
     factors: str  # of FACTORS
     shifted: bool
+    neurons: float  # the share of what is removed that neurons were to remove; the rows tell how many are left
     refine: int  # steps a block
     distill: int  # steps
     losses: list[float]  # at every one of them, nats a token

@@ -65,6 +65,7 @@ class Request:
     search_count: int | None
     seed: int
     progress: bool
+    neurons: float = 0.0  # the share of what is removed that neurons of feed-forwards remove
     layers: tuple[str, ...] | None = None  # patterns, see ``targets``
     exclude: tuple[str, ...] | None = None
     sampled_text: bool = False  # whether ``domains`` is what the model has written
@@ -147,6 +148,7 @@ def resolve(
     search_count: int | None,
     seed: int,
     progress: bool,
+    neurons: float | None = None,
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> Request:
@@ -163,6 +165,7 @@ def resolve(
         refine=refine, distill=distill,
         domains=[windows] if isinstance(windows, Tensor) else list(windows or ()),
         weights=weights, search_count=search_count, seed=seed, progress=progress,
+        neurons=chosen.weights.get("neurons", 0.0) if neurons is None else neurons,
         layers=patterns(layers), exclude=patterns(exclude),
     )  # fmt: skip
     for ids in ask.domains:
@@ -184,6 +187,13 @@ def resolve(
     for what, steps in (("refine", refine), ("distill", distill)):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"{what} is {steps}, but a number of steps is whole and not negative")
+    if not 0 <= ask.neurons <= 1:
+        raise ValueError(f"neurons is {ask.neurons}, but it is a share of what is removed, in [0, 1]")
+    if ask.neurons and not (ask.shifted and ask.method.needs_gradients and ask.allocation == "fisher"):
+        raise ValueError(
+            "neurons are left out by what the loss rises by, and the layers behind them make up for it: that goes with method "
+            "'kfac' or 'best', allocation 'fisher' and shifted=True"
+        )
     if refine and not ask.shifted:
         raise ValueError("refine goes with shifted=True: the blocks are fitted in order")
     if ask.shifted and textless:

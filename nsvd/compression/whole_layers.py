@@ -10,11 +10,13 @@ from torch import Tensor
 
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import DRAFT, ENDS, averaged, check_gradients, decompositions, gradient_texts
+from nsvd.compression.neurons import told_sizes, without_neurons
 from nsvd.compression.ranks import SEARCHING, searched
 from nsvd.compression.request import recipe
 from nsvd.linalg import Decomposition
 from nsvd.walk.gradient_sums import Kind
 from nsvd.walk.gradients import drawn_labels, fisher_into
+from nsvd.walk.hooks import exchanged
 from nsvd.walk.processes import same
 from nsvd.walk.soundness import check_exchanged
 from nsvd.walk.statistics import Statistics
@@ -37,30 +39,37 @@ def factor(
 
     ``before`` is what the dense model said to the tokens that it is tried on afterwards.
     """
-    ask, tokens, losses = job.ask, 0, []
-    if ranks is None:
-        twice = ask.shifted and ask.method.needs_gradients
-        ranks, prepared, tokens = _search(job, prepared, "dense", only_ranks=ask.shifted and not twice)
-        if twice:
-            job = replace(job, stats=_both_ends(job, ranks, prepared))
-            ranks, prepared, again = _search(job, None, "both", only_ranks=True)
-            tokens += again
-    smaller = job.smaller(ranks)
-    touched = list(smaller)
-    if ask.shifted and smaller:  # those that stay dense are fitted, too
-        touched = list(ranks if ask.ranks is not None else job.layers)
+    ask, tokens, losses, touched = job.ask, 0, [], []
     try:
+        if ranks is None:
+            twice = ask.shifted and ask.method.needs_gradients
+            if ask.neurons:
+                job = without_neurons(job)
+            ranks, prepared, tokens = _search(job, prepared, "dense", only_ranks=ask.shifted and not twice)
+            if twice:
+                job = replace(job, stats=_both_ends(job, ranks, prepared))
+                ranks, prepared, again = _search(job, None, "both", only_ranks=True)
+                tokens += again
+        smaller = job.smaller(ranks)
+        touched = list(smaller)
+        if ask.shifted and smaller:  # those that stay dense are fitted, too
+            touched = list(ranks if ask.ranks is not None else job.layers)
         if ask.shifted:
             job.in_order(touched, smaller)
         else:
             job.at_once(smaller, prepared)
         if ask.distill:
             losses = job.distill(touched, list(smaller))
-        check_exchanged(job.model, {name: job.layers[name] for name in touched}, before)
+        if job.originals:
+            told_sizes(job)
+        check_exchanged(job.model, {name: job.before[name] for name in {*touched, *job.originals}}, before)
     except BaseException:
         job.undo(touched)
+        for name, layer in job.originals.items():
+            job.model.set_submodule(name, layer)
         raise
-    return Result(job.rows(ranks, smaller), list(smaller), tokens, losses)
+    changed = [name for name in job.layers if name in smaller or name in job.originals]
+    return Result(job.rows(ranks, smaller), changed, tokens, losses)
 
 
 def _search(
@@ -81,7 +90,7 @@ def _search(
         job.clock.lap("decompose")
     texts = [ids[: ask.search_count] for ids in ask.domains]
     how |= {"factors": ask.factors, "shelf": job.shelf}
-    ranks, tokens = same(searched(job.model, job.measured, prepared, ask.removed, ask.allocation, texts, **how))
+    ranks, tokens = same(searched(job.model, job.measured, prepared, job.ratio, ask.allocation, texts, **how))
     job.clock.lap("search")
     return ranks, prepared, tokens
 
@@ -120,7 +129,8 @@ def _labels(job: Exchange, texts: list[Tensor]) -> list[Tensor]:
     for number, ids in enumerate(texts):
         key = f"labels/{number}"
         if key not in job.shelf:
-            job.shelf.put(key, {"ids": drawn_labels(job.model, ids, seed=job.ask.seed, first=first)})
+            with exchanged(job.model, job.originals):
+                job.shelf.put(key, {"ids": drawn_labels(job.model, ids, seed=job.ask.seed, first=first)})
         labels.append(job.shelf.get(key)["ids"])
         first += len(ids)
     return labels

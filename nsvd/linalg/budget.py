@@ -82,13 +82,13 @@ def spectrum_steps(
         points = [(d_out * d_in, 0.0, 0)] + [
             (n_params(d_out, d_in, k, factors), errors[k], k) for k in reversed(saving)
         ]
-        corners = _hull(points)
+        corners = hull(points)
         for (size, error, _), (less, more, k) in pairwise(corners):
             scored.append(((more - error) / (size - less), -k, layer))
     return [(layer, -rank) for _, rank, layer in sorted(scored)]
 
 
-def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+def hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
     """Those of the points, (size, error, …) by falling size, that lie on the lower convex hull."""
 
     def slope(a, b) -> float:

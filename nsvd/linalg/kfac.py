@@ -67,7 +67,7 @@ def from_metrics(
         weighted = from_metric(root[:, None] * W, M, k, ridge=ridge)
         U = weighted.U / root[:, None]
     else:
-        L = _cholesky(N, "the output metric")
+        L = cholesky(N, "the output metric")
         weighted = from_metric(L.mT @ W, M, k, ridge=ridge)
         U = torch.linalg.solve_triangular(L.mT, weighted.U, upper=True)
     length = U.norm(dim=0)
@@ -91,12 +91,12 @@ def shift(G: Float[Tensor, "d_in d_in"], E: Float[Tensor, "rows d_in"], *, mu: f
     metric = ridged(G, mu)
     if not G.any():
         return torch.zeros_like(E)
-    L = _cholesky(metric, "the second moment of the inputs")
+    L = cholesky(metric, "the second moment of the inputs")
     half = torch.linalg.solve_triangular(L, E.mT, upper=False)  # cholesky_solve copies L
     return torch.linalg.solve_triangular(L.mT, half, upper=True).mT
 
 
-def _cholesky(A: Float[Tensor, "d d"], what: str) -> Float[Tensor, "d d"]:
+def cholesky(A: Float[Tensor, "d d"], what: str) -> Float[Tensor, "d d"]:
     """L with L Lᵀ = A, in the place of A; raises ``LinAlgError`` unless A is positive definite, and clearly so."""
     least, L, failed = ROUNDING * A.diagonal(), A.mT, torch.empty((), dtype=torch.int32, device=A.device)
     torch.linalg.cholesky_ex(L, out=(L, failed))

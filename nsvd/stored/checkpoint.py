@@ -162,7 +162,7 @@ def compressed_layer(model: nn.Module, name: str) -> CompressedLayer:
 def describe(layer: CompressedLayer) -> dict:
     """What config.json says of a layer."""
     kind = {} if layer.kind == LowRankLinear.kind else {"layer": layer.kind}
-    return kind | layer.spec()
+    return kind | layer.spec() | layer.left()
 
 
 def _check_factors(model: PreTrainedModel, modules: Iterable[str], stored: Mapping[str, Stored]) -> None:

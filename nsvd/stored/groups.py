@@ -39,7 +39,7 @@ def groups(model: nn.Module) -> list[Group]:
     found: dict[tuple[str, int, int, str], Group] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, CompressedLayer):
-            key = place(name), layer.out_features, layer.in_features, layer.kind
+            key = place(name), *layer.stands_for, layer.kind
             found.setdefault(key, Group(*key, [])).layers.append(layer)
     return list(found.values())
 

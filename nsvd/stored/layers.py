@@ -27,7 +27,7 @@ REORDERED = (64, 256)
 class CompressedLayer(nn.Module, ABC):
     """What stands in the place of an ``nn.Linear``; found by its ``kind`` through ``LAYERS``.
 
-    Every kind has factors in two ``nn.Linear`` children, ``down`` and ``up``, and is built with
+    Every kind but ``NarrowLinear`` has factors in two ``nn.Linear`` children, ``down`` and ``up``. All are built with
     ``(in_features, out_features, **spec, bias, device, dtype)``. As an ``nn.Linear`` it has a ``weight`` and a ``bias`` to read,
     for models that look at these beside calling the layer; the weight is multiplied out every time.
     """
@@ -40,6 +40,11 @@ class CompressedLayer(nn.Module, ABC):
     up: nn.Linear
     bias: Tensor | None
     transposed = False  # whether the dense layer is a ``Conv1D``
+    stands_for: tuple[int, int]  # (d_out, d_in) of the dense layer: larger where neurons were left out
+
+    def _sized(self, in_features: int, out_features: int, rank: int) -> None:
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.stands_for = out_features, in_features
 
     @classmethod
     @abstractmethod
@@ -60,14 +65,26 @@ class CompressedLayer(nn.Module, ABC):
         return self.dense().to(self.down.weight.dtype)
 
     @classmethod
-    def like(cls, layer: nn.Linear, **spec: int) -> Self:
-        """An empty stand-in with this layer's sizes, bias, device and dtype; raises ``ValueError`` if the spec cannot fit."""
+    def like(cls, layer: nn.Linear, *, outputs: int | None = None, inputs: int | None = None, **spec: int) -> Self:
+        """An empty stand-in with this layer's sizes, bias, device and dtype; raises ``ValueError`` if the spec cannot fit.
+
+        Where neurons were left out, it has fewer ``outputs`` or ``inputs`` than the layer.
+        """
         weight, bias = layer.weight, layer.bias is not None
-        cls.check(*weight.shape, **spec)
-        sizes = (layer.in_features, layer.out_features)
-        new = cls(*sizes, **spec, bias=bias, device=weight.device, dtype=weight.dtype)
-        new.transposed = isinstance(layer, Transposed)
+        d_out, d_in = weight.shape
+        m, n = d_out if outputs is None else outputs, d_in if inputs is None else inputs
+        if not (1 <= m <= d_out and 1 <= n <= d_in):
+            raise ValueError(f"{m} outputs and {n} inputs of a {d_out} × {d_in} matrix")
+        cls.check(m, n, **spec)
+        new = cls(n, m, **spec, bias=bias, device=weight.device, dtype=weight.dtype)
+        new.transposed, new.stands_for = isinstance(layer, Transposed), (d_out, d_in)
         return new
+
+    def left(self) -> dict[str, int]:
+        """How many outputs and inputs are left, where these are fewer than the dense layer's; goes into the checkpoint, too."""
+        d_out, d_in = self.stands_for
+        sizes = {"outputs": (self.out_features, d_out), "inputs": (self.in_features, d_in)}
+        return {name: here for name, (here, there) in sizes.items() if here != there}
 
     @classmethod
     def _filled(cls, layer: nn.Linear, spec: Mapping[str, int], state: Mapping[str, Tensor | None]) -> Self:
@@ -90,20 +107,19 @@ class CompressedLayer(nn.Module, ABC):
     def to_linear(self) -> nn.Linear | Conv1D:
         """The dense layer that computes the same, multiplied out by ``dense`` and stored in the factors' dtype.
 
-        It is a ``Conv1D`` where this stands for one.
+        It is a ``Conv1D`` where this stands for one. Neurons that were left out come back as zeros, behind the others.
         """
-        bias, to = self.bias, {"device": self.down.weight.device, "dtype": self.down.weight.dtype}
-        if self.transposed:
-            layer = Conv1D(self.out_features, self.in_features).to(**to)
-        else:
-            layer = nn.Linear(self.in_features, self.out_features, bias is not None, **to)
-        as_linear(layer).weight.copy_(self.dense())
+        (d_out, d_in), some = self.stands_for, next(self.parameters())
+        bias, to = self.bias, {"device": some.device, "dtype": some.dtype}
+        layer = Conv1D(d_out, d_in).to(**to) if self.transposed else nn.Linear(d_in, d_out, bias is not None, **to)
+        as_linear(layer).weight.zero_()[: self.out_features, : self.in_features].copy_(self.dense())
         if bias is not None:
-            as_linear(layer).bias.copy_(bias)
+            as_linear(layer).bias.zero_()[: self.out_features].copy_(bias)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, " + ", ".join(f"{k} {v}" for k, v in self.spec().items())
+        spec = "".join(f", {k} {v}" for k, v in self.spec().items())
+        return f"{self.in_features} -> {self.out_features}{spec}"
 
 
 def _bare(layer: nn.Module) -> bool:
@@ -128,7 +144,7 @@ class LowRankLinear(CompressedLayer):
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, *, device=None, dtype=None):
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self._sized(in_features, out_features, rank)
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
@@ -171,7 +187,7 @@ class PivotedLinear(CompressedLayer):
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, *, device=None, dtype=None):
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self._sized(in_features, out_features, rank)
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
@@ -232,7 +248,7 @@ class SplitLinear(CompressedLayer):
         self, in_features: int, out_features: int, prime: int, rank: int, bias: bool, *, device=None, dtype=None
     ):
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self._sized(in_features, out_features, rank)
         rows, columns = (prime, 0) if self.dim == ROWS else (0, prime)
         to = {"device": device, "dtype": dtype}
         self.prime = nn.Linear(columns or in_features, rows or out_features, bias=bias, **to)
@@ -291,7 +307,45 @@ class SplitColumns(SplitLinear):
         return self.prime(x[..., :p]) + self.up(self.down(x[..., p:]))
 
 
-KINDS = (LowRankLinear, PivotedLinear, SplitRows, SplitColumns)
+class NarrowLinear(CompressedLayer):
+    """y = W x + bias with a dense W, without the rows or columns of neurons that were left out; ``kept`` is the layer."""
+
+    kind = "narrow"
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, *, device=None, dtype=None):
+        super().__init__()
+        self._sized(in_features, out_features, min(in_features, out_features))
+        self.kept = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def check(cls, d_out: int, d_in: int) -> None:
+        pass
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> NarrowLinear:
+        """The layer itself, in a stand-in."""
+        return cls._filled(layer, {}, {"kept.weight": layer.weight, "kept.bias": layer.bias})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kept(x)
+
+    def spec(self) -> dict[str, int]:
+        return {}
+
+    def dense(self) -> Tensor:
+        return _exact(self.kept.weight)[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.kept.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (d_out,)."""
+        return self.kept.bias
+
+
+KINDS = (LowRankLinear, PivotedLinear, SplitRows, SplitColumns, NarrowLinear)
 LAYERS: dict[str, type[CompressedLayer]] = {layer.kind: layer for layer in KINDS}
 
 

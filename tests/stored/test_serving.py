@@ -168,6 +168,7 @@ def test_other_layers_stay_as_they_are(serving):
             {"modules": {Q: {"layer": "split-rows", "prime": 2, "rank": 3}}},
             f"cannot run layer {Q}, which is split-rows",
         ),
+        ({"modules": {Q: {"rank": 3, "outputs": 8}}}, f"cannot run layer {Q}, which has lost neurons"),
         ({"modules": {"m.experts.3.gate_up": {"rank": 3}}}, r"cannot run expert m\.experts\.3\.gate_up"),
         ({"modules": {Q: {"rank": 3}}, "latent_cache": {"layers": {}, "ratio": 0.5}}, "a KV cache of its own"),
     ],

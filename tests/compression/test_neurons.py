@@ -1,0 +1,182 @@
+"""Neurons of feed-forwards that are left out beside lower ranks."""
+
+import copy
+
+import pytest
+import torch
+
+import nsvd
+from nsvd.compression import neurons
+from nsvd.compression.exchange import Exchange
+from nsvd.compression.report import Clock
+from nsvd.compression.request import resolve
+from nsvd.compression.whole_layers import told_sizes
+from nsvd.linalg.neurons import Neurons
+from nsvd.stored.checkpoint import describe
+from nsvd.stored.layers import CompressedLayer, NarrowLinear
+from nsvd.walk.targets import targets
+from tests.tiny import DOWN, assert_refused, assert_same, float32, logits, state, statistics, tiny_model, token_ids  # noqa: F401
+
+HOW = {"method": "best", "ratio": 0.4, "neurons": 0.5}
+FAMILIES = ("llama", "qwen2", "gemma2", "opt", "gpt_neox", "phi", "gpt2")
+
+
+def narrowed(family="llama", **changes):
+    """A compressed model, its report, and the dense one."""
+    dense = tiny_model(family)
+    model = copy.deepcopy(dense)
+    return model, nsvd.compress_(model, windows=token_ids(16, 24), **HOW | changes), dense
+
+
+def asked(model, **changes):
+    """The job of a compression, before anything is exchanged."""
+    rest = dict.fromkeys(("ranks", "allocation", "factors", "shifted", "search_count"))
+    how = {"refine": 0, "distill": 0, "weights": "uniform", "seed": 0, "progress": False}
+    ask = resolve("best", {}, ratio=0.4, neurons=0.5, windows=token_ids(16, 24), **rest | how | changes)
+    return Exchange(model, targets(model), statistics(model), ask, Clock())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_target_is_met_and_a_folder_gives_the_same_model_back(family, tmp_path):
+    model, report, dense = narrowed(family)
+    table = report.table
+    assert 0.4 <= report.ratio_reached < 0.42
+    weights = [p for m in model.modules() if isinstance(m, CompressedLayer) for p in m.parameters() if p.ndim == 2]
+    rest = [layer.weight for layer in _some_dense(model).values()]
+    assert sum(p.numel() for p in (*weights, *rest)) == report.params_after == table.params.sum()
+    assert (table.outputs < table.d_out).any()
+    assert (table.inputs < table.d_in).any()
+    nsvd.save(model, None, tmp_path / "small")
+    again = type(model).from_pretrained(tmp_path / "small")
+    assert torch.equal(logits(again), logits(model))
+    whole = again.dequantize()
+    assert {n: t.shape for n, t in whole.state_dict().items()} == {n: t.shape for n, t in dense.state_dict().items()}
+    torch.testing.assert_close(logits(whole), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def _some_dense(model):
+    try:
+        return targets(model)
+    except ValueError:
+        return {}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_model_is_closer_than_by_ranks_alone_at_the_same_size(family):
+    torch.manual_seed(0)
+    dense = tiny_model(family, num_hidden_layers=3, vocab_size=300)
+    for name, layer in targets(dense).items():  # half of the neurons hardly do anything
+        if name.endswith(("gate_proj", "up_proj", "fc1")):
+            layer.weight.data[::2] *= 0.02
+            layer.weight.data *= 8
+            if layer.bias is not None:
+                layer.bias.data[::2] = 0
+    found = {}
+    for choice in (0.0, 0.5):
+        model = copy.deepcopy(dense)
+        nsvd.compress_(model, windows=token_ids(48, 24), **HOW | {"neurons": choice})
+        found[choice] = float((logits(model) - logits(dense)).norm())
+    assert found[0.5] < 0.9 * found[0.0]
+
+
+def test_what_is_left_out_is_what_costs_least_for_each_parameter():
+    job = asked(tiny_model())
+    found = {DOWN: tuple(DOWN.replace("down", part) for part in ("gate", "up"))}
+    found |= {
+        name.replace("layers.1", "layers.0"): tuple(f.replace("layers.1", "layers.0") for f in first)
+        for name, first in found.items()
+    }
+    removals = {last: neurons._neurons(job, last).removal(36) for last in found}
+    kept = neurons.kept(job, found, removals)
+    gone = {last: 48 - len(index) for last, index in kept.items()}
+    unit, goal = 3 * 32, 0.5 * 0.4 * 15_360
+    assert goal - 2 * 8 * unit <= unit * sum(gone.values()) <= goal + 8 * unit  # whole multiples of eight are left
+    rise = sum(float(removals[last].losses[count]) for last, count in gone.items())
+    first, second = found
+    for a in range(0, 37, 8):
+        b = sum(gone.values()) - a
+        if 0 <= b <= 36:
+            assert rise <= float(removals[first].losses[a] + removals[second].losses[b]) + 1e-12
+
+
+def test_the_narrow_model_is_the_refitted_one_and_its_statistics_are_those_of_what_is_left():
+    model = tiny_model("opt")
+    dense, job = copy.deepcopy(model), asked(model)
+    fc1, fc2 = "model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"
+    kept = torch.arange(0, 48, 2)
+    narrow = neurons._narrow(job, {fc2: (fc1,)}, {fc2: kept})
+    H = job.stats[fc2].H.double()
+    ridge = job.options["eta"] * H.diagonal().mean() * torch.eye(len(H))
+    D = dense.get_submodule(fc2).weight.double()
+    wanted = Neurons(D, job.stats[fc2].G.double(), H + ridge, mu=job.options["mu"]).refitted(kept)
+    torch.testing.assert_close(model.get_submodule(fc2).weight, wanted.float())
+    assert torch.equal(model.get_submodule(fc1).weight, dense.get_submodule(fc1).weight[kept])
+    assert torch.equal(model.get_submodule(fc1).bias, dense.get_submodule(fc1).bias[kept])
+    assert torch.equal(narrow.stats[fc2].G, job.stats[fc2].G[kept][:, kept])
+    assert torch.equal(narrow.stats[fc1].H, job.stats[fc1].H[kept][:, kept])
+    assert torch.equal(narrow.stats[fc1].G, job.stats[fc1].G)
+    assert 1 - narrow.ratio == pytest.approx(int(0.6 * 14_336) / (14_336 - 2 * 24 * 32))
+    told_sizes(narrow)
+    assert describe(model.get_submodule(fc1)) == {"layer": NarrowLinear.kind, "outputs": 24}
+    whole = model.get_submodule(fc2).to_linear()
+    assert torch.equal(whole.weight[:, :24], model.get_submodule(fc2).weight)
+    assert not whole.weight[:, 24:].any()
+
+
+def test_the_dense_stream_is_that_of_the_dense_model():
+    """With nothing else removed, the layers behind make up for the neurons that are gone."""
+    dense = tiny_model(num_hidden_layers=3)
+    model = copy.deepcopy(dense)
+    job = asked(model)
+    last = "model.layers.0.mlp.down_proj"
+    first = tuple(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up"))
+    narrow = neurons._narrow(job, {last: first}, {last: torch.arange(16)})
+    before = float((logits(model) - logits(dense)).norm())
+    with torch.no_grad():
+        narrow.in_order(list(narrow.layers), {})
+    assert float((logits(model) - logits(dense)).norm()) < 0.9 * before
+
+
+@pytest.mark.parametrize(
+    "place", ["nsvd.compression.whole_layers.told_sizes", "nsvd.compression.exchange.Exchange._cut"]
+)
+def test_when_something_raises_the_model_is_as_it_was(monkeypatch, place):
+    model = tiny_model()
+    before = state(model)
+
+    def fail(*_):
+        raise FloatingPointError("broken")
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(FloatingPointError, match="broken"):
+        nsvd.compress_(model, windows=token_ids(16, 24), **HOW)
+    assert_same(before, model)
+
+
+def test_what_does_not_go_with_it_is_refused():
+    model, stats = tiny_model(), statistics(tiny_model())
+    for how in ({"method": "asvd-1"}, {"allocation": "uniform"}, {"shifted": False}):
+        assert_refused(model, stats, HOW | {"windows": token_ids()} | how, "neurons are left out by what")
+    assert_refused(model, stats, HOW | {"windows": token_ids(), "neurons": 1.5}, "a share of what is removed")
+    assert_refused(model, stats, HOW | {"windows": token_ids(), "mu": 0.0}, "positive ridge")
+    prepared = nsvd.prepare(model, stats, "kfac")
+    assert_refused(model, stats, HOW | {"windows": token_ids(), "prepared": prepared}, "give one of the two")
+
+
+def test_only_feed_forwards_that_are_chosen_whole_lose_neurons():
+    model, report, dense = narrowed(exclude="gate_proj", ratio=0.3)
+    assert "outputs" not in report.table
+    assert model.config.intermediate_size == model.get_submodule(DOWN).in_features
+    assert report.params_before == sum(w.weight.numel() for n, w in targets(dense).items() if "gate" not in n)
+
+
+def test_a_narrow_layer_is_one_of_ours():
+    layer = torch.nn.Linear(6, 4).double()
+    narrow = NarrowLinear.of(layer)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert torch.equal(narrow(x), layer(x))
+    assert narrow.weight is narrow.kept.weight
+    assert narrow.left() == {}
+    assert describe(narrow) == {"layer": "narrow"}
+    with pytest.raises(ValueError, match="5 outputs and 6 inputs of a 4 × 6 matrix"):
+        NarrowLinear.like(layer, outputs=5)
