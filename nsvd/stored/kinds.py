@@ -21,7 +21,8 @@ def auto_class(config: PretrainedConfig) -> type:
     beside = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
     alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     name = getattr(beside, "__name__", None)
-    stored = name in (config.architectures or ())
+    told = config.architectures
+    stored = isinstance(told, list) and name in told  # a damaged file may hold anything there
     return AutoModelForMultimodalLM if stored or (beside is not None and alone is None) else AutoModelForCausalLM
 
 

@@ -98,7 +98,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_computed(argume
     def costly(*_args, **_how):
         raise AssertionError("something was computed")
 
-    for name in ("targets", "check_values", "predicted", "own_text", "take_statistics", "check_statistics"):
+    for name in ("chosen_layers", "check_values", "predicted", "own_text", "take_statistics", "check_statistics"):
         monkeypatch.setattr(compress, name, costly)
     windows = None if message == "pass windows=" else IDS
     assert_refused(tiny_model(), None, {"ratio": 0.3, "windows": windows} | arguments, message)
