@@ -105,7 +105,8 @@ def compress_(
         search_count: how many windows of every domain ``strs``, ``lems`` and ``zero-sum`` read; by default all.
         neurons: the share, in [0, 1], of what is to be removed that goes as whole neurons of the feed-forwards (the default is 0):
             those that cost the loss least, see ``nsvd.linalg.neurons``; ranks remove the rest. Goes with ``kfac`` or ``best``,
-            ``fisher`` and ``shifted``, and a model in memory. A half is a good choice.
+            ``fisher`` and ``shifted``, and a model in memory. A half is a good choice; no feed-forward loses more than half of its
+            neurons. The report's errors of such a layer are those of its factors beside the smaller, refitted weight.
         layers, exclude: names or patterns of the target layers to compress, and of those to leave alone, see ``targets``; by
             default all. ``ratio`` is that of the layers taken.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused; to follow inputs needs
@@ -148,6 +149,10 @@ def _carried_out(
     ask = replace(ask, progress=ask.progress and rank() == 0)
     if ask.weights != "uniform" and stats is not None:
         raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
+    if prepared is not None and ask.neurons:
+        raise ValueError("prepared is of whole layers, and neurons leave some of each: give one of the two")
+    if shelf.lasting and ask.neurons:
+        raise ValueError("neurons are left out of a model that is in memory, not of one that lies in files")
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
     layers, clock = chosen_layers(model, ask), Clock()
@@ -178,8 +183,6 @@ def _carried_out(
         )
         if given or stats is None:
             check_statistics(layers if wanted is None else {name: layers[name] for name in wanted}, stats, ask.method)
-    if prepared is not None and ask.neurons:
-        raise ValueError("prepared is of whole layers, and neurons leave some of each: give one of the two")
     if prepared is not None:
         check_prepared(prepared, layers, stats, ask.method, ask.options)
     job = Exchange(model, layers, known, ask, clock, shelf)
@@ -234,13 +237,15 @@ def _report(
         sum(sizes) for sizes in zip(*((r["d_out"] * r["d_in"], r["params"]) for r in result.rows), strict=True)
     )
     size, whole = next(iter(layers.values())).weight.element_size(), sum(p.numel() for p in model.parameters())
+    gone = {row["layer"]: row["d_out"] - row.get("outputs", row["d_out"]) for row in result.rows}
+    first = whole + before - after + sum(n for name, n in gone.items() if layers[name].bias is not None)
     report = Report(
         method=ask.name, options=ask.method.resolve(ask.options),
         allocation=ask.allocation if ask.ranks is None else "given", factors=ask.factors,
         shifted=ask.shifted, neurons=ask.neurons, refine=ask.refine, distill=ask.distill, losses=list(result.losses), seed=ask.seed,
         calibration=None if stats is None else stats.origin, texts=texts, search_tokens=result.tokens, ratio=ask.ratio,
         ratio_reached=1 - after / before, params_before=before, params_after=after,
-        model_ratio_reached=(before - after) / (whole + before - after), model_params_before=whole + before - after,
+        model_ratio_reached=(first - whole) / first, model_params_before=first,
         model_params_after=whole, blocks_covered=covered(model, before, before - after),
         left_alone=left_alone(model, layers), bytes_before=before * size,
         bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), rows=result.rows,

@@ -24,6 +24,7 @@ from nsvd.linalg.neurons import Neurons, Removal
 from nsvd.linalg.precision import double
 from nsvd.stored.layers import CompressedLayer, NarrowLinear
 from nsvd.stored.transposed import Transposed
+from nsvd.walk.processes import same
 from nsvd.walk.roles import Siblings, roles
 from nsvd.walk.statistics import Statistics
 
@@ -32,19 +33,19 @@ MULTIPLE = 8  # of neurons that are left, as hardware likes it
 
 
 def without_neurons(job: Exchange) -> Exchange:
-    """The same job, in a model that has lost neurons.
+    """The same job with smaller layers, which are to be put in the place of its ``originals``.
 
     Raises:
-        ValueError: if the model has no feed-forward whose neurons are computed one by one, or its blocks lie in files.
+        ValueError: if no feed-forward is among the layers whole, or the model has none whose neurons are computed one by one.
     """
-    if job.shelf.lasting:
-        raise ValueError("neurons are left out of a model that is in memory, not of one that lies in files")
     found = {last: first for last, first in roles(job.model).neurons.items() if {last, *first} <= job.layers.keys()}
+    if not found:
+        raise ValueError("neurons are left out of feed-forwards, and none of them is among the layers whole")
     removals = {}
     for last in found:
         with naming(last):
             removals[last] = _neurons(job, last).removal(int(MOST * job.layers[last].in_features))
-    narrow = _narrow(job, found, kept(job, found, removals))
+    narrow = _narrow(job, found, same(kept(job, found, removals)))
     job.clock.lap("neurons")
     return narrow
 
@@ -59,18 +60,19 @@ def _neurons(job: Exchange, last: str) -> Neurons:
 def kept(job: Exchange, found: Siblings, removals: Mapping[str, Removal]) -> dict[str, Int[Tensor, " kept"]]:
     """Which neurons are left, by the last layer of each feed-forward.
 
-    Together they remove the share of the target that is asked of them. At the margin the loss rises by the same everywhere, for
-    each parameter.
+    Together they remove the share of the target that is asked of them, and no more. At the margin the loss rises by the same
+    everywhere, for each parameter.
     """
-    edges = []
+    edges, units = [], {}
     for last, first in found.items():
-        unit = sum(job.layers[name].in_features for name in first) + job.layers[last].out_features
+        unit = units[last] = sum(job.layers[name].in_features for name in first) + job.layers[last].out_features
         corners = hull([(-unit * gone, rise, gone) for gone, rise in enumerate(removals[last].losses.tolist())])
         edges += [((b[1] - a[1]) / (a[0] - b[0]), a[0] - b[0], last, b[2]) for a, b in pairwise(corners)]
     size = sum(layer.weight.numel() for layer in job.layers.values())
     goal, gone = job.ask.neurons * job.ask.removed * size, dict.fromkeys(found, 0)
     for _, freed, last, count in sorted(edges):
-        if goal <= 0:
+        if freed > goal:
+            gone[last] += int(goal // units[last])
             break
         gone[last], goal = count, goal - freed
     chosen = {}
@@ -99,7 +101,7 @@ def _narrowed(job: Exchange, last: str, first: tuple[str, ...], kept: Tensor) ->
 
 @torch.no_grad()
 def _narrow(job: Exchange, found: Siblings, kept: Mapping[str, Tensor]) -> Exchange:
-    """Exchange the layers of the feed-forwards for smaller ones, in place."""
+    """The job with smaller layers and their statistics; the model is left as it is."""
     stats, layers = _stats(job), dict(job.layers)
     moments, gradients = dict(stats.moments), dict(stats.gradients)
     originals: dict[str, nn.Linear] = {}
@@ -112,8 +114,6 @@ def _narrow(job: Exchange, found: Siblings, kept: Mapping[str, Tensor]) -> Excha
             layers[name] = _linear(old, W, bias)
             gradients[name] = left.slopes()
             moments[stats.inputs[name]] = replace(left, H=None)
-    for name in originals:
-        job.model.set_submodule(name, layers[name])
     left_over = Statistics(moments, stats.inputs, stats.origin, gradients)
     return replace(job, layers=layers, stats=left_over, originals=originals)
 

@@ -187,12 +187,12 @@ def resolve(
     for what, steps in (("refine", refine), ("distill", distill)):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"{what} is {steps}, but a number of steps is whole and not negative")
-    if not 0 <= ask.neurons <= 1:
-        raise ValueError(f"neurons is {ask.neurons}, but it is a share of what is removed, in [0, 1]")
+    if not isinstance(ask.neurons, int | float) or not 0 <= ask.neurons <= 1:
+        raise ValueError(f"neurons is {ask.neurons!r}, but it is a share of what is removed, in [0, 1]")
     if ask.neurons and not (ask.shifted and ask.method.needs_gradients and ask.allocation == "fisher"):
         raise ValueError(
             "neurons are left out by what the loss rises by, and the layers behind them make up for it: that goes with method "
-            "'kfac' or 'best', allocation 'fisher' and shifted=True"
+            "'kfac' or 'best', allocation 'fisher' and shifted=True, and a ratio in place of ranks"
         )
     if refine and not ask.shifted:
         raise ValueError("refine goes with shifted=True: the blocks are fitted in order")

@@ -18,7 +18,7 @@ from nsvd.walk.gradient_sums import Kind
 from nsvd.walk.gradients import drawn_labels, fisher_into
 from nsvd.walk.hooks import exchanged
 from nsvd.walk.processes import same
-from nsvd.walk.soundness import check_exchanged
+from nsvd.walk.soundness import check_exchanged, check_runs
 from nsvd.walk.statistics import Statistics
 
 
@@ -45,6 +45,9 @@ def factor(
             twice = ask.shifted and ask.method.needs_gradients
             if ask.neurons:
                 job = without_neurons(job)
+                for name in job.originals:
+                    job.model.set_submodule(name, job.layers[name])
+                check_runs(job.model, before)
             ranks, prepared, tokens = _search(job, prepared, "dense", only_ranks=ask.shifted and not twice)
             if twice:
                 job = replace(job, stats=_both_ends(job, ranks, prepared))
@@ -52,7 +55,7 @@ def factor(
                 tokens += again
         smaller = job.smaller(ranks)
         touched = list(smaller)
-        if ask.shifted and smaller:  # those that stay dense are fitted, too
+        if ask.shifted and (smaller or job.originals):  # those that stay dense are fitted, too
             touched = list(ranks if ask.ranks is not None else job.layers)
         if ask.shifted:
             job.in_order(touched, smaller)
@@ -62,7 +65,8 @@ def factor(
             losses = job.distill(touched, list(smaller))
         if job.originals:
             told_sizes(job)
-        check_exchanged(job.model, {name: job.before[name] for name in {*touched, *job.originals}}, before)
+        alone = {name: job.layers[name] for name in touched if name not in job.originals}  # the others go together
+        check_exchanged(job.model, alone or job.before, before)
     except BaseException:
         job.undo(touched)
         for name, layer in job.originals.items():

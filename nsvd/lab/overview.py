@@ -15,7 +15,7 @@ from nsvd.stored.changes import is_changed
 from nsvd.stored.checkpoint import describe
 from nsvd.stored.folder import read_json
 from nsvd.stored.groups import groups, place
-from nsvd.stored.layers import CompressedLayer
+from nsvd.stored.layers import CompressedLayer, NarrowLinear
 from nsvd.stored.section import LowRankConfig, section_of
 
 
@@ -75,9 +75,10 @@ def _kinds(model: nn.Module) -> Iterator[str]:
     width = max(len(one.place) for one in kinds)
     for one in kinds:
         low, median, high = one.ranks
-        rank = f"{low}" if low == high else f"{low} / {median} / {high}"
+        rank = f" {low}" if low == high else f" {low} / {median} / {high}"
+        rank = "" if one.kind == NarrowLinear.kind else rank  # dense, without some neurons
         shape = f"{one.d_out} × {one.d_in}"
-        yield f"  {one.place:{width}}  {len(one.layers)} of {shape}, {one.kind} {rank}, {one.kept:.0%} of the parameters kept"
+        yield f"  {one.place:{width}}  {len(one.layers)} of {shape}, {one.kind}{rank}, {one.kept:.0%} of the parameters kept"
 
 
 def _dense(left: Mapping[str, nn.Linear], report: Mapping) -> Iterator[str]:

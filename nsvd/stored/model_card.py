@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nsvd.stored.files import short_name
 from nsvd.stored.groups import groups
 from nsvd.stored.kinds import auto_class
+from nsvd.stored.layers import NarrowLinear
 
 NAME = "README.md"
 MARK = "<!-- written by nsvd; delete this line to keep your own text when the folder is saved again -->"
@@ -62,7 +63,7 @@ def text(model: PreTrainedModel, section: Mapping, report: Mapping | None = None
     task = {"pipeline_tag": "text-generation"} if auto is AutoModelForCausalLM else {}
     front = {"library_name": "transformers"} | task | {"tags": ["nsvd", "low-rank"]}
     front |= ({"base_model": source} if hub else {}) | licence
-    keys = ("method", "options", "allocation", "factors", "shifted", "refine", "distill", "latent_cache")
+    keys = ("method", "options", "allocation", "factors", "shifted", "neurons", "refine", "distill", "latent_cache")
     keys += ("changed_after_compression",)
     made = {key: section[key] for key in keys if section.get(key) not in (None, False, 0, {})}
     if "latent_cache" in made:
@@ -99,6 +100,7 @@ def _rows(model: nn.Module) -> list[str]:
     for one in groups(model):
         low, _, high = one.ranks
         span = str(low) if low == high else f"{low} to {high}"
+        span = "dense" if one.kind == NarrowLinear.kind else span
         shape = f"{one.d_out} × {one.d_in}"
         lines.append(f"| `{one.place}` | {len(one.layers)} | {shape} | {one.kind} | {span} | {one.kept:.0%} |")
     return lines

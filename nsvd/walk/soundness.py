@@ -118,6 +118,12 @@ def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Te
     ) from fault
 
 
+def check_runs(model: nn.Module, before: Tensor) -> None:
+    """Raise unless a model that has lost neurons runs: ``before`` and the errors are those of ``check_exchanged``."""
+    if fault := _fault(model, before):
+        raise type(fault)(f"neurons cannot be left out of {type(model).__name__}: {fault}") from fault
+
+
 def _check_reread(model: nn.Module) -> None:
     """Raise ``ValueError`` unless the model, saved and read again, says the same; a tensor or layer that differs is named."""
     if not isinstance(model, PreTrainedModel):
