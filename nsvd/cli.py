@@ -190,6 +190,11 @@ def advise(chosen: argparse.Namespace) -> None:
     print(
         f"{chosen.out}: compressed by best at ratio {advice.ratio:g}; perplexity {perplexity:.2f} ({rise:+.1%}) on the same windows"
     )
+    if rise > advice.limit:
+        print(
+            f"that is more than the {advice.limit:.0%} accepted: best fits each layer to its inputs, which may take more text; "
+            "try more windows (--count, --length) or a smaller ratio (--ratios)"
+        )
 
 
 def _check_figure(file: str) -> None:

@@ -90,6 +90,14 @@ def test_what_cannot_be_advised_on_is_refused(how, sentence):
         nsvd.advise(tiny_model(), tiny_tokenizer(), **{"calibration": "random", "count": 8, "length": 16} | how)
 
 
+def test_a_copy_that_rises_above_the_limit_is_told(tmp_path, capsys, monkeypatch):
+    nsvd.save(tiny_model(), tiny_tokenizer(), tmp_path / "m")
+    monkeypatch.setattr(Advice, "perplexity", lambda *_: 1e9)
+    given = ["advise", str(tmp_path / "m"), "--calibration", "random", "--count", "8", "--length", "16"]
+    assert main([*given, "--ratios", "0.2", "--rise", "5", "--out", str(tmp_path / "out")]) == 0
+    assert "that is more than the 500% accepted" in capsys.readouterr().out
+
+
 def test_the_command_line_tells_the_cost_first_and_writes_what_it_recommends(tmp_path, capsys):
     nsvd.save(tiny_model(), tiny_tokenizer(), tmp_path / "m")
     given = ["advise", str(tmp_path / "m"), "--calibration", "random", "--count", "8", "--length", "16"]
@@ -99,6 +107,7 @@ def test_the_command_line_tells_the_cost_first_and_writes_what_it_recommends(tmp
     assert "ratio 0.2" in out
     assert "compressed by best at ratio 0.2; perplexity" in out
     assert "on the same windows" in out
+    assert "more than the" not in out
     small, _ = nsvd.load(tmp_path / "out")
     model, tokenizer = nsvd.load(tmp_path / "m")
     (ids,) = nsvd.domains("random", model, tokenizer, count=8, length=16)
