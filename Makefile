@@ -60,7 +60,8 @@ notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smo
 	HF_HUB_OFFLINE=1 $(BIN)/nsvd run $* --preset notebooks/presets/smollm2-135m.yaml --out notebooks/executed/smollm2-135m \
 		-p figures build/smollm2-135m $(if $(filter 01% 03%,$*),,-p results data/results/smollm2-135m/$*.jsonl) $(MORE)
 
-notebooks/executed/smollm2-135m/01_activation_distributions.ipynb notebooks/executed/smollm2-135m/04_evaluation.ipynb: MORE := -p check true
+CHECKED := 01_activation_distributions 04_evaluation 05_rank_split
+$(CHECKED:%=notebooks/executed/smollm2-135m/%.ipynb): MORE := -p check true
 
 RIVALS := -p count 32 -p search_count 2 -p multiple 8 -p test_count 8 -p ratios '[0.2, 0.3, 0.4]' -p seeds '[0]' -p check true
 notebooks/executed/smollm2-135m/15_rivals.ipynb: MORE := $(RIVALS)

@@ -29,6 +29,7 @@ EXECUTED = [*executed(FOLDER / "executed"), *REAL_TEXT, *SMOLLM2]
 MORE = {
     "01_activation_distributions": {"check"},
     "04_evaluation": {"check"},
+    "05_rank_split": {"check"},
     "09_sola": {"test_count", "held_count"},
     "12_downstream": {"tasks", "questions"},
     "15_rivals": {"count", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
