@@ -173,8 +173,8 @@ def _carried_out(
     known: Statistics | Walked | None = stats
     once = stats is None and prepared is None and ask.one_by_one and ask.weights != "worst-case"
     if once and wanted is not None and (decoder := walkable(model, wanted)) is not None:
-        at = _blocks_done(shelf)
-        known = Walked(decoder, texts, list(wanted), ask.weights, shelf=shelf, at=at, progress=ask.progress)
+        how = {"shelf": shelf, "most": _blocks_done(shelf), "progress": ask.progress}
+        known = Walked(decoder, texts, list(wanted), ask.weights, **how)
     else:
         given = stats is not None
         how = {"weights": ask.weights, "ratio": ask.ratio, "shelf": shelf, "layers": list(layers)}

@@ -198,6 +198,8 @@ class Exchange:
         key = f"{self.stage}/{index}"
         if not self.shelf.lasting or key not in self.shelf:
             return False
+        if isinstance(self.stats, Walked) and index >= self.stats.at:
+            return False  # the walk has to go through the dense block again
         note, block = self.shelf.note(key), self.blocks[index]
         if note["sum"] is None or not isinstance(block, LazyBlock):
             return False

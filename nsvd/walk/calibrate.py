@@ -26,11 +26,12 @@ from nsvd.walk.moments import (
 )
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.statistics import Statistics
-from nsvd.walk.stream import Batch, Stream, windows_read
+from nsvd.walk.stream import Batch, Stream, borders_of, windows_read
 from nsvd.walk.sums import Sums, finite
 from nsvd.walk.targets import targets
 
 STREAM, EXPERTS = "moments-stream", "moments-experts"  # on the shelf
+KEPT = 2**16  # tokens whose border is kept behind every block; one of n times as many is kept behind every n-th
 
 
 @torch.inference_mode(False)
@@ -72,7 +73,8 @@ class Walked(Mapping[str, Moments]):
     At any time it holds the hidden states (count, length, d) of all windows before one block, in the host's memory, and the
     moments of this block's layers. Those of earlier blocks are gone. The blocks themselves must stay as they are until
     theirs are taken: a layer may be exchanged once its block is passed. On a ``shelf`` that lasts, ``save`` keeps the border that
-    was reached, and the same walk begins there the next time, or at the border ``at``.
+    was reached, and the same walk begins there the next time, or at the last that was kept up to ``most``. To write a long text's
+    hidden states takes longer than a block, so its border is kept behind some blocks only.
 
     Raises:
         ValueError: as ``calibrate``; a layer in none of the blocks.
@@ -87,7 +89,7 @@ class Walked(Mapping[str, Moments]):
         weights: Sequence[float] | str = "uniform",
         *,
         shelf: Shelf | None = None,
-        at: int | None = None,
+        most: int | None = None,
         batch: int | None = None,
         progress: bool = False,
     ):
@@ -108,8 +110,10 @@ class Walked(Mapping[str, Moments]):
         scratch = None if shelf is None else shelf.scratch()
         with torch.no_grad(), evaluating(decoder.model):
             self._stream = Stream(decoder, domains, batch=batch, scratch=scratch)
+        self._every = -(-sum(ids.numel() for ids in domains) // KEPT)
         if self._shelf is not None:
-            self._stream.restore(self._shelf, STREAM, at)
+            kept = borders_of(self._shelf, STREAM)
+            self._stream.restore(self._shelf, STREAM, max((at for at in kept if most is None or at <= most), default=0))
             for at in range(self._stream.at):
                 if (key := f"{EXPERTS}/{at}") in self._shelf:
                     self._count(self._shelf.note(key))
@@ -141,13 +145,13 @@ class Walked(Mapping[str, Moments]):
         return self._stream.at
 
     def save(self) -> None:
-        """Keep the border: what was taken up to here need not be taken again."""
-        if self._shelf is not None:
+        """Keep the border, if it is one to be kept: what was taken up to here need not be taken again."""
+        if self._shelf is not None and self.at % self._every == 0:
             self._stream.save(self._shelf, STREAM)
 
     def forget(self) -> None:
-        """Let go of the borders that were kept before this one."""
-        if self._shelf is not None:
+        """Let go of the borders that were kept before this one, if it is kept."""
+        if self._shelf is not None and self.at % self._every == 0:
             self._stream.forget(self._shelf, STREAM)
 
     def all(self, into: MutableMapping[str, Moments]) -> Statistics:

@@ -12,6 +12,7 @@ import nsvd
 from nsvd.compression import exchange
 from nsvd.lab import compress as module
 from nsvd.stored.locks import locked
+from nsvd.walk import calibrate
 from tests.stored.test_gguf import plain_model, write
 from tests.tiny import GROUPED, tiny_model, tiny_tokenizer
 
@@ -122,6 +123,32 @@ def test_a_run_that_is_stopped_goes_on_and_ends_in_the_same_bytes(way, dense, mo
     assert once <= counted["cuts"] <= 2 * once  # that of a block may be lost with its stop
     assert "an earlier run is taken up where it was stopped" in said
     assert sorted(os.listdir(dense.parent)) == ["dense", "out", "text.txt", "whole"]
+
+
+@pytest.mark.parametrize("way", ["asvd-1", "nsvd-1, spectrum"])
+def test_of_a_long_text_some_borders_are_kept(way, dense, monkeypatch):
+    """Behind every second block here; what comes after the last one is done again, and ends in the same bytes."""
+    nsvd.save(tiny_model(num_hidden_layers=5), tiny_tokenizer(), dense)
+    whole, out, how = dense.parent / "whole", dense.parent / "out", {"ratio": 0.3} | WAYS[way] | cut(dense)
+    nsvd.compress(dense, whole, **how)
+    monkeypatch.setattr(calibrate, "KEPT", 24 * 32 // 2)
+    borders, save = [], calibrate.Stream.save
+    monkeypatch.setattr(calibrate.Stream, "save", lambda self, *args: (borders.append(self.at), save(self, *args)))
+    nsvd.compress(dense, out, **how)
+    assert borders == [2, 4]
+    assert numbers(out) == numbers(whole)
+    counted = _counting(monkeypatch, None)
+    nsvd.compress(dense, out, **how)
+    stops = range(1, counted["puts"], 2)
+    for stop in stops:
+        begun = dense.parent / f"out-{stop}"
+        counted |= {"puts": 0, "stop": stop}
+        with pytest.raises(Stopped):
+            nsvd.compress(dense, begun, **how)
+        counted["stop"] = None
+        nsvd.compress(dense, begun, **how)
+        assert numbers(begun) == numbers(whole)
+    assert len(stops) >= 3
 
 
 def _counting(monkeypatch, stop) -> dict:
