@@ -121,7 +121,8 @@ def compress(chosen: argparse.Namespace) -> None:
         "weights",
         "allocation",
     )
-    same += ("factors", "shifted", "refine", "distill", "search_count", "layers", "exclude", "dtype", "device")
+    same += ("factors", "shifted", "neurons", "refine", "distill", "search_count", "layers", "exclude")
+    same += ("dtype", "device")
     arguments = {name: getattr(chosen, name) for name in same} | options
     tell = lambda sentence: print(f"nsvd compress: {sentence}", file=sys.stderr)  # noqa: E731
     with together(chosen.device):
@@ -456,6 +457,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--factors", choices=["plain", "pivoted"], help="how factors are stored")
     sub.add_argument(
         "--shifted", action=argparse.BooleanOptionalAction, help="fit every layer to the inputs it will really get"
+    )
+    sub.add_argument(
+        "--neurons",
+        type=float,
+        metavar="SHARE",
+        help="of what is removed that goes as whole neurons of the feed-forwards, a half is a good choice (best, kfac; default: 0)",
     )
     sub.add_argument(
         "--refine",

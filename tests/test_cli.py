@@ -170,7 +170,8 @@ def test_so_it_does_with_all_that_goes_into_best(here, models, capsys):
     said(capsys, "compress", models / "dense", "none", *best, "--count", 8)
     both = {"windows": [nsvd.own_text(model, 6, 24), text], "weights": "worst-case", "refine": 2, "distill": 2}
     none = {"windows": nsvd.own_text(model, 8, 24)}
-    for out, how in (("both", both), ("none", none)):
+    said(capsys, "compress", models / "dense", "neurons", *best, "--count", 8, "--neurons", 0.5)
+    for out, how in (("both", both), ("none", none), ("neurons", none | {"neurons": 0.5})):
         ours = nsvd.load(models / "dense", device="cpu")[0]
         report = nsvd.compress_(ours, method="best", ratio=0.3, **how)
         ours, theirs = ours.state_dict(), nsvd.load(out, device="cpu")[0].state_dict()
@@ -327,6 +328,9 @@ def test_numbers_that_are_none_are_null_in_json(here, models, capsys):
             "weights 'worst-case' go with a ratio",
         ),
         ([*NSVD, "--joint"], "joint goes with a cache ratio"),
+        ([*NSVD, "--neurons", 0.5], "neurons are left out by what the loss rises by"),
+        (["--method", "best", "--ratio", 0.3, "--neurons", 1.5], "neurons is 1.5"),
+        (["--method", "best", "--cache-ratio", 0.5, "--neurons", 0.5], "neurons goes with a ratio"),
         (["--method", "svd", "--cache-ratio", 0.5, "--factors", "pivoted"], "factors goes with a ratio"),
         (
             [*NSVD, "--allocation", "strs", "--calibration", "self+mini/encyclopedia", "--count", 4],

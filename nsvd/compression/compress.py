@@ -105,8 +105,8 @@ def compress_(
         search_count: how many windows of every domain ``strs``, ``lems`` and ``zero-sum`` read; by default all.
         neurons: the share, in [0, 1], of what is to be removed that goes as whole neurons of the feed-forwards (the default is 0):
             those that cost the loss least, see ``nsvd.linalg.neurons``; ranks remove the rest. Goes with ``kfac`` or ``best``,
-            ``fisher`` and ``shifted``, and a model in memory. A half is a good choice; no feed-forward loses more than half of its
-            neurons. The report's errors of such a layer are those of its factors beside the smaller, refitted weight.
+            ``fisher`` and ``shifted``. A half is a good choice; no feed-forward loses more than half of its neurons. The report's
+            errors of such a layer are those of its factors beside the smaller, refitted weight.
         layers, exclude: names or patterns of the target layers to compress, and of those to leave alone, see ``targets``; by
             default all. ``ratio`` is that of the layers taken.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused; to follow inputs needs
@@ -151,8 +151,6 @@ def _carried_out(
         raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
     if prepared is not None and ask.neurons:
         raise ValueError("prepared is of whole layers, and neurons leave some of each: give one of the two")
-    if shelf.lasting and ask.neurons:
-        raise ValueError("neurons are left out of a model that is in memory, not of one that lies in files")
     if is_compressed(model):
         raise ValueError("this model is compressed already; dequantize() it first")
     layers, clock = chosen_layers(model, ask), Clock()

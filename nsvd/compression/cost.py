@@ -19,6 +19,7 @@ from nsvd.compression.compress import RANKS_EVERY
 from nsvd.compression.descent import TRIED
 from nsvd.compression.distill import TOKENS as DISTILLED
 from nsvd.compression.measure import GRADIENTS_EVERY, GRADIENTS_LEAST
+from nsvd.compression.neurons import MOST
 from nsvd.compression.ranks import SEARCHING, TRYING
 from nsvd.compression.request import Request, chosen_layers
 from nsvd.compression.strs import KEPT
@@ -109,6 +110,8 @@ class _Sums:
             stages["moments"] = self.moments(1 / RANKS_EVERY if ask.shifted else 1.0)
         if ask.judge.needs_gradients or ask.allocation == "fisher":
             stages["gradients"] = self.gradients(ends)
+        if ask.neurons:
+            stages["neurons"] = self.neurons()
         stages["decompositions"] = self.decompositions(ends)
         if ask.allocation in TRYING:
             stages["search"] = self.search(len(KEPT) if ask.allocation == "strs" else 1)
@@ -148,10 +151,21 @@ class _Sums:
         device = self._held + max(graph, logits)
         host = min(LIMIT, 2 * share * self._stream) + 2 * DOUBLE * largest**2
         borders = share * self._stream * (len(self.blocks) + 4)
-        disk = self._measured + ends * self._outer + borders + (ends - 1) * self._exchanged
+        disk = self._measured + ends * self._outer + borders + (ends - 1) * self._exchanged + self._narrow
         passes = share * (4 * ends + (ends == 2))
         products = 2 * share * ends * self.tokens * self._outer / DOUBLE
         return Stage(device, host, disk, passes, passes * self._forward + products)
+
+    def neurons(self) -> Stage:
+        """One feed-forward at a time: the moments of its neurons, scaled, factored and inverted; then its smaller layers."""
+        sizes = [(one.d_in, one.d_out) for block in self.blocks if (one := _reader(block))]
+        work = sum(
+            (4 / 3 + 2 * MOST) * n**3 + (4 + 2 * MOST) * d * n**2 + 2 * d**2 * n + 2 * d**3 / 3 for n, d in sizes
+        )
+        n, d = max(sizes, default=(0, 0))
+        device = self._held + DOUBLE * 3 * (n**2 + d * n + d**2)
+        disk = self._measured + self._outer + self._narrow
+        return Stage(device, DOUBLE * (2 * n**2 + d**2), disk, decompositions=work)
 
     def decompositions(self, ends: int) -> Stage:
         """One layer's matrices at a time; those of all ranks are kept where a search looks at them first."""
@@ -161,7 +175,7 @@ class _Sums:
         largest = DOUBLE * max(one.d_out * one.d_in + min(one.d_out, one.d_in) ** 2 for one in self.largest)
         keeps = ((ask.searches or ask.splits) and not (ask.shifted and ends == 1)) or ask.allocation in SEARCHING
         count = ends if ask.searches or ask.shifted else 1
-        disk = self._measured + self._judged * self._outer + self._exchanged
+        disk = self._measured + self._judged * self._outer + self._exchanged + self._narrow
         disk += DOUBLE * sum(self._pieces(one) for one in every) * keeps
         work = count * sum(self._operations(one) for one in every)
         return Stage(self._held + max(peak, pivots), metric + 2 * largest, disk, decompositions=work)
@@ -208,7 +222,7 @@ class _Sums:
         waiting = self.tokens * self.bytes * (places + self.hidden + remembered)
         metric = DOUBLE * max(one.d_out for one in self.largest) ** 2 * self._judged
         host = min(LIMIT, waiting) + metric
-        disk = self._measured + self._judged * self._outer + ends * self._exchanged + 4 * self._stream
+        disk = self._measured + self._judged * self._outer + ends * self._exchanged + 4 * self._stream + self._narrow
         disk += max(0, waiting - LIMIT)
         products = 2 * self.tokens * sum(one.d_in * (one.d_in + one.d_out) for one in self._every if one.first)
         work = sum(self._operations(one) + 2 * one.d_out * one.d_in**2 for one in self._every)
@@ -267,6 +281,16 @@ class _Sums:
     def _exchanged(self) -> float:
         """Bytes of the factors."""
         return self.bytes * sum(one.rank * (one.d_out + one.d_in) for one in self._every)
+
+    @property
+    def _narrow(self) -> float:
+        """Bytes of the layers that have lost neurons, without these."""
+        if not self.ask.neurons:
+            return 0
+        size = lambda layers: sum(one.d_out * one.d_in for one in layers)  # noqa: E731
+        parts = ((block, reader.d_in) for block in self.blocks if (reader := _reader(block)))
+        before = sum(size(one for one in block if n in (one.d_in, one.d_out)) for block, n in parts)
+        return self.bytes * max((1 - MOST) * before, before - self.ask.neurons * self.ask.removed * size(self._every))
 
     @property
     def _batch(self) -> int:
@@ -337,6 +361,11 @@ class _Sums:
         work = EIGH * m**3 + 2 * m * d_in**2 + 4 * m * m * d_in + 2 * d_out * m * m + 4 * d_out * m * m * (d_out > d_in)
         work += (d_out**3 / 3 + 2 * d_out**2 * d_in + d_out**2 * m) * self._judged
         return work + 6 * one.rank**2 * d_out * (self.ask.factors == "pivoted")
+
+
+def _reader(block: Sequence[Layer]) -> Layer | None:
+    """The layer of a block that reads the neurons of its feed-forward: the one of most inputs that nothing else reads."""
+    return max((one for one in block if one.alone), key=lambda one: one.d_in, default=None)
 
 
 def _layers(names: Sequence[str], layers: dict[str, nn.Linear], hidden: int, ask: Request) -> list[Layer]:

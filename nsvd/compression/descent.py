@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nsvd.stored.layers import CompressedLayer
+from nsvd.stored.layers import CompressedLayer, NarrowLinear
 from nsvd.walk.processes import gathered, summed
 
 RATE = 1e-2  # of Adam, at most
@@ -123,7 +123,8 @@ def descend_(
 
 def _factors(part: nn.Module) -> list[Tensor]:
     layers = (module for module in part.modules() if isinstance(module, CompressedLayer))
-    return [p for layer in layers for name, p in layer.named_parameters() if "bias" not in name]
+    factored = (layer for layer in layers if not isinstance(layer, NarrowLinear))
+    return [p for layer in factored for name, p in layer.named_parameters() if "bias" not in name]
 
 
 def _put(factors: Iterable[Tensor], values: Iterable[Tensor]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -26,10 +26,10 @@ from nsvd.linalg.factors import n_params, remaining
 from nsvd.linalg.precision import home
 from nsvd.stored.checkpoint import compressed_layer, describe, empty_layer
 from nsvd.stored.files import sha256
-from nsvd.stored.layers import CompressedLayer, stand_in
+from nsvd.stored.layers import CompressedLayer, NarrowLinear, stand_in
 from nsvd.walk.calibrate import Walked
 from nsvd.walk.decoder import longest_list
-from nsvd.walk.lazy import LazyBlock, held, read_from, revert, settle
+from nsvd.walk.lazy import LazyBlock, as_first, held, read_from, revert, settle
 from nsvd.walk.memory import give_back
 from nsvd.walk.processes import count, gathered, same
 from nsvd.walk.shelf import Kept, Shelf
@@ -165,7 +165,7 @@ class Exchange:
             )
         self.errors[name] = relative_errors(self.layers[name], new.weight, self.stats, name)
         self.clock.lap("errors")
-        return new
+        return NarrowLinear.of(new) if name in self.originals else new
 
     def _refine(self, block: FollowedBlock, names: Sequence[str]) -> None:
         """Fit the factors of a block to what the dense one gives out."""
@@ -227,9 +227,26 @@ class Exchange:
 
     def undo(self, names: Iterable[str]) -> None:
         """Put the layers themselves back."""
-        for index, inside in by_block(self.model, names).items():
-            prefix = f"{self.list}.{index}." if self.list else ""
-            revert(self.blocks[index], {name.removeprefix(prefix): self.layers[name] for name in inside})
+        for block, layers in self._by_block({name: self.layers[name] for name in names}):
+            revert(block, layers)
+
+    def place(self, name: str) -> tuple[nn.Module, str]:
+        """The block that holds a layer, and the layer's name in there."""
+        (index,) = by_block(self.model, [name])
+        return self.blocks[index], name.removeprefix(f"{self.list}.{index}.") if self.list else name
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, the layers that have lost neurons are what they were."""
+        with ExitStack() as stack:
+            for block, layers in self._by_block(self.originals):
+                stack.enter_context(as_first(block, layers))
+            yield
+
+    def _by_block(self, layers: Mapping[str, nn.Linear]) -> Iterator[tuple[nn.Module, dict[str, nn.Linear]]]:
+        """The blocks that hold the layers, and the layers by their names in there."""
+        for names in by_block(self.model, layers).values():
+            yield self.place(names[0])[0], {self.place(name)[1]: layers[name] for name in names}
 
     def rows(self, wanted: Mapping[str, int], smaller: Mapping[str, int]) -> list[dict]:
         """A row a layer for the report."""

@@ -6,7 +6,7 @@ go, and by how much the loss rises: in nats a token, so that one price for a par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import cast
@@ -17,23 +17,28 @@ from torch import Tensor, nn
 
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import naming
-from nsvd.linalg import Moments
 from nsvd.linalg.asvd import ridged
 from nsvd.linalg.budget import hull
 from nsvd.linalg.neurons import Neurons, Removal
 from nsvd.linalg.precision import double
-from nsvd.stored.layers import CompressedLayer, NarrowLinear
+from nsvd.stored.checkpoint import compressed_layer
 from nsvd.stored.transposed import Transposed
+from nsvd.walk.lazy import held, rebase
 from nsvd.walk.processes import same
 from nsvd.walk.roles import Siblings, roles
+from nsvd.walk.shelf import Kept
 from nsvd.walk.statistics import Statistics
 
 MOST = 0.5  # of the neurons of a feed-forward that may go
 MULTIPLE = 8  # of neurons that are left, as hardware likes it
+REMOVALS, NARROW = "removals", "narrow-layers"  # on the shelf
 
 
 def without_neurons(job: Exchange) -> Exchange:
-    """The same job with smaller layers, which are to be put in the place of its ``originals``.
+    """The same job with smaller layers, for ``put_narrow``, and their statistics; the model is left as it is.
+
+    What is found of a feed-forward lies on the shelf before the next is looked at, and statistics that lie there are cut there. So
+    no more than one is in memory, and an interrupted run goes on.
 
     Raises:
         ValueError: if no feed-forward is among the layers whole, or the model has none whose neurons are computed one by one.
@@ -41,13 +46,19 @@ def without_neurons(job: Exchange) -> Exchange:
     found = {last: first for last, first in roles(job.model).neurons.items() if {last, *first} <= job.layers.keys()}
     if not found:
         raise ValueError("neurons are left out of feed-forwards, and none of them is among the layers whole")
-    removals = {}
-    for last in found:
-        with naming(last):
-            removals[last] = _neurons(job, last).removal(int(MOST * job.layers[last].in_features))
-    narrow = _narrow(job, found, same(kept(job, found, removals)))
+    narrow = _narrow(job, found, same(kept(job, found, {last: _removal(job, last) for last in found})))
     job.clock.lap("neurons")
     return narrow
+
+
+def _removal(job: Exchange, last: str) -> Removal:
+    """In which order the neurons of a feed-forward go."""
+    key = f"{REMOVALS}/{last}"
+    if key not in job.shelf:
+        with held(job.place(last)[0]), naming(last):
+            found = _neurons(job, last).removal(int(MOST * job.layers[last].in_features))
+        job.shelf.put(key, found._asdict())
+    return Removal(**job.shelf.get(key))
 
 
 def _neurons(job: Exchange, last: str) -> Neurons:
@@ -85,57 +96,86 @@ def kept(job: Exchange, found: Siblings, removals: Mapping[str, Removal]) -> dic
     return chosen
 
 
-def _narrowed(job: Exchange, last: str, first: tuple[str, ...], kept: Tensor) -> Iterator[tuple[str, Tensor, Moments]]:
-    """Weights and moments of the layers of a feed-forward without the other neurons."""
-    for name in first:
-        moments = _stats(job)[name]
-        H, rows = moments.slopes(), kept.to(moments.slopes().device)
-        H = H[rows] if H.ndim == 1 else H[rows][:, rows]
-        yield name, double(job.layers[name].weight)[kept], replace(moments, H=H)
-    moments = _stats(job)[last]
-    there = kept.to(moments.G.device)
-    sizes = None if moments.mean_abs is None else moments.mean_abs[there]
-    left = replace(moments, G=moments.G[there][:, there], mean_abs=sizes)
-    yield last, _neurons(job, last).refitted(kept), left
-
-
 @torch.no_grad()
 def _narrow(job: Exchange, found: Siblings, kept: Mapping[str, Tensor]) -> Exchange:
-    """The job with smaller layers and their statistics; the model is left as it is."""
+    """The job with smaller layers and their statistics."""
     stats, layers = _stats(job), dict(job.layers)
-    moments, gradients = dict(stats.moments), dict(stats.gradients)
+    moments, gradients = (
+        known if isinstance(known, Kept) else dict(known) for known in (stats.moments, stats.gradients)
+    )
     originals: dict[str, nn.Linear] = {}
     for last, first in found.items():
-        if len(kept[last]) == layers[last].in_features:
+        left, leader = kept[last], stats.inputs[last]
+        if len(left) == layers[last].in_features:
             continue
-        for name, W, left in _narrowed(job, last, first, kept[last]):
-            old = originals[name] = layers[name]
-            bias = old.bias if name == last or old.bias is None else old.bias[kept[last].to(old.bias.device)]
-            layers[name] = _linear(old, W, bias)
-            gradients[name] = left.slopes()
-            moments[stats.inputs[name]] = replace(left, H=None)
-    left_over = Statistics(moments, stats.inputs, stats.origin, gradients)
-    return replace(job, layers=layers, stats=left_over, originals=originals)
+        _write(job, last, first, left)
+        for name in (*first, last):
+            originals[name] = layers[name]
+            sizes = (layers[name].in_features, len(left)) if name != last else (len(left), layers[name].out_features)
+            layers[name] = _read(job, name, *sizes)
+        for name in first:
+            if len(gradients[name]) > len(left):  # an interrupted run may have cut it before
+                gradients[name] = _cut(gradients[name], left)
+        if len(moments[leader].G) > len(left):
+            G, sizes = moments[leader].G, moments[leader].mean_abs
+            moments[leader] = replace(
+                moments[leader], G=_cut(G, left), mean_abs=None if sizes is None else _cut(sizes, left)
+            )
+    return replace(
+        job, layers=layers, stats=Statistics(moments, stats.inputs, stats.origin, gradients), originals=originals
+    )
+
+
+def _write(job: Exchange, last: str, first: tuple[str, ...], kept: Tensor) -> None:
+    """Put the layers of a feed-forward without the other neurons on the shelf; the last of them does what they all did."""
+    keys = {name: f"{NARROW}/{name}" for name in (*first, last)}
+    if all(key in job.shelf for key in keys.values()):
+        return
+    with held(job.place(last)[0]):
+        for name, key in keys.items():
+            old = job.layers[name]
+            W = _neurons(job, last).refitted(kept) if name == last else old.weight[kept.to(old.weight.device)]
+            bias = old.bias if name == last or old.bias is None else old.bias[kept.to(old.bias.device)]
+            job.shelf.put(key, {"weight": W.to(old.weight.dtype)} | ({} if bias is None else {"bias": bias}))
+
+
+def _read(job: Exchange, name: str, d_in: int, d_out: int) -> nn.Linear:
+    """A layer from the shelf; without its numbers where the first one is in a file."""
+    old, key = job.layers[name], f"{NARROW}/{name}"
+    tensors = job.shelf.get(key)  # what an earlier run has left is compared with its sum
+    new = nn.Linear(d_in, d_out, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+    if not old.weight.is_meta:
+        new.load_state_dict(tensors)
+    if not job.shelf.lasting:
+        job.shelf.drop(key)
+    return new.requires_grad_(old.weight.requires_grad).train(old.training)
+
+
+def _cut(known: Tensor, kept: Tensor) -> Tensor:
+    """A matrix or vector of the neurons, or the diagonal of one, without the others."""
+    kept = kept.to(known.device)
+    return known[kept] if known.ndim == 1 else known[kept[:, None], kept]
 
 
 def _stats(job: Exchange) -> Statistics:
     return cast(Statistics, job.measured)
 
 
-def _linear(old: nn.Linear, W: Tensor, bias: Tensor | None) -> nn.Linear:
-    new = nn.Linear(W.shape[1], W.shape[0], bias is not None, device=old.weight.device, dtype=old.weight.dtype)
-    new.weight.copy_(W)
-    if bias is not None:
-        new.bias.copy_(bias)
-    new.requires_grad_(old.weight.requires_grad)
-    return new.train(old.training)
+def put_narrow(job: Exchange) -> None:
+    """Put the smaller layers in the place of the ``originals``; a block that is in a file reads them from the shelf."""
+    for name in job.originals:
+        file = job.shelf.file(f"{NARROW}/{name}") if job.shelf.lasting else None
+        rebase(*job.place(name), job.layers[name], file)
+
+
+def put_back(job: Exchange) -> None:
+    """Put the ``originals`` back."""
+    for name, layer in job.originals.items():
+        rebase(*job.place(name), layer)
 
 
 def told_sizes(job: Exchange) -> None:
-    """Let every layer that has lost neurons be one that a checkpoint can tell of."""
+    """Let every layer that has lost neurons tell what it stands for."""
     for name, old in job.originals.items():
-        layer = job.model.get_submodule(name)
-        if not isinstance(layer, CompressedLayer):
-            layer = NarrowLinear.of(cast(nn.Linear, layer))
-            job.model.set_submodule(name, layer)
+        layer = compressed_layer(job.model, name)
         layer.stands_for, layer.transposed = (old.weight.shape[0], old.weight.shape[1]), isinstance(old, Transposed)

@@ -25,8 +25,9 @@ from nsvd.linalg.moments import mixing
 from nsvd.linalg.precision import double
 from nsvd.stored.transposed import linear_at
 from nsvd.walk.decoder import Decoder, Entered, run_block
-from nsvd.walk.hooks import evaluating, exchanged, inputs_seen
+from nsvd.walk.hooks import evaluating, inputs_seen
 from nsvd.walk.landmarks import arrivals, check_every_token, landmark, value_at
+from nsvd.walk.lazy import as_first
 from nsvd.walk.memory import give_back
 from nsvd.walk.moments import readers
 from nsvd.walk.processes import rank, same
@@ -182,10 +183,9 @@ class FollowedBlock:
         self.index, self.block, self.batches = index, decoder.blocks[index], batches
         self._model, self._prefix = decoder.model, f"{decoder.name}.{index}."
         self._probe, (self._weights, self._mu, self._unsettled, self._shelf, originals) = probe, terms
-        self._originals = {name: layer for name, layer in originals.items() if name.startswith(self._prefix)}
-        self._fewer = {
-            n for n, old in self._originals.items() if old.out_features != self._model.get_submodule(n).out_features
-        }
+        here = {name: layer for name, layer in originals.items() if name.startswith(self._prefix)}
+        self._originals = {name.removeprefix(self._prefix): layer for name, layer in here.items()}
+        self._fewer = {n for n, old in here.items() if old.out_features != self._model.get_submodule(n).out_features}
         self._settled: list[str] = []
         self.within: set[str] = set()  # layers that do not end in what the block gives out, once ``inputs`` has begun
         self._groups: dict[str, list[str]] = {}
@@ -196,7 +196,7 @@ class FollowedBlock:
     @torch.no_grad()
     def inputs(self) -> Iterator[Arrived]:
         """What arrives at each input of the block's layers."""
-        with exchanged(self._model, self._originals):
+        with as_first(self.block, self._originals):
             places = self._landmarks()
             self._through_dense(set(places.values()))
         self.within = {leader for leader, place in places.items() if place is not None}

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import DRAFT, ENDS, averaged, check_gradients, decompositions, gradient_texts
-from nsvd.compression.neurons import told_sizes, without_neurons
+from nsvd.compression.neurons import put_back, put_narrow, told_sizes, without_neurons
 from nsvd.compression.ranks import SEARCHING, searched
 from nsvd.compression.request import recipe
 from nsvd.linalg import Decomposition
 from nsvd.walk.gradient_sums import Kind
 from nsvd.walk.gradients import drawn_labels, fisher_into
-from nsvd.walk.hooks import exchanged
 from nsvd.walk.processes import same
 from nsvd.walk.soundness import check_exchanged, check_runs
 from nsvd.walk.statistics import Statistics
@@ -45,8 +44,7 @@ def factor(
             twice = ask.shifted and ask.method.needs_gradients
             if ask.neurons:
                 job = without_neurons(job)
-                for name in job.originals:
-                    job.model.set_submodule(name, job.layers[name])
+                put_narrow(job)
                 check_runs(job.model, before)
             ranks, prepared, tokens = _search(job, prepared, "dense", only_ranks=ask.shifted and not twice)
             if twice:
@@ -69,8 +67,7 @@ def factor(
         check_exchanged(job.model, alone or job.before, before)
     except BaseException:
         job.undo(touched)
-        for name, layer in job.originals.items():
-            job.model.set_submodule(name, layer)
+        put_back(job)
         raise
     changed = [name for name in job.layers if name in smaller or name in job.originals]
     return Result(job.rows(ranks, smaller), changed, tokens, losses)
@@ -133,7 +130,7 @@ def _labels(job: Exchange, texts: list[Tensor]) -> list[Tensor]:
     for number, ids in enumerate(texts):
         key = f"labels/{number}"
         if key not in job.shelf:
-            with exchanged(job.model, job.originals):
+            with job.whole():
                 job.shelf.put(key, {"ids": drawn_labels(job.model, ids, seed=job.ask.seed, first=first)})
         labels.append(job.shelf.get(key)["ids"])
         first += len(ids)

@@ -102,6 +102,7 @@ def compressed(
     refine: int = 0,
     distill: int = 0,
     search_count: int | None = None,
+    neurons: float | None = None,
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     dtype: str | torch.dtype = "auto",
@@ -154,25 +155,24 @@ def compressed(
         weights,
         allocation,
         search_count,
-        (factors, shifted, refine, distill, layers, exclude),
+        (factors, shifted, refine, distill, neurons, layers, exclude),
     )
     base_method(method).resolve(options)
     check_target(out)
     check_apart(source, out)
     ask = dict(method=method, ratio=ratio, allocation=allocation, factors=factors, shifted=shifted, refine=refine)
-    ask |= dict(distill=distill, weights=weights, seed=seed, progress=progress, options=options)
+    ask |= dict(distill=distill, weights=weights, seed=seed, progress=progress, options=options, neurons=neurons)
     ask |= {"layers": patterns(layers), "exclude": patterns(exclude)}
     ask |= {"search_count": search_count or (SEARCH_COUNT if allocation in TRYING else None)}
+    # Whatever is wrong with any text is said before one is taken.
+    known = None if ratio is None else _request(ask | {"weights": "uniform"}, [ANY])
     place, how = place_of(source), {"dtype": dtype, "device": device, "verify": verify}
     why = _whole(cache_ratio, distill, allocation)
     if why is None:
         with _as_folder(place, out, dtype) as folder:
             try:
                 model, tokenizer = open_folder(folder, **how)
-                if (
-                    any(map(are_experts, model.modules()))
-                    and _request(ask | {"weights": "uniform"}, [ANY]).reaches_experts
-                ):
+                if any(map(are_experts, model.modules())) and known is not None and known.reaches_experts:
                     raise WholeOnly("its experts are one tensor, and are taken apart in memory")
             except WholeOnly as error:
                 why = str(error)
@@ -276,7 +276,7 @@ def _check(ratio, cache_ratio, joint, weights, allocation, search_count, rest: t
     if search_count is not None and (search_count < 1 or allocation not in SEARCHING):
         names = ", ".join(map(repr, SEARCHING))
         raise ValueError(f"search_count is {search_count}; it goes with allocation {names}, 1 window is the least")
-    names = ("allocation", "factors", "shifted", "refine", "distill", "layers", "exclude")
+    names = ("allocation", "factors", "shifted", "refine", "distill", "neurons", "layers", "exclude")
     for name, value in zip(names, (allocation, *rest), strict=True):
         if value and ratio is None:
             raise ValueError(f"{name} goes with a ratio")

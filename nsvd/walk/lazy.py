@@ -24,6 +24,7 @@ from nsvd.stored.foreign import reading
 from nsvd.stored.skeleton import check_finite
 from nsvd.stored.transposed import linear_at
 from nsvd.walk import processes
+from nsvd.walk.hooks import exchanged
 from nsvd.walk.memory import give_back
 
 
@@ -58,18 +59,22 @@ class Here(NamedTuple):
 
 @dataclass
 class Source:
-    """What a lazy block knows of itself: its name in the model, the places of its tensors, at first and now, and who holds it."""
+    """What a lazy block knows of itself: its name in the model, the places of its tensors, and who holds it.
+
+    ``places`` are those of now, ``first`` those in the files of the model, ``base`` those that ``revert`` goes back to.
+    """
 
     name: str
     first: dict[str, Place]
     device: torch.device
     places: dict[str, Place] = field(init=False)
+    base: dict[str, Place] = field(init=False)
     holds: int = 0
     here: list[Here] = field(default_factory=list)
     checked: bool = False  # whether all values were finite when they were first read
 
     def __post_init__(self) -> None:
-        self.places = self.first
+        self.places = self.base = self.first
 
 
 class LazyBlock(nn.Module):
@@ -169,14 +174,53 @@ def read_from(block: LazyBlock, file: Path) -> None:
 
 
 def revert(block: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
-    """Put the first layers back, by their names inside the block; a lazy block is read from the first files again."""
+    """Put the first layers back, by their names inside the block; a lazy block is read from the first files again.
+
+    Where ``rebase`` has put a layer, that one counts as the first.
+    """
     for name, layer in layers.items():
         block.set_submodule(name, layer)
     if isinstance(block, LazyBlock):
         _drop(block)
-        block.source.places = block.source.first
+        block.source.places = block.source.base
         if block.source.holds:
             _fill(block)
+
+
+def rebase(block: nn.Module, name: str, layer: nn.Linear, file: Path | None = None) -> None:
+    """Put a layer in a block, by its name in there, for ``revert`` to go back to.
+
+    A lazy block reads it from a safetensors file, by the names of the layer's own tensors, or without a file from the first files.
+    The layer is on ``meta`` then.
+    """
+    if isinstance(block, LazyBlock):
+        source, own = block.source, layer.state_dict()
+        found = {
+            f"{name}.{part}": source.first[f"{name}.{part}"] if file is None else Place(file, part) for part in own
+        }
+        source.base = source.base | found
+    revert(block, {name: layer})
+
+
+@contextmanager
+def as_first(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, these layers are in a block again, by their names in there, with the numbers of the first files if it is lazy.
+
+    Nothing else in the block may have been exchanged.
+    """
+    with exchanged(block, layers):
+        if not isinstance(block, LazyBlock):
+            yield
+            return
+        source, known, places = block.source, len(block.source.here), block.source.places
+        source.places = source.first
+        try:
+            if source.holds:
+                _fill(block)
+            yield
+        finally:
+            _drop(block, known)
+            source.places = places
 
 
 def places(block: LazyBlock) -> Mapping[str, Place]:
@@ -263,12 +307,12 @@ def _fill(block: LazyBlock) -> None:
         source.checked = True
 
 
-def _drop(block: LazyBlock) -> None:
-    """Empty what was read, or is settled: also in layers that were taken out of the block meanwhile."""
-    for slot, tensor, empty in block.source.here:
+def _drop(block: LazyBlock, since: int = 0) -> None:
+    """Empty what was read, or is settled, ``since`` so much was: also in layers that were taken out of the block meanwhile."""
+    for slot, tensor, empty in block.source.here[since:]:
         if slot.registry.get(slot.name) is tensor:
             slot.put(empty)
-    block.source.here.clear()
+    del block.source.here[since:]
 
 
 @torch.inference_mode(False)

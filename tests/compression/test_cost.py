@@ -14,9 +14,10 @@ from tests.tiny import float32  # noqa: F401
 
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11_008, "num_attention_heads": 32, "num_key_value_heads": 32}
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
-MEASURED = """
+BEGIN = """
 import sys, torch, nsvd
 from pathlib import Path
+from nsvd.compression import whole_layers
 from nsvd.compression.compress import carry_out
 from nsvd.walk.shelf import Shelf
 from tests.compression.test_cost import SMALL, request, shaped
@@ -24,7 +25,8 @@ from tests.compression.test_cost import SMALL, request, shaped
 def highest():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
-
+"""
+MEASURED = f"""{BEGIN}
 method, count, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)
 model = shaped(SMALL, 1, device="cpu")
@@ -33,6 +35,18 @@ Path("/proc/self/clear_refs").write_text("5")  # from here on: what came before,
 begin = highest()
 carry_out(model, ask, shelf=Shelf(Path(sys.argv[4])))
 print(highest() - begin)
+"""
+NEURONS = f"""{BEGIN}
+def watched(job, found=whole_layers.without_neurons):
+    Path("/proc/self/clear_refs").write_text("5")
+    begin, new = highest(), found(job)
+    print(highest() - begin)
+    return new
+
+torch.manual_seed(0)
+whole_layers.without_neurons = watched
+ask = request("best", nsvd.random_tokens(300, 64, 256), neurons=0.5)
+carry_out(shaped(SMALL, 1, device="cpu"), ask, shelf=Shelf(Path(sys.argv[1])))
 """
 
 
@@ -104,6 +118,27 @@ def test_layers_that_share_an_input_are_told_from_their_sizes():
     layers = _Sums(shaped(SEVEN, 1), asked).largest
     assert [one.first for one in layers] == [True, False, False, True, True, False, True]
     assert [one.alone for one in layers] == [False, False, False, True, False, False, True]
+
+
+def test_neurons_are_a_stage():
+    """One feed-forward is in memory at a time; its smaller layers lie on the disk. Without them there is none."""
+    few, many = (told(SMALL, depth, "best", 64, 256, neurons=0.5).stages["neurons"] for depth in (2, 8))
+    assert (few.device, few.host) == (many.device, many.host)
+    assert many.decompositions == pytest.approx(4 * few.decompositions)
+    assert 3 * 8 * 1024**2 < few.device < 4 * 8 * 1024**2 + 10e6
+    layers, moments = 2 * 6 * (4 * 256**2 + 3 * 256 * 1024), 8 * 6 * (3 * 256**2 + 1024**2)
+    outputs = 8 * 6 * (5 * 256**2 + 2 * 1024**2)
+    narrow = 2 * 6 * 3 * 256 * 1024 - 0.5 * 0.3 * layers
+    assert many.disk - few.disk == pytest.approx(narrow + moments + outputs)
+    assert "neurons" not in told(SMALL, 2, "best", 64, 256).stages
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="told by /proc")
+def test_the_peak_of_leaving_out_neurons_is_what_is_told(tmp_path):
+    asked = told(SMALL, 1, "best", 64, 256, neurons=0.5).stages["neurons"]
+    command = [sys.executable, "-c", NEURONS, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    assert (asked.device + asked.host) / 2 < float(found.stdout) < 1.5 * (asked.device + asked.host)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="told by /proc")

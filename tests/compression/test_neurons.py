@@ -1,6 +1,7 @@
 """Neurons of feed-forwards that are left out beside lower ranks."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,17 +10,32 @@ import nsvd
 from nsvd.compression import exchange, neurons, whole_layers
 from nsvd.compression.compress import carry_out
 from nsvd.compression.exchange import Exchange
+from nsvd.compression.neurons import put_narrow, told_sizes
 from nsvd.compression.report import Clock
 from nsvd.compression.request import resolve
-from nsvd.compression.whole_layers import told_sizes
 from nsvd.linalg.neurons import Neurons
 from nsvd.stored.checkpoint import describe
 from nsvd.stored.layers import CompressedLayer, NarrowLinear
-from nsvd.walk.shelf import Shelf
+from nsvd.walk.folder import open_folder
+from nsvd.walk.shelf import Kept, Shelf
+from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import targets
-from tests.tiny import DOWN, assert_refused, assert_same, float32, logits, state, statistics, tiny_model, token_ids  # noqa: F401
+from tests.tiny import (  # noqa: F401
+    DOWN,
+    assert_refused,
+    assert_same,
+    float32,
+    logits,
+    state,
+    statistics,
+    tiny_model,
+    tiny_tokenizer,
+    token_ids,
+)
 
 HOW = {"method": "best", "ratio": 0.4, "neurons": 0.5}
+BREAKS = ("nsvd.compression.whole_layers.told_sizes", "nsvd.compression.exchange.Exchange._cut")
+BREAKS += ("nsvd.compression.whole_layers.check_runs",)
 FAMILIES = ("llama", "qwen2", "gemma2", "opt", "gpt_neox", "phi", "gpt2")
 
 
@@ -38,10 +54,19 @@ def asked(model, **changes):
     return Exchange(model, targets(model), statistics(model), ask, Clock())
 
 
-def put(job):
-    """The smaller layers in their place."""
-    for name in job.originals:
-        job.model.set_submodule(name, job.layers[name])
+def fail(*_):
+    raise FloatingPointError("broken")
+
+
+def in_files(folder, **changes):
+    """A model that stays in its folder."""
+    nsvd.save(tiny_model(**changes), tiny_tokenizer(), folder / "dense")
+    return open_folder(folder / "dense", device="cpu")[0]
+
+
+def targets_now(model):
+    """The layers, or what is in their places."""
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear | CompressedLayer) and m is not model.lm_head]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,7 +138,7 @@ def test_the_narrow_model_is_the_refitted_one_and_its_statistics_are_those_of_wh
     fc1, fc2 = "model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"
     kept = torch.arange(0, 48, 2)
     narrow = neurons._narrow(job, {fc2: (fc1,)}, {fc2: kept})
-    put(narrow)
+    put_narrow(narrow)
     H = job.stats[fc2].H.double()
     ridge = job.options["eta"] * H.diagonal().mean() * torch.eye(len(H))
     D = dense.get_submodule(fc2).weight.double()
@@ -125,6 +150,8 @@ def test_the_narrow_model_is_the_refitted_one_and_its_statistics_are_those_of_wh
     assert torch.equal(narrow.stats[fc1].H, job.stats[fc1].H[kept][:, kept])
     assert torch.equal(narrow.stats[fc1].G, job.stats[fc1].G)
     assert 1 - narrow.ratio == pytest.approx(int(0.6 * 14_336) / (14_336 - 2 * 24 * 32))
+    for name in (fc1, fc2):
+        model.set_submodule(name, NarrowLinear.of(model.get_submodule(name)))
     told_sizes(narrow)
     assert describe(model.get_submodule(fc1)) == {"layer": NarrowLinear.kind, "outputs": 24}
     whole = model.get_submodule(fc2).to_linear()
@@ -140,37 +167,87 @@ def test_the_dense_stream_is_that_of_the_dense_model():
     last = "model.layers.0.mlp.down_proj"
     first = tuple(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up"))
     narrow = neurons._narrow(job, {last: first}, {last: torch.arange(16)})
-    put(narrow)
+    put_narrow(narrow)
     before = float((logits(model) - logits(dense)).norm())
     with torch.no_grad():
         narrow.in_order(list(narrow.layers), {})
     assert float((logits(model) - logits(dense)).norm()) < 0.9 * before
 
 
-@pytest.mark.parametrize(
-    "place", ["nsvd.compression.whole_layers.told_sizes", "nsvd.compression.exchange.Exchange._cut"]
-)
+@pytest.mark.parametrize("place", BREAKS)
 def test_when_something_raises_the_model_is_as_it_was(monkeypatch, place):
     model = tiny_model()
     before = state(model)
-
-    def fail(*_):
-        raise FloatingPointError("broken")
-
     monkeypatch.setattr(place, fail)
     with pytest.raises(FloatingPointError, match="broken"):
         nsvd.compress_(model, windows=token_ids(16, 24), **HOW)
     assert_same(before, model)
 
 
-def test_what_does_not_go_with_it_is_refused(tmp_path):
+@pytest.mark.parametrize("place", BREAKS)
+def test_when_something_raises_a_model_in_files_is_as_it_was(monkeypatch, place, tmp_path):
+    model = in_files(tmp_path)
+    before, ask = logits(model), asked(model).ask
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(FloatingPointError, match="broken"):
+        carry_out(model, ask, shelf=Shelf(tmp_path / "shelf"))
+    assert torch.equal(logits(model), before)
+    assert not any(isinstance(module, CompressedLayer) for module in model.modules())
+
+
+def test_one_block_is_in_memory_at_a_time(monkeypatch, tmp_path):
+    """Of eight in files, with what its layers were, in all that follows the choice of neurons."""
+    model, most, begun = in_files(tmp_path, num_hidden_layers=8), [], []
+    ask = asked(model).ask
+    parts = (*model.model.layers[0].modules(), *model.model.layers[7].modules())
+
+    def watch(job):
+        def look(*_):
+            layers = {id(layer): layer for layer in (*job.before.values(), *job.layers.values(), *targets_now(model))}
+            most.append(sum(p.nbytes for one in layers.values() for p in one.parameters() if not p.is_meta))
+
+        for module in parts:
+            module.register_forward_pre_hook(look)
+        begun.append(job)
+
+    put_in = whole_layers.put_narrow
+    monkeypatch.setattr(whole_layers, "put_narrow", lambda job: (put_in(job), watch(job)))
+    carry_out(model, ask, shelf=Shelf(tmp_path / "shelf"))
+    (job,) = begun
+    assert len(job.originals) > 15
+    block = sum(p.nbytes for n, one in targets(tiny_model()).items() if ".0." in n for p in one.parameters())
+    assert block / 2 < max(most) < 2 * block
+    assert all(p.is_meta for one in (*job.before.values(), *job.layers.values()) for p in one.parameters())
+
+
+def test_statistics_on_a_shelf_are_cut_there():
+    """So they are not in memory at once; those that were given stay as they are."""
+    model, shelf = tiny_model(), Shelf()
+    job = asked(model)
+    moments, gradients = shelf.kept("moments"), shelf.kept("gradients")
+    moments.update(job.stats.moments)
+    gradients.update(job.stats.gradients)
+    known = Statistics(moments, job.stats.inputs, job.stats.origin, gradients)
+    given, ours = neurons.without_neurons(job), neurons.without_neurons(replace(job, stats=known))
+    assert isinstance(ours.stats.moments, Kept)
+    assert isinstance(ours.stats.gradients, Kept)
+    assert ours.originals.keys() == given.originals.keys()
+    for name, layer in given.layers.items():
+        assert torch.equal(layer.weight, ours.layers[name].weight)
+        assert torch.equal(given.stats[name].G, ours.stats[name].G)
+        assert torch.equal(given.stats[name].mean_abs, ours.stats[name].mean_abs)
+        assert torch.equal(given.stats[name].H, ours.stats[name].H)
+        assert (len(layer.weight), layer.weight.shape[1]) == (len(given.stats[name].H), len(given.stats[name].G))
+    assert len(job.stats[DOWN].G) == 48 > len(given.stats[DOWN].G)
+    assert not shelf.keys(neurons.NARROW)
+
+
+def test_what_does_not_go_with_it_is_refused():
     model, stats = tiny_model(), statistics(tiny_model())
     for how in ({"method": "asvd-1"}, {"allocation": "uniform"}, {"shifted": False}):
         assert_refused(model, stats, HOW | {"windows": token_ids()} | how, "neurons are left out by what")
     assert_refused(model, stats, HOW | {"windows": token_ids(), "neurons": 1.5}, "a share of what is removed")
     assert_refused(model, stats, HOW | {"windows": token_ids(), "neurons": "half"}, "neurons is 'half'")
-    with pytest.raises(ValueError, match="in memory"):
-        carry_out(model, asked(model).ask, shelf=Shelf(tmp_path))
     assert_refused(model, stats, HOW | {"windows": token_ids(), "mu": 0.0}, "positive ridge")
     prepared = nsvd.prepare(model, stats, "kfac")
     assert_refused(model, stats, HOW | {"windows": token_ids(), "prepared": prepared}, "give one of the two")

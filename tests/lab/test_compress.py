@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nsvd
-from nsvd.compression import exchange
+from nsvd.compression import exchange, whole_layers
 from nsvd.lab import compress as module
 from nsvd.stored.locks import locked
 from nsvd.walk import calibrate
@@ -30,6 +30,7 @@ WAYS = {
     "asvd-1, shifted, refined": {"method": "asvd-1", "shifted": True, "refine": 3},
     "sola": SOLA,
     "best": {"method": "best"},
+    "best, neurons": {"method": "best", "neurons": 0.5},
 }
 
 
@@ -67,7 +68,7 @@ def numbers(folder) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("way", ["asvd-1", "asvd-1, shifted, refined", "best"])
+@pytest.mark.parametrize("way", ["asvd-1", "asvd-1, shifted, refined", "best", "best, neurons"])
 def test_transposed_weights_are_read_from_their_files(way, dense):
     """GPT-2's, as they lie there."""
     out, sizes = dense.parent / "out", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -100,7 +101,7 @@ class Stopped(BaseException):
     """As an interrupt."""
 
 
-@pytest.mark.parametrize("way", ["asvd-1", "asvd-1, shifted, refined", "sola", "best"])
+@pytest.mark.parametrize("way", ["asvd-1", "asvd-1, shifted, refined", "sola", "best", "best, neurons"])
 def test_a_run_that_is_stopped_goes_on_and_ends_in_the_same_bytes(way, dense, monkeypatch):
     """Stopped after every single thing that it keeps, one after the other; finished blocks are not factored again."""
     whole, out, said = dense.parent / "whole", dense.parent / "out", []
@@ -213,6 +214,28 @@ def test_what_was_kept_and_is_damaged_is_refused(dense, monkeypatch):
         nsvd.compress(dense, dense.parent / "out", **how)
 
 
+def test_smaller_layers_that_were_kept_and_are_damaged_are_refused(dense, monkeypatch):
+    """Blocks read them from there, one number changed or not."""
+    how = {"method": "best", "neurons": 0.5, "ratio": 0.3} | cut(dense)
+    place = dense.parent / ".out.progress" / "kept" / "narrow-layers"
+    put_in = whole_layers.put_narrow
+
+    def stop(job):
+        put_in(job)
+        raise Stopped
+
+    monkeypatch.setattr(whole_layers, "put_narrow", stop)
+    with pytest.raises(Stopped):
+        nsvd.compress(dense, dense.parent / "out", **how)
+    monkeypatch.undo()
+    file = next(place.iterdir())
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(OSError, match=f"{file.name} is not what was written there"):
+        nsvd.compress(dense, dense.parent / "out", **how)
+
+
 def test_bad_input_leaves_nothing(dense):
     """Whatever is refused after the folder of progress was made."""
     for wrong in (
@@ -222,6 +245,20 @@ def test_bad_input_leaves_nothing(dense):
     ):
         with pytest.raises((ValueError, OSError)):
             nsvd.compress(dense, dense.parent / "out", **{"method": "asvd-1", "ratio": 0.3} | cut(dense) | wrong)
+        assert sorted(os.listdir(dense.parent)) == ["dense", "text.txt"]
+
+
+def test_what_is_wrong_with_any_text_is_said_before_one_is_taken(dense, monkeypatch):
+    """The model's own takes long to write."""
+    monkeypatch.setattr(module, "domains", lambda *_args, **_how: pytest.fail("a text was taken"))
+    for wrong, said in (
+        ({"neurons": 1.5}, "neurons is 1.5"),
+        ({"neurons": 0.5, "allocation": "uniform"}, "neurons are left out by what the loss rises by"),
+        ({"refine": 3, "shifted": False}, "refine goes with shifted=True"),
+        ({"factors": "thin"}, "thin"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            nsvd.compress(dense, dense.parent / "out", **{"method": "best", "ratio": 0.3} | wrong)
         assert sorted(os.listdir(dense.parent)) == ["dense", "text.txt"]
 
 

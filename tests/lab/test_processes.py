@@ -44,6 +44,17 @@ def test_several_processes_write_the_folder_that_one_writes(dense):
     assert sorted(os.listdir(dense.parent)) == ["dense", "one", "two"]
 
 
+def test_they_leave_out_the_same_neurons(dense):
+    one, two = dense.parent / "one", dense.parent / "two"
+    nsvd.compress(dense, one, method="best", ratio=0.3, length=32, count=13, neurons=0.5)
+    done = torchrun("compress", dense, two, *HOW, "--neurons", "0.5")
+    assert done.returncode == 0, done.stderr
+    expected, found = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-8, msg=name)
+
+
 def test_what_is_wrong_is_said_with_the_rank(dense):
     """Exit code 2 in the processes, which torchrun tells; no folder is there."""
     done = torchrun("compress", dense, dense.parent / "out", *HOW, "--k1", "0.5")

@@ -13,7 +13,7 @@ from nsvd.stored import manifest
 from nsvd.stored.layers import LowRankLinear, PivotedLinear
 from nsvd.walk.decoder import Decoder, block_list
 from nsvd.walk.folder import WholeOnly, open_folder
-from nsvd.walk.lazy import held, is_lazy, places, read_from, revert, settle, weight_of
+from nsvd.walk.lazy import as_first, held, is_lazy, places, read_from, rebase, revert, settle, weight_of
 from nsvd.walk.moments import mix
 from nsvd.walk.roles import roles
 from nsvd.walk.soundness import check_values
@@ -318,6 +318,42 @@ def test_a_block_is_reverted_while_it_is_held(tmp_path):
             assert torch.equal(before.weight, whole.model.layers[1].mlp.gate_proj.weight)
             assert torch.equal(logits(model), logits(whole))
         assert is_dropped(model)
+
+
+def test_layers_for_good_and_those_of_the_first_files(tmp_path):
+    """Smaller layers in a file of their own: ``revert`` goes back to them, ``as_first`` to what was there before them."""
+    folder, whole = saved(tmp_path)
+    model, dense, parts = lazy(folder), logits(whole), [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    block, same = model.model.layers[1], whole.model.layers[1]
+    first = {name: block.get_submodule(name) for name in parts}
+    for name in parts:
+        size = (40, 32) if name == parts[2] else (32, 40)
+        new = nn.Linear(*size, same.mlp.gate_proj.bias is not None)
+        same.set_submodule(name, new)
+        save_file(new.state_dict(), tmp_path / f"{name}.safetensors")
+        rebase(block, name, copy.deepcopy(new).to("meta"), tmp_path / f"{name}.safetensors")
+    small = {name: block.get_submodule(name) for name in parts}
+    said = logits(whole)
+    assert not torch.equal(said, dense)
+    assert torch.equal(logits(model), said)
+    with as_first(block, first):
+        assert torch.equal(logits(model), dense)
+    with held(block):
+        weight, about = small[GATE].weight, in_memory(block)
+        with as_first(block, first):
+            assert torch.equal(logits(model), dense)
+        assert all(layer.weight.is_meta for layer in first.values())
+        assert block.get_submodule(GATE).weight is weight
+        assert in_memory(block) == about
+        block.set_submodule(GATE, stand_in(small[GATE]))
+        settle(block, tmp_path / "block.safetensors")
+    assert is_dropped(model)
+    revert(block, {GATE: small[GATE]})
+    assert torch.equal(logits(model), said)
+    for name, layer in first.items():
+        rebase(block, name, layer)
+    assert is_dropped(model)
+    assert torch.equal(logits(model), dense)
 
 
 def test_what_is_not_settled_stays_in_memory(tmp_path):
