@@ -6,7 +6,7 @@ go, and by how much the loss rises: in nats a token, so that one price for a par
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import cast
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nsvd.compression.exchange import Exchange
 from nsvd.compression.measure import naming
+from nsvd.linalg import Moments
 from nsvd.linalg.asvd import ridged
 from nsvd.linalg.budget import hull
 from nsvd.linalg.neurons import Neurons, Removal
@@ -100,9 +101,9 @@ def kept(job: Exchange, found: Siblings, removals: Mapping[str, Removal]) -> dic
 def _narrow(job: Exchange, found: Siblings, kept: Mapping[str, Tensor]) -> Exchange:
     """The job with smaller layers and their statistics."""
     stats, layers = _stats(job), dict(job.layers)
-    moments, gradients = (
-        known if isinstance(known, Kept) else dict(known) for known in (stats.moments, stats.gradients)
-    )
+    moments: MutableMapping[str, Moments] = stats.moments if isinstance(stats.moments, Kept) else dict(stats.moments)
+    gradients: MutableMapping[str, Tensor]
+    gradients = stats.gradients if isinstance(stats.gradients, Kept) else dict(stats.gradients)
     originals: dict[str, nn.Linear] = {}
     for last, first in found.items():
         left, leader = kept[last], stats.inputs[last]
