@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 REAL_TEXT ?= 04_evaluation 10_beyond_nsvd
 SMOLLM2   ?= 01_activation_distributions 03_compression 04_evaluation 05_rank_split 07_kv_cache 08_rank_search 09_sola \
-	10_beyond_nsvd 12_downstream 15_rivals
+	10_beyond_nsvd 12_downstream 13_recovery 14_rank_and_bits 15_rivals
 PUBLIC := -p questions 500 -p tasks '["tasks:arc_easy", "tasks:piqa", "tasks:openbookqa", "tasks:winogrande"]'
 RANGES := tests/walk tests/stored tests/compression tests/cache tests/lab tests/test_cli.py
 
@@ -51,9 +51,10 @@ real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=f
 
 # A notebook that was run and is newer than its source stays; the measurements of one that was stopped are taken up.
 # TASKS=folder of NAME/test.jsonl gives notebook 12 public questions; without it, it asks our own.
-smollm2-workbook: smollm2 ## ten notebooks on SmolLM2 and a folder of real text, EVAL=folder; see notebooks/presets/smollm2-135m.yaml
+smollm2-workbook: smollm2 ## twelve notebooks on SmolLM2 and a folder of real text, EVAL=folder; see notebooks/presets/smollm2-135m.yaml
 	$(call link,EVAL,eval)
 	$(if $(TASKS),$(call link,TASKS,tasks))
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation -e ".[notebooks,test,quantize]"
 	$(MAKE) $(SMOLLM2:%=notebooks/executed/smollm2-135m/%.ipynb)
 
 notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smollm2-135m.yaml
@@ -69,6 +70,12 @@ notebooks/executed/smollm2-135m/15_rivals.ipynb: MORE := $(RIVALS)
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := -p test_count 8 -p held_count 8  # the smallest set has 16 windows
 
 notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC))
+
+RECOVERY := -p dtype float32 -p methods '["asvd-1", "best"]' -p ratios '[0.3]' -p count 64 -p length 256 -p steps '[100, 200]' \
+	-p rate 0.0002 -p adapter_rate 0.001 -p seeds '[0]' -p test_count 8
+notebooks/executed/smollm2-135m/13_recovery.ipynb: MORE := $(RECOVERY)  # training in bfloat16 would lose small steps
+
+notebooks/executed/smollm2-135m/14_rank_and_bits.ipynb: MORE := -p count 64 -p test_count 4 -p ratios '[0.1, 0.3]' -p check true
 
 readme: $(VENV)/ready ## the tables of README and RESULTS from the numbers of the workbook
 	$(BIN)/python -m nsvd.lab.readme

@@ -32,6 +32,8 @@ MORE = {
     "05_rank_split": {"check"},
     "09_sola": {"test_count", "held_count"},
     "12_downstream": {"tasks", "questions"},
+    "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps", "rate", "adapter_rate", "seeds", "test_count"},
+    "14_rank_and_bits": {"count", "test_count", "ratios", "check"},
     "15_rivals": {"count", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
 }  # what Makefile gives beside the preset
 ROOTS = ("home", "root", "tmp", "mnt", "usr", "Users", "var", "opt", "srv")
