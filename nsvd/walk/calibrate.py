@@ -146,13 +146,18 @@ class Walked(Mapping[str, Moments]):
 
     def save(self) -> None:
         """Keep the border, if it is one to be kept: what was taken up to here need not be taken again."""
-        if self._shelf is not None and self.at % self._every == 0:
+        if self._shelf is not None and self._kept:
             self._stream.save(self._shelf, STREAM)
 
     def forget(self) -> None:
         """Let go of the borders that were kept before this one, if it is kept."""
-        if self._shelf is not None and self.at % self._every == 0:
+        if self._shelf is not None and self._kept:
             self._stream.forget(self._shelf, STREAM)
+
+    @property
+    def _kept(self) -> bool:
+        """Whether the border that was reached is one to be kept."""
+        return self.at % self._every == 0
 
     def all(self, into: MutableMapping[str, Moments]) -> Statistics:
         """The moments of all layers, put ``into`` a mapping by the first layer that reads each input."""
