@@ -462,7 +462,7 @@ def _parser() -> argparse.ArgumentParser:
         "--neurons",
         type=float,
         metavar="SHARE",
-        help="of what is removed that goes as whole neurons of the feed-forwards, a half is a good choice (best, kfac; default: 0)",
+        help="of what is removed that goes as whole neurons of the feed-forwards (best, kfac; default: 0.5 for best)",
     )
     sub.add_argument(
         "--refine",

@@ -73,9 +73,9 @@ def compress_(
         model: a model with ``nn.Linear`` layers, or GPT-2's ``Conv1D``.
         stats: moments from ``calibrate`` (not needed for ``svd``).
         method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``, ``eta``; for ``sola`` those
-            of ``nsvd.linalg.sola.PUBLISHED`` and of its ``inner`` method). Or ``best``: ``kfac``
-            with the allocation ``fisher``, pivoted factors and shifted inputs, on text that the model samples from itself
-            where no ``windows`` are given.
+            of ``nsvd.linalg.sola.PUBLISHED`` and of its ``inner`` method). Or ``best``: ``kfac`` with ``mu`` 0.3,
+            the allocation ``fisher``, pivoted factors, shifted inputs and half of what is removed as neurons, on text that the
+            model samples from itself where no ``windows`` are given.
         ratio: fraction of the target layers' parameters to remove, in [0, 1); 0 leaves all dense, and no text is needed.
         ranks: in place of ``ratio``, the rank of each layer to compress; layers that are not named stay dense.
         allocation: how ``ratio`` is shared out: ``uniform`` (the default), the same for every layer; ``strs``, the ASVD
@@ -103,10 +103,11 @@ def compress_(
         weights: of the domains of ``windows`` where ``stats`` are taken from them: ``uniform``, ``worst-case`` or numbers, see
             ``mix``. Statistics that are given bring the weights they were mixed with.
         search_count: how many windows of every domain ``strs``, ``lems`` and ``zero-sum`` read; by default all.
-        neurons: the share, in [0, 1], of what is to be removed that goes as whole neurons of the feed-forwards (the default is 0):
-            those that cost the loss least, see ``nsvd.linalg.neurons``; ranks remove the rest. Goes with ``kfac`` or ``best``,
-            ``fisher`` and ``shifted``. A half is a good choice; no feed-forward loses more than half of its neurons. The report's
-            errors of such a layer are those of its factors beside the smaller, refitted weight.
+        neurons: the share, in [0, 1], of what is to be removed that goes as whole neurons of the feed-forwards: those that cost
+            the loss least, see ``nsvd.linalg.neurons``; ranks remove the rest. The default is 0, and a half for ``best`` where
+            there are feed-forwards, and no ``ranks`` or ``prepared``. Goes with ``kfac`` or ``best``, ``fisher`` and ``shifted``.
+            No feed-forward loses more than half of its neurons. The report's errors of such a layer are those of its factors beside
+            the smaller, refitted weight.
         layers, exclude: names or patterns of the target layers to compress, and of those to leave alone, see ``targets``; by
             default all. ``ratio`` is that of the layers taken.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused; to follow inputs needs
@@ -149,6 +150,8 @@ def _carried_out(
     ask = replace(ask, progress=ask.progress and rank() == 0)
     if ask.weights != "uniform" and stats is not None:
         raise ValueError("weights are those of windows to calibrate on; statistics that are given are mixed already")
+    if prepared is not None and ask.optional:
+        ask = replace(ask, neurons=0.0)
     if prepared is not None and ask.neurons:
         raise ValueError("prepared is of whole layers, and neurons leave some of each: give one of the two")
     if is_compressed(model):
@@ -236,15 +239,17 @@ def _report(
     )
     size, whole = next(iter(layers.values())).weight.element_size(), sum(p.numel() for p in model.parameters())
     gone = {row["layer"]: row["d_out"] - row.get("outputs", row["d_out"]) for row in result.rows}
-    first = whole + before - after + sum(n for name, n in gone.items() if layers[name].bias is not None)
+    removed = before - after + sum(n for name, n in gone.items() if layers[name].bias is not None)
+    first = whole + removed
     report = Report(
         method=ask.name, options=ask.method.resolve(ask.options),
         allocation=ask.allocation if ask.ranks is None else "given", factors=ask.factors,
-        shifted=ask.shifted, neurons=ask.neurons, refine=ask.refine, distill=ask.distill, losses=list(result.losses), seed=ask.seed,
+        shifted=ask.shifted, neurons=ask.neurons if any(gone.values()) or not ask.optional else 0.0, refine=ask.refine,
+        distill=ask.distill, losses=list(result.losses), seed=ask.seed,
         calibration=None if stats is None else stats.origin, texts=texts, search_tokens=result.tokens, ratio=ask.ratio,
         ratio_reached=1 - after / before, params_before=before, params_after=after,
-        model_ratio_reached=(first - whole) / first, model_params_before=first,
-        model_params_after=whole, blocks_covered=covered(model, before, before - after),
+        model_ratio_reached=removed / first, model_params_before=first,
+        model_params_after=whole, blocks_covered=covered(model, before, removed),
         left_alone=left_alone(model, layers), bytes_before=before * size,
         bytes_after=after * size, seconds=clock.seconds, peak_memory=peak_memory(), versions=versions(), rows=result.rows,
         moves=list(result.moves),

@@ -38,18 +38,39 @@ REMOVALS, NARROW = "removals", "narrow-layers"  # on the shelf
 def without_neurons(job: Exchange) -> Exchange:
     """The same job with smaller layers, for ``put_narrow``, and their statistics; the model is left as it is.
 
+    Without a feed-forward, and where none had to be, it is the job itself.
+
     What is found of a feed-forward lies on the shelf before the next is looked at, and statistics that lie there are cut there. So
     no more than one is in memory, and an interrupted run goes on.
 
     Raises:
         ValueError: if no feed-forward is among the layers whole, or the model has none whose neurons are computed one by one.
     """
-    found = {last: first for last, first in roles(job.model).neurons.items() if {last, *first} <= job.layers.keys()}
+    found = _feed_forwards(job)
     if not found:
-        raise ValueError("neurons are left out of feed-forwards, and none of them is among the layers whole")
+        return job
     narrow = _narrow(job, found, same(kept(job, found, {last: _removal(job, last) for last in found})))
     job.clock.lap("neurons")
     return narrow
+
+
+def _feed_forwards(job: Exchange) -> Siblings:
+    """The feed-forwards that are among the layers whole and can lose neurons; none only where that is ``optional``."""
+    try:
+        known = roles(job.model)
+    except ValueError:
+        if not job.ask.optional:
+            raise
+        return {}
+    found = {last: first for last, first in known.neurons.items() if {last, *first} <= job.layers.keys()}
+    apart = {last: first for last, first in found.items() if last in known.apart}
+    if not (apart or job.ask.optional):
+        raise ValueError(
+            f"neurons cannot be left out of {type(job.model).__name__}: what one of them gives depends on the others"
+            if found
+            else "neurons are left out of feed-forwards, and none of them is among the layers whole"
+        )
+    return apart
 
 
 def _removal(job: Exchange, last: str) -> Removal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Recipe:
     """A method, and the arguments of ``compress_`` and ``compress_kv_`` that go with it; each can be overridden."""
 
     method: str
+    options: dict = field(default_factory=dict)  # of the method, where weights are compressed
     weights: dict = field(default_factory=dict)
     cache: dict = field(default_factory=dict)
 
@@ -28,7 +29,8 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "best": Recipe(
         "kfac",
-        weights={"allocation": "fisher", "factors": "pivoted", "shifted": True},
+        options={"mu": 0.3},
+        weights={"allocation": "fisher", "factors": "pivoted", "shifted": True, "neurons": 0.5},
         cache={"allocation": "fisher", "joint": True},
     ),
 }
@@ -52,7 +54,7 @@ class Request:
 
     name: str
     method: Method | SplitMethod
-    options: dict  # as given
+    options: dict  # as given, and those of the recipe
     ratio: float | None
     ranks: Mapping[str, int] | None
     allocation: str
@@ -66,6 +68,9 @@ class Request:
     seed: int
     progress: bool
     neurons: float = 0.0  # the share of what is removed that neurons of feed-forwards remove
+    optional: bool = (
+        False  # whether they stay where there are none to leave out: no one has asked for it but the recipe
+    )
     layers: tuple[str, ...] | None = None  # patterns, see ``targets``
     exclude: tuple[str, ...] | None = None
     sampled_text: bool = False  # whether ``domains`` is what the model has written
@@ -105,6 +110,11 @@ class Request:
         """Whether experts are compressed, each for its own tokens: not where inputs are followed or gradients asked for."""
         gradients = self.judge.needs_gradients or self.allocation in ("fisher", "zero-sum")
         return not (self.shifted or self.distill or self.splits or gradients)
+
+    @property
+    def priced(self) -> bool:
+        """Whether what is removed is chosen by what the loss rises by, and the layers behind make up for it."""
+        return bool(self.shifted and self.method.needs_gradients and self.allocation == "fisher")
 
     @property
     def sampled(self) -> bool:
@@ -154,6 +164,7 @@ def resolve(
 ) -> Request:
     """All arguments resolved; raises ``ValueError`` for those that are wrong, or do not go together, for any model."""
     chosen, method = recipe(name), base_method(name)
+    options = chosen.options | options
     method.resolve(options)
     splits = isinstance(method, SplitMethod)
     usual = "uniform" if ranks is not None else chosen.weights.get("allocation", "sola" if splits else "uniform")
@@ -165,7 +176,7 @@ def resolve(
         refine=refine, distill=distill,
         domains=[windows] if isinstance(windows, Tensor) else list(windows or ()),
         weights=weights, search_count=search_count, seed=seed, progress=progress,
-        neurons=chosen.weights.get("neurons", 0.0) if neurons is None else neurons,
+        neurons=neurons or 0.0, optional=neurons is None,
         layers=patterns(layers), exclude=patterns(exclude),
     )  # fmt: skip
     for ids in ask.domains:
@@ -187,9 +198,11 @@ def resolve(
     for what, steps in (("refine", refine), ("distill", distill)):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"{what} is {steps}, but a number of steps is whole and not negative")
+    if ask.optional and ask.priced:
+        ask = replace(ask, neurons=chosen.weights.get("neurons", 0.0))
     if not isinstance(ask.neurons, int | float) or not 0 <= ask.neurons <= 1:
         raise ValueError(f"neurons is {ask.neurons!r}, but it is a share of what is removed, in [0, 1]")
-    if ask.neurons and not (ask.shifted and ask.method.needs_gradients and ask.allocation == "fisher"):
+    if ask.neurons and not ask.priced:
         raise ValueError(
             "neurons are left out by what the loss rises by, and the layers behind them make up for it: that goes with method "
             "'kfac' or 'best', allocation 'fisher' and shifted=True, and a ratio in place of ranks"

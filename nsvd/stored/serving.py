@@ -57,7 +57,9 @@ class ServedConfig(QuantizationConfig):
             if spec["layer"] not in (PLAIN, PIVOTED):
                 raise ValueError(f"vLLM cannot run layer {name}, which is {spec['layer']}: dequantize the model first")
             if "outputs" in spec or "inputs" in spec:
-                raise ValueError(f"vLLM cannot run layer {name}, which has lost neurons: dequantize the model first")
+                raise ValueError(
+                    f"vLLM cannot run layer {name}, which has lost neurons: compress with neurons=0, or dequantize the model first"
+                )
             if parameter_of(name) is not None:
                 raise ValueError(f"vLLM cannot run expert {name}, which is compressed: dequantize the model first")
 

@@ -1,7 +1,8 @@
 """What a linear layer is to its block of a model, found by experiment: no layer, family or activation is known by name.
 
 Neurons: h, the input of a layer, is computed one neuron and one token at a time from the outputs of its siblings (gate and
-up, or one layer alone) if permuting those outputs, each token's in its own way, permutes h likewise and does nothing else.
+up, or one layer alone) if permuting those outputs, each token's in its own way, permutes h likewise and does nothing else. They
+are apart if half of them stay what they are when the outputs of the others are zero; where a norm reads them they are not.
 Values: h is linear in the output of one of several siblings if SCALE times that output makes h as much larger. Each
 experiment is one pass over a few tokens, in float32, for all blocks at once; the layer under test is given its own input back, so
 nothing behind it notices.
@@ -29,10 +30,12 @@ Siblings = dict[str, tuple[str, ...]]  # a layer, and the siblings that read one
 @dataclass(frozen=True)
 class Roles:
     """``neurons`` maps the last layer of each feed-forward to those that compute its neurons, ``outputs`` that of an
-    attention to its queries, keys and values; ``values`` are those that are nothing but values. ``places`` tells of every layer
-    that is in a block the block's number, and the layer's name in there."""
+    attention to its queries, keys and values; ``apart`` are the last layers of feed-forwards whose neurons are, and ``values``
+    those that are nothing but values. ``places`` tells of every layer that is in a block the block's number, and the layer's name
+    in there."""
 
     neurons: Siblings
+    apart: frozenset[str]
     outputs: Siblings
     values: frozenset[str]
     places: dict[str, tuple[int, str]]
@@ -57,12 +60,15 @@ def roles(model: nn.Module) -> Roles:
             f"{type(model).__name__} has no feed-forward that can be split: no layer reads neurons that are computed, "
             "one by one, from the outputs of nn.Linear layers of the same size beside it"
         )
+    halves = {last: _half(layers[last].in_features) for last in neurons}
+    halved = _inputs(model, neurons, clean, {name: halves[last] for last, first in neurons.items() for name in first})
+    apart = frozenset(last for last in neurons if _close(halves[last](halved[last]), halves[last](clean[last])))
     outputs, values = {last: first for last, first in candidates.items() if last not in neurons}, set()
     for i in range(max(map(len, outputs.values()), default=0)):
         tried = {last: first[i] for last, first in outputs.items() if i < len(first) > 1}
         scaled = _inputs(model, tried, clean, {name: lambda y: SCALE * y for name in tried.values()})
         values |= {name for last, name in tried.items() if _close(scaled[last], SCALE * clean[last])}
-    return Roles(neurons, outputs, frozenset(values), places(model, layers))
+    return Roles(neurons, apart, outputs, frozenset(values), places(model, layers))
 
 
 def places(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[int, str]]:
@@ -120,6 +126,12 @@ def _shuffling(size: int) -> Callable[[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(TRIED)])
     return lambda y: y.reshape(-1, size).gather(1, orders.to(y.device)).reshape(y.shape)
+
+
+def _half(size: int) -> Callable[[Tensor], Tensor]:
+    """Make every second entry of the last dimension zero."""
+    left = torch.arange(size) % 2 == 0
+    return lambda y: y * left.to(y.device)
 
 
 def _close(x: Tensor, y: Tensor) -> bool:

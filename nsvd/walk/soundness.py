@@ -121,7 +121,9 @@ def check_exchanged(model: nn.Module, dense: Mapping[str, nn.Module], before: Te
 def check_runs(model: nn.Module, before: Tensor) -> None:
     """Raise unless a model that has lost neurons runs: ``before`` and the errors are those of ``check_exchanged``."""
     if fault := _fault(model, before):
-        raise type(fault)(f"neurons cannot be left out of {type(model).__name__}: {fault}") from fault
+        raise type(fault)(
+            f"neurons cannot be left out of {type(model).__name__}, neurons=0 leaves all: {fault}"
+        ) from fault
 
 
 def _check_reread(model: nn.Module) -> None:

@@ -130,7 +130,7 @@ def test_neurons_are_a_stage():
     outputs = 8 * 6 * (5 * 256**2 + 2 * 1024**2)
     narrow = 2 * 6 * 3 * 256 * 1024 - 0.5 * 0.3 * layers
     assert many.disk - few.disk == pytest.approx(narrow + moments + outputs)
-    assert "neurons" not in told(SMALL, 2, "best", 64, 256).stages
+    assert "neurons" not in told(SMALL, 2, "best", 64, 256, neurons=0).stages
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="told by /proc")

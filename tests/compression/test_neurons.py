@@ -315,12 +315,31 @@ def test_a_narrow_layer_is_one_of_ours():
 
 
 def test_neurons_that_a_norm_reads_are_not_left_out():
-    """Its weight has an entry a neuron."""
+    """What one of them gives depends on all: asked for they are refused, and ``best`` does without."""
     model = tiny_model("bitnet", intermediate_size=48, num_key_value_heads=2)
     before = state(model)
-    with pytest.raises(ValueError, match="neurons cannot be left out of BitNetForCausalLM"):
+    with pytest.raises(ValueError, match="neurons cannot be left out of BitNetForCausalLM: what one of them gives"):
         nsvd.compress_(model, windows=token_ids(16, 24), **HOW)
     assert_same(before, model)
+    report = nsvd.compress_(model, method="best", windows=token_ids(16, 24), ratio=0.4)
+    assert report.neurons == 0
+    assert 0.4 <= report.ratio_reached < 0.42
+
+
+@pytest.mark.parametrize(
+    "how", [{"layers": "self_attn.*"}, {"allocation": "uniform"}, {"shifted": False}, {"neurons": 0.0}]
+)
+def test_best_does_without_where_there_are_none_to_leave_out(how):
+    """The same bits as those of its other ingredients; the report, and with it the card, says so."""
+    ours, theirs = tiny_model(), tiny_model()
+    report = nsvd.compress_(ours, windows=token_ids(16, 24), method="best", ratio=0.4, **how)
+    spelt = {"method": "kfac", "mu": 0.3, "allocation": "fisher", "factors": "pivoted", "shifted": True}
+    nsvd.compress_(theirs, windows=token_ids(16, 24), ratio=0.4, **spelt | {"neurons": 0.0} | how)
+    assert report.neurons == 0
+    assert torch.equal(logits(ours), logits(theirs))
+    prepared = nsvd.prepare(tiny_model(), statistics(tiny_model()), "kfac", mu=0.3)
+    how = {"method": "best", "windows": token_ids(16, 24), "ratio": 0.4, "shifted": False, "prepared": prepared}
+    assert nsvd.compress_(tiny_model(), statistics(tiny_model()), **how).neurons == 0
 
 
 def test_the_card_and_the_overview_tell_of_them(tmp_path):
