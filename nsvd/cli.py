@@ -462,7 +462,8 @@ def _parser() -> argparse.ArgumentParser:
         "--neurons",
         type=float,
         metavar="SHARE",
-        help="of what is removed that goes as whole neurons of the feed-forwards (best, kfac; default: 0.5 for best)",
+        help="of what is removed that goes as whole neurons of the feed-forwards (best, kfac; for best by default 0.5, at the most "
+        "1.5 times the ratio)",
     )
     sub.add_argument(
         "--refine",

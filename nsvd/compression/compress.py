@@ -74,8 +74,8 @@ def compress_(
         stats: moments from ``calibrate`` (not needed for ``svd``).
         method: a name of ``METHODS``; ``options`` are its own (``k1``, ``alpha``, ``mu``, ``eta``; for ``sola`` those
             of ``nsvd.linalg.sola.PUBLISHED`` and of its ``inner`` method). Or ``best``: ``kfac`` with ``mu`` 0.3,
-            the allocation ``fisher``, pivoted factors, shifted inputs and half of what is removed as neurons, on text that the
-            model samples from itself where no ``windows`` are given.
+            the allocation ``fisher``, pivoted factors, shifted inputs and up to half of what is removed as neurons, on text that
+            the model samples from itself where no ``windows`` are given.
         ratio: fraction of the target layers' parameters to remove, in [0, 1); 0 leaves all dense, and no text is needed.
         ranks: in place of ``ratio``, the rank of each layer to compress; layers that are not named stay dense.
         allocation: how ``ratio`` is shared out: ``uniform`` (the default), the same for every layer; ``strs``, the ASVD
@@ -104,10 +104,10 @@ def compress_(
             ``mix``. Statistics that are given bring the weights they were mixed with.
         search_count: how many windows of every domain ``strs``, ``lems`` and ``zero-sum`` read; by default all.
         neurons: the share, in [0, 1], of what is to be removed that goes as whole neurons of the feed-forwards: those that cost
-            the loss least, see ``nsvd.linalg.neurons``; ranks remove the rest. The default is 0, and a half for ``best`` where
-            there are feed-forwards, and no ``ranks`` or ``prepared``. Goes with ``kfac`` or ``best``, ``fisher`` and ``shifted``.
-            No feed-forward loses more than half of its neurons. The report's errors of such a layer are those of its factors beside
-            the smaller, refitted weight.
+            the loss least, see ``nsvd.linalg.neurons``; ranks remove the rest. The default is 0; for ``best`` a
+            half, or 1.5 times the ratio where this is less, if there are feed-forwards, and no ``ranks`` or ``prepared``. Goes with
+            ``kfac`` or ``best``, ``fisher`` and ``shifted``. No feed-forward loses more than half of its neurons. The report's
+            errors of such a layer are those of its factors beside the smaller, refitted weight.
         layers, exclude: names or patterns of the target layers to compress, and of those to leave alone, see ``targets``; by
             default all. ``ratio`` is that of the layers taken.
         prepared: what ``prepare`` returned for this model, statistics, outer step and options, else refused; to follow inputs needs

@@ -15,6 +15,8 @@ from nsvd.stored.experts import layer_names
 from nsvd.walk.moments import check_mixture, check_windows
 from nsvd.walk.targets import fits, patterns, targets
 
+STEEP = 1.5  # the share of neurons that a recipe chooses is no more than so many times the ratio: the first ranks cost least
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -199,7 +201,7 @@ def resolve(
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"{what} is {steps}, but a number of steps is whole and not negative")
     if ask.optional and ask.priced:
-        ask = replace(ask, neurons=chosen.weights.get("neurons", 0.0))
+        ask = replace(ask, neurons=round(min(chosen.weights.get("neurons", 0.0), STEEP * ask.removed), 6))
     if not isinstance(ask.neurons, int | float) or not 0 <= ask.neurons <= 1:
         raise ValueError(f"neurons is {ask.neurons!r}, but it is a share of what is removed, in [0, 1]")
     if ask.neurons and not ask.priced:
