@@ -185,7 +185,9 @@ class FollowedBlock:
         self._probe, (self._weights, self._mu, self._unsettled, self._shelf, originals) = probe, terms
         here = {name: layer for name, layer in originals.items() if name.startswith(self._prefix)}
         self._originals = {name.removeprefix(self._prefix): layer for name, layer in here.items()}
-        self._fewer = {n for n, old in here.items() if old.out_features != self._model.get_submodule(n).out_features}
+        now = {name: self._model.get_submodule(name) for name in here}
+        self._fewer = {name for name, old in here.items() if old.out_features != now[name].out_features}
+        self._narrow = {name for name, old in here.items() if old.in_features != now[name].in_features}
         self._settled: list[str] = []
         self.within: set[str] = set()  # layers that do not end in what the block gives out, once ``inputs`` has begun
         self._groups: dict[str, list[str]] = {}
@@ -257,6 +259,7 @@ class FollowedBlock:
         """
         sums, rest = [Sums() for _ in self._weights], []
         module = None if place is None else self.block.get_submodule(place)
+        apart = leader in self._narrow and place == leader.removeprefix(self._prefix)
         for item in self.batches:
             with (
                 remembering(self.block, self._settled, item.outputs),
@@ -264,7 +267,9 @@ class FollowedBlock:
                 completion(self.block, part, layer) as found,
             ):
                 have = value_at(module, self.block, item.hidden[OURS], item.calls[self.index])
-            sums[item.domain].add(seen[0], (item.wanted(place) - have).to(seen[0].device))
+            # A layer that stands for its own output and has lost inputs is fitted to what it would make of those that arrive.
+            wanted = have if apart else item.wanted(place)
+            sums[item.domain].add(seen[0], (wanted - have).to(seen[0].device))
             rest.append(found[0] if found else None)
             if found:
                 item.hidden[INPUT] = seen[0]
