@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from nsvd.compression.distill import distill_
 from nsvd.compression.measure import is_mine, naming, owners, prepare_layer
-from nsvd.compression.ordered import OURS, Arrived, FollowedBlock, followed
+from nsvd.compression.ordered import OURS, Arrived, FollowedBlock, followed, kept_borders
 from nsvd.compression.refine import refine_block_
 from nsvd.compression.report import Clock, relative_errors
 from nsvd.compression.request import Request
@@ -116,8 +116,11 @@ class Exchange:
 
         Those of the ``names`` that have no rank stay dense: they get the best weight of full rank, which costs no parameters.
         """
-        ask, inside, begin = self.ask, by_block(self.model, names), 0
-        while begin < len(self.blocks) and self.resumed(begin):
+        ask, inside, done, begin = self.ask, by_block(self.model, names), 0, 0
+        while done < len(self.blocks) and f"{self.stage}/{done}" in self.shelf:
+            done += 1
+        last = max((at for at in kept_borders(self.shelf) if at <= done), default=0) if self.shelf.lasting else 0
+        while begin < last and self.resumed(begin):
             begin += 1
         how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(), "unsettled": bool(ask.refine)}
         how |= {"originals": self.originals, "begin": begin, "shelf": self.shelf, "progress": ask.progress}

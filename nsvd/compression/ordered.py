@@ -34,6 +34,7 @@ from nsvd.walk.processes import rank, same
 from nsvd.walk.settled import completion, remembering, settled_parts
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.stream import batches as dealt_batches
+from nsvd.walk.stream import borders_of, kept_every
 from nsvd.walk.sums import Sums
 from nsvd.walk.text import trial
 from nsvd.walk.waiting import Waiting
@@ -109,8 +110,9 @@ def followed(
     All ``domains`` (token ids, count × length each) have equal ``weights`` unless some of sum 1 are given, and are mixed as by
     ``moments.mix``; ``mu`` is the ridge that keeps a target near the layer's own weight where its inputs say nothing. The dense
     stream goes through ``originals`` where layers have been exchanged before. A block is ``unsettled`` if it will change once
-    more when its layers are exchanged. On a ``shelf`` that lasts both streams behind a block are kept at its ``step``; ``begin``
-    is the number of blocks that an earlier walk has done.
+    more when its layers are exchanged. On a ``shelf`` that lasts both streams behind a block are kept at its ``step``, of a
+    long text behind some blocks only (``kept_every``). ``begin``, one of ``kept_borders`` or 0, is where an earlier walk is taken
+    up.
 
     One block runs at a time. Of all the calibration text there wait, in memory or past a limit in files, the hidden states of both
     streams, what the dense stream holds at the landmarks of the layers that are not done, the outputs of parts of the block
@@ -145,13 +147,15 @@ def followed(
             stream, _, number = name.partition(" ")
             item = probe if int(number) == PROBE else batches[int(number)]
             item.hidden[stream] = tensor.to(device)
+        every = kept_every(domains)
+        terms = _Terms(weights, mu, unsettled, shelf, originals or {}, every)
         counted = {"total": len(decoder), "initial": begin, "disable": not progress, "leave": False}
         for index in tqdm(range(begin, len(decoder)), "shifted", **counted):
             with decoder.held(index):
-                yield FollowedBlock(
-                    decoder, index, leaders, batches, probe, _Terms(weights, mu, unsettled, shelf, originals or {})
-                )
-            shelf.own.drop(f"{STREAMS}/{index}")
+                yield FollowedBlock(decoder, index, leaders, batches, probe, terms)
+            if not (index + 1) % every:
+                for earlier in range(index + 1):
+                    shelf.own.drop(f"{STREAMS}/{earlier}")
 
 
 class _Terms(NamedTuple):
@@ -162,6 +166,12 @@ class _Terms(NamedTuple):
     unsettled: bool
     shelf: Shelf
     originals: Mapping[str, nn.Linear]
+    every: int  # see ``kept_every``
+
+
+def kept_borders(shelf: Shelf) -> set[int]:
+    """The numbers of the blocks before which both streams are kept, by all processes."""
+    return borders_of(shelf, STREAMS)
 
 
 class FollowedBlock:
@@ -182,7 +192,7 @@ class FollowedBlock:
     ):
         self.index, self.block, self.batches = index, decoder.blocks[index], batches
         self._model, self._prefix = decoder.model, f"{decoder.name}.{index}."
-        self._probe, (self._weights, self._mu, self._unsettled, self._shelf, originals) = probe, terms
+        self._probe, (self._weights, self._mu, self._unsettled, self._shelf, originals, self._every) = probe, terms
         here = {name: layer for name, layer in originals.items() if name.startswith(self._prefix)}
         self._originals = {name.removeprefix(self._prefix): layer for name, layer in here.items()}
         now = {name: self._model.get_submodule(name) for name in here}
@@ -225,7 +235,7 @@ class FollowedBlock:
             with remembering(self.block, settled, item.outputs):
                 item.hidden[OURS] = run_block(self.block, item.hidden[OURS], item.calls[self.index])
             item.outputs.clear()
-        if self._shelf.lasting:
+        if self._shelf.lasting and not (self.index + 1) % self._every:
             both = {f"{s} {n}": item.hidden[s].cpu() for n, item in enumerate(self.batches) for s in (DENSE, OURS)}
             both[f"{DENSE} {PROBE}"] = self._probe.hidden[DENSE].cpu()
             self._shelf.own.put(f"{STREAMS}/{self.index + 1}", both)

@@ -26,12 +26,11 @@ from nsvd.walk.moments import (
 )
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.statistics import Statistics
-from nsvd.walk.stream import Batch, Stream, borders_of, windows_read
+from nsvd.walk.stream import Batch, Stream, borders_of, kept_every, windows_read
 from nsvd.walk.sums import Sums, finite
 from nsvd.walk.targets import targets
 
 STREAM, EXPERTS = "moments-stream", "moments-experts"  # on the shelf
-KEPT = 2**16  # tokens whose border is kept behind every block; one of n times as many is kept behind every n-th
 
 
 @torch.inference_mode(False)
@@ -73,8 +72,8 @@ class Walked(Mapping[str, Moments]):
     At any time it holds the hidden states (count, length, d) of all windows before one block, in the host's memory, and the
     moments of this block's layers. Those of earlier blocks are gone. The blocks themselves must stay as they are until
     theirs are taken: a layer may be exchanged once its block is passed. On a ``shelf`` that lasts, ``save`` keeps the border that
-    was reached, and the same walk begins there the next time, or at the last that was kept up to ``most``. To write a long text's
-    hidden states takes longer than a block, so its border is kept behind some blocks only.
+    was reached, and the same walk begins there the next time, or at the last that was kept up to ``most``. The border of
+    a long text is kept behind some blocks only, see ``kept_every``.
 
     Raises:
         ValueError: as ``calibrate``; a layer in none of the blocks.
@@ -110,7 +109,7 @@ class Walked(Mapping[str, Moments]):
         scratch = None if shelf is None else shelf.scratch()
         with torch.no_grad(), evaluating(decoder.model):
             self._stream = Stream(decoder, domains, batch=batch, scratch=scratch)
-        self._every = -(-sum(ids.numel() for ids in domains) // KEPT)
+        self._every = kept_every(domains)
         if self._shelf is not None:
             kept = borders_of(self._shelf, STREAM)
             self._stream.restore(self._shelf, STREAM, max((at for at in kept if most is None or at <= most), default=0))

@@ -15,6 +15,7 @@ from nsvd.walk.shelf import Shelf
 from nsvd.walk.waiting import Row
 
 READ = 2048  # tokens read at a time, or one window where it is longer
+KEPT = 2**16  # tokens whose border is kept behind every block; one of n times as many is kept behind every n-th
 
 
 @dataclass
@@ -107,6 +108,11 @@ def batches(
             if not dealt or turn % count() == rank():
                 yield domain, first, ids
             first, turn = first + len(ids), turn + 1
+
+
+def kept_every(domains: Sequence[Tensor]) -> int:
+    """Behind every how many blocks a border is kept: to write a long text's hidden states takes longer than a block."""
+    return -(-sum(ids.numel() for ids in domains) // KEPT)
 
 
 def borders_of(shelf: Shelf, key: str) -> set[int]:

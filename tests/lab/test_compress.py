@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import nsvd
-from nsvd.compression import exchange, whole_layers
+from nsvd.compression import exchange, ordered, whole_layers
 from nsvd.lab import compress as module
 from nsvd.stored.locks import locked
-from nsvd.walk import calibrate
+from nsvd.walk import calibrate, stream
 from tests.stored.test_gguf import plain_model, write
 from tests.tiny import GROUPED, tiny_model, tiny_tokenizer
 
@@ -126,21 +126,22 @@ def test_a_run_that_is_stopped_goes_on_and_ends_in_the_same_bytes(way, dense, mo
     assert sorted(os.listdir(dense.parent)) == ["dense", "out", "text.txt", "whole"]
 
 
-@pytest.mark.parametrize("way", ["asvd-1", "nsvd-1, spectrum"])
+@pytest.mark.parametrize("way", ["asvd-1", "nsvd-1, spectrum", "best"])
 def test_of_a_long_text_some_borders_are_kept(way, dense, monkeypatch):
     """Behind every second block here; what comes after the last one is done again, and ends in the same bytes."""
     nsvd.save(tiny_model(num_hidden_layers=5), tiny_tokenizer(), dense)
     whole, out, how = dense.parent / "whole", dense.parent / "out", {"ratio": 0.3} | WAYS[way] | cut(dense)
     nsvd.compress(dense, whole, **how)
-    monkeypatch.setattr(calibrate, "KEPT", 24 * 32 // 2)
-    borders, save = [], calibrate.Stream.save
-    monkeypatch.setattr(calibrate.Stream, "save", lambda self, *args: (borders.append(self.at), save(self, *args)))
+    monkeypatch.setattr(stream, "KEPT", 24 * 32 // 2)
+    borders, put = [], module.Shelf.put
+    monkeypatch.setattr(module.Shelf, "put", lambda self, key, *a, **b: (borders.append(key), put(self, key, *a, **b)))
     nsvd.compress(dense, out, **how)
-    assert borders == [2, 4]
+    kept = [int(key.split("/")[-1]) for key in borders if key.startswith((calibrate.STREAM, ordered.STREAMS))]
+    assert kept == ([2, 4] if way != "best" else [1, 2, 3, 4, 5, 2, 4])  # half of the text for moments, all in order
     assert numbers(out) == numbers(whole)
     counted = _counting(monkeypatch, None)
     nsvd.compress(dense, out, **how)
-    stops = range(1, counted["puts"], 2)
+    stops = range(1, counted["puts"], 2) if way != "best" else range(counted["puts"] - 12, counted["puts"], 4)
     for stop in stops:
         begun = dense.parent / f"out-{stop}"
         counted |= {"puts": 0, "stop": stop}
