@@ -72,7 +72,7 @@ notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := -p test_count 8 -p held_c
 notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC))
 
 RECOVERY := -p dtype float32 -p methods '["asvd-1", "best"]' -p ratios '[0.3]' -p count 64 -p length 256 -p steps '[100, 200]' \
-	-p rate 0.0002 -p adapter_rate 0.001 -p seeds '[0]' -p test_count 8
+	-p rate 0.0002 -p adapter_rate 0.001 -p seeds '[0]' -p test_count 8 -p check true
 notebooks/executed/smollm2-135m/13_recovery.ipynb: MORE := $(RECOVERY)  # training in bfloat16 would lose small steps
 
 notebooks/executed/smollm2-135m/14_rank_and_bits.ipynb: MORE := -p count 64 -p test_count 4 -p ratios '[0.1, 0.3]' -p check true

@@ -43,6 +43,7 @@ MORE = {
         "adapter_rate",
         "seeds",
         "test_count",
+        "check",
     },
     "14_rank_and_bits": {"count", "test_count", "ratios", "check"},
     "15_rivals": {"count", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
