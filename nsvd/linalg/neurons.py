@@ -34,6 +34,7 @@ class Removal(NamedTuple):
 class Neurons:
     """The last layer D (d_out, n) of a feed-forward, with the metrics of its inputs and outputs.
 
+    Where the loss does not see the outputs, H = 0, all of them count alike, and no neuron costs anything, as in ``kfac``.
     G gets a ridge of ``mu`` times its own diagonal, so that one neuron much larger than the others does not decide theirs.
 
     Raises:
@@ -51,6 +52,8 @@ class Neurons:
         self._seen = torch.where(size > 0, size, 0.0)
         self._C = G / self._size / self._size[:, None]
         self._C.fill_diagonal_(1.0 + mu)
+        self._seen_by_loss = bool(H.any())
+        H = H if self._seen_by_loss else torch.ones_like(D[:, 0])
         self._half = H.sqrt().diag() if H.ndim == 1 else cholesky(H.clone(), "the output metric").mT
 
     def removal(self, most: int) -> Removal:
@@ -70,7 +73,8 @@ class Neurons:
             left[gone] = False
             order += gone.tolist()
             losses += [losses[-1] + sum(costs[: i + 1]) / 2 for i in range(count)]
-        return Removal(torch.tensor(order, dtype=torch.int64), torch.tensor(losses, dtype=torch.float64))
+        rise = torch.tensor(losses, dtype=torch.float64) * self._seen_by_loss
+        return Removal(torch.tensor(order, dtype=torch.int64), rise)
 
     def refitted(self, kept: Int[Tensor, " kept"]) -> Float[Tensor, "d_out kept"]:
         """What D becomes when only the ``kept`` neurons are left."""

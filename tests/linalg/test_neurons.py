@@ -105,3 +105,12 @@ def test_without_a_ridge_it_is_refused():
     D, G, H = problem()
     with pytest.raises(ValueError, match="positive ridge"):
         Neurons(D, G, H, mu=0.0)
+
+
+def test_a_layer_that_the_loss_does_not_see_costs_nothing():
+    """Which of its neurons go is told as if all outputs counted alike."""
+    D, G, H = problem()
+    unseen, alike = (Neurons(D, G, metric, mu=0.1).removal(5) for metric in (0 * H, torch.eye(5, dtype=torch.float64)))
+    assert torch.equal(unseen.order, alike.order)
+    assert not unseen.losses.any()
+    assert alike.losses[-1] > 0
