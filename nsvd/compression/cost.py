@@ -19,11 +19,11 @@ from nsvd.compression.compress import RANKS_EVERY
 from nsvd.compression.descent import TRIED
 from nsvd.compression.distill import TOKENS as DISTILLED
 from nsvd.compression.measure import GRADIENTS_EVERY, GRADIENTS_LEAST
-from nsvd.compression.neurons import MOST
 from nsvd.compression.ranks import SEARCHING, TRYING
 from nsvd.compression.request import Request, chosen_layers
 from nsvd.compression.strs import KEPT
 from nsvd.linalg import rank_for_ratio
+from nsvd.linalg.neurons import MOST
 from nsvd.walk.decoder import block_list
 from nsvd.walk.experts import experts_apart
 from nsvd.walk.shelf import LIMIT

@@ -1,4 +1,4 @@
-"""``compress_`` by a method that factors whole layers: find ranks where they are not known, exchange the layers."""
+"""``compress_`` by a method that factors whole layers: leave out neurons, find ranks where they are not known, exchange layers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from nsvd.compression.exchange import Exchange
-from nsvd.compression.measure import DRAFT, ENDS, averaged, check_gradients, decompositions, gradient_texts
-from nsvd.compression.neurons import put_back, put_narrow, told_sizes, without_neurons
+from nsvd.compression.measure import DRAFT, ENDS, averaged, check_gradients, decompositions, gradient_texts, naming
 from nsvd.compression.ranks import SEARCHING, searched
 from nsvd.compression.request import recipe
 from nsvd.linalg import Decomposition
+from nsvd.linalg.asvd import ridged
+from nsvd.linalg.neurons import MOST, Neurons, Removal, kept
+from nsvd.linalg.precision import double
 from nsvd.walk.gradient_sums import Kind
 from nsvd.walk.gradients import drawn_labels, fisher_into
+from nsvd.walk.lazy import held, rebase
+from nsvd.walk.narrow import file_of, is_written, narrow, tell_sizes, write_narrow
 from nsvd.walk.processes import same
+from nsvd.walk.roles import Siblings, roles
 from nsvd.walk.soundness import check_exchanged, check_runs
 from nsvd.walk.statistics import Statistics
+
+REMOVALS = "removals"  # on the shelf
 
 
 class Result(NamedTuple):
@@ -62,7 +69,7 @@ def factor(
         if ask.distill:
             losses = job.distill(touched, list(smaller))
         if job.originals:
-            told_sizes(job)
+            tell_sizes(job.model, job.originals)
         alone = {name: job.layers[name] for name in touched if name not in job.originals}  # the others go together
         check_exchanged(job.model, alone or job.before, before)
     except BaseException:
@@ -135,3 +142,87 @@ def _labels(job: Exchange, texts: list[Tensor]) -> list[Tensor]:
         labels.append(job.shelf.get(key)["ids"])
         first += len(ids)
     return labels
+
+
+def without_neurons(job: Exchange) -> Exchange:
+    """The same job with smaller layers, for ``put_narrow``, and their statistics; the model is left as it is.
+
+    ``nsvd.linalg.neurons`` says which neurons go, and by how much the loss rises: in nats a token, so that one price for a
+    parameter says how many every feed-forward loses. Without a feed-forward, and where none had to be, it is the job itself.
+
+    What is found of a feed-forward lies on the shelf before the next is looked at, and statistics that lie there are cut there. So
+    no more than one is in memory, and an interrupted run goes on.
+
+    Raises:
+        ValueError: if no feed-forward is among the layers whole, or the model has none whose neurons are computed one by one.
+    """
+    found = _feed_forwards(job)
+    if not found:
+        return job
+    left = same(neurons_kept(job, found, {last: _removal(job, last) for last in found}))
+    found = {last: first for last, first in found.items() if len(left[last]) < job.layers[last].in_features}
+    for last, first in found.items():
+        if not is_written(job.shelf, last, first):
+            with held(job.place(last)[0]):
+                write_narrow(job.shelf, job.layers, last, first, left[last], _neurons(job, last).refitted(left[last]))
+    layers, stats, originals = narrow(job.layers, cast(Statistics, job.measured), found, left, job.shelf)
+    job.clock.lap("neurons")
+    return replace(job, layers=layers, stats=stats, originals=originals)
+
+
+def _feed_forwards(job: Exchange) -> Siblings:
+    """The feed-forwards that are among the layers whole and can lose neurons; none only where that is ``optional``."""
+    try:
+        known = roles(job.model)
+    except ValueError:
+        if not job.ask.optional:
+            raise
+        return {}
+    found = {last: first for last, first in known.neurons.items() if {last, *first} <= job.layers.keys()}
+    apart = {last: first for last, first in found.items() if last in known.apart}
+    if not (apart or job.ask.optional):
+        raise ValueError(
+            f"neurons cannot be left out of {type(job.model).__name__}: what one of them gives depends on the others"
+            if found
+            else "neurons are left out of feed-forwards, and none of them is among the layers whole"
+        )
+    return apart
+
+
+def _removal(job: Exchange, last: str) -> Removal:
+    """In which order the neurons of a feed-forward go."""
+    key = f"{REMOVALS}/{last}"
+    if key not in job.shelf:
+        with held(job.place(last)[0]), naming(last):
+            found = _neurons(job, last).removal(int(MOST * job.layers[last].in_features))
+        job.shelf.put(key, found._asdict())
+    return Removal(**job.shelf.get(key))
+
+
+def _neurons(job: Exchange, last: str) -> Neurons:
+    moments, options = cast(Statistics, job.measured)[last], job.options
+    W = double(job.layers[last].weight.detach())
+    G, H = (double(x).to(W.device) for x in (moments.G, moments.slopes()))
+    return Neurons(W, G, ridged(H, options["eta"], "eta"), mu=options["mu"])
+
+
+def neurons_kept(job: Exchange, found: Siblings, removals: Mapping[str, Removal]) -> dict[str, Tensor]:
+    """Which neurons are left, by the last layer of each feed-forward, when their share of what is to go has gone."""
+    layers = job.layers
+    units = {
+        last: sum(layers[f].in_features for f in first) + layers[last].out_features for last, first in found.items()
+    }
+    goal = job.ask.neurons * job.ask.removed * sum(layer.weight.numel() for layer in layers.values())
+    return kept(removals, {last: layers[last].in_features for last in found}, units, goal)
+
+
+def put_narrow(job: Exchange) -> None:
+    """Put the smaller layers in the place of the ``originals``; a block that is in a file reads them from the shelf."""
+    for name in job.originals:
+        rebase(*job.place(name), job.layers[name], file_of(job.shelf, name))
+
+
+def put_back(job: Exchange) -> None:
+    """Put the ``originals`` back."""
+    for name, layer in job.originals.items():
+        rebase(*job.place(name), layer)

@@ -12,13 +12,19 @@ refitted layer is MoDeGPT's Nyström step (arXiv 2408.09632).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nsvd.linalg.budget import hull
 from nsvd.linalg.kfac import cholesky
+
+MOST = 0.5  # of the neurons of a feed-forward that may go
+MULTIPLE = 8  # of neurons that are left, as hardware likes it
 
 ROUNDS = 48  # all neurons are looked at so many times; in between, the cheapest are followed exactly
 NEAR = 2  # among so many times as many as a round takes
@@ -82,6 +88,39 @@ class Neurons:
         L = torch.linalg.cholesky(self._C[kept][:, kept])
         scaled = torch.cholesky_solve(self._C[kept] @ (self.D * self._size).mT, L).mT
         return scaled / self._size[kept]
+
+
+def kept(
+    removals: Mapping[str, Removal], sizes: Mapping[str, int], units: Mapping[str, int], goal: float
+) -> dict[str, Int[Tensor, " kept"]]:
+    """Which neurons are left of each feed-forward, of so many, when ``goal`` parameters are to go and no more.
+
+    A neuron holds ``units`` parameters. At the margin the loss rises by the same everywhere, for each parameter.
+    """
+    edges = []
+    for name, unit in units.items():
+        corners = hull([(-unit * gone, rise, gone) for gone, rise in enumerate(removals[name].losses.tolist())])
+        edges += [((b[1] - a[1]) / (a[0] - b[0]), a[0] - b[0], name, b[2]) for a, b in pairwise(corners)]
+    gone = dict.fromkeys(units, 0)
+    for _, freed, name, count in sorted(edges):
+        if freed > goal:
+            gone[name] += int(goal // units[name])
+            break
+        gone[name], goal = count, goal - freed
+    return {
+        name: _left(removals[name].order[: _rounded(sizes[name], count)], sizes[name]) for name, count in gone.items()
+    }
+
+
+def _rounded(n: int, count: int) -> int:
+    """So many of n neurons, or a few less, that a multiple of ``MULTIPLE`` is left, if n is one."""
+    return n - -(-(n - count) // MULTIPLE) * MULTIPLE if n % MULTIPLE == 0 else count
+
+
+def _left(gone: Int[Tensor, " gone"], n: int) -> Int[Tensor, " kept"]:
+    left = torch.ones(n, dtype=torch.bool)
+    left[gone] = False
+    return left.nonzero()[:, 0]
 
 
 def _one_by_one(

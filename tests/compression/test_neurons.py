@@ -7,16 +7,17 @@ import pytest
 import torch
 
 import nsvd
-from nsvd.compression import exchange, neurons, whole_layers
+from nsvd.compression import exchange, whole_layers
 from nsvd.compression.compress import carry_out
 from nsvd.compression.exchange import Exchange
-from nsvd.compression.neurons import put_narrow, told_sizes
 from nsvd.compression.report import Clock
 from nsvd.compression.request import resolve
+from nsvd.compression.whole_layers import put_narrow, without_neurons
 from nsvd.linalg.neurons import Neurons
 from nsvd.stored.checkpoint import describe
 from nsvd.stored.layers import CompressedLayer, NarrowLinear
 from nsvd.walk.folder import open_folder
+from nsvd.walk.narrow import NARROW, narrow, tell_sizes, write_narrow
 from nsvd.walk.shelf import Kept, Shelf
 from nsvd.walk.statistics import Statistics
 from nsvd.walk.targets import targets
@@ -34,7 +35,7 @@ from tests.tiny import (  # noqa: F401
 )
 
 HOW = {"method": "best", "ratio": 0.4, "neurons": 0.5}
-BREAKS = ("nsvd.compression.whole_layers.told_sizes", "nsvd.compression.exchange.Exchange._cut")
+BREAKS = ("nsvd.compression.whole_layers.tell_sizes", "nsvd.compression.exchange.Exchange._cut")
 BREAKS += ("nsvd.compression.whole_layers.check_runs",)
 FAMILIES = ("llama", "qwen2", "gemma2", "opt", "gpt_neox", "phi", "gpt2")
 
@@ -112,6 +113,12 @@ def test_the_model_is_closer_than_by_ranks_alone_at_the_same_size(family):
     assert found[0.5] < 0.9 * found[0.0]
 
 
+def left_with(job, last, first, kept):
+    """The job of a model with some neurons of one feed-forward left."""
+    write_narrow(job.shelf, job.layers, last, first, kept, whole_layers._neurons(job, last).refitted(kept))
+    return replace(job, **narrow(job.layers, job.stats, {last: first}, {last: kept}, job.shelf)._asdict())
+
+
 def test_what_is_left_out_is_what_costs_least_for_each_parameter():
     job = asked(tiny_model())
     found = {DOWN: tuple(DOWN.replace("down", part) for part in ("gate", "up"))}
@@ -119,8 +126,8 @@ def test_what_is_left_out_is_what_costs_least_for_each_parameter():
         name.replace("layers.1", "layers.0"): tuple(f.replace("layers.1", "layers.0") for f in first)
         for name, first in found.items()
     }
-    removals = {last: neurons._neurons(job, last).removal(36) for last in found}
-    kept = neurons.kept(job, found, removals)
+    removals = {last: whole_layers._neurons(job, last).removal(36) for last in found}
+    kept = whole_layers.neurons_kept(job, found, removals)
     gone = {last: 48 - len(index) for last, index in kept.items()}
     unit, goal = 3 * 32, 0.5 * 0.4 * 15_360
     assert goal - 2 * 8 * unit <= unit * sum(gone.values()) <= goal  # whole multiples of eight are left
@@ -137,8 +144,8 @@ def test_the_narrow_model_is_the_refitted_one_and_its_statistics_are_those_of_wh
     dense, job = copy.deepcopy(model), asked(model)
     fc1, fc2 = "model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"
     kept = torch.arange(0, 48, 2)
-    narrow = neurons._narrow(job, {fc2: (fc1,)}, {fc2: kept})
-    put_narrow(narrow)
+    smaller = left_with(job, fc2, (fc1,), kept)
+    put_narrow(smaller)
     H = job.stats[fc2].H.double()
     ridge = job.options["eta"] * H.diagonal().mean() * torch.eye(len(H))
     D = dense.get_submodule(fc2).weight.double()
@@ -146,13 +153,13 @@ def test_the_narrow_model_is_the_refitted_one_and_its_statistics_are_those_of_wh
     torch.testing.assert_close(model.get_submodule(fc2).weight, wanted.float())
     assert torch.equal(model.get_submodule(fc1).weight, dense.get_submodule(fc1).weight[kept])
     assert torch.equal(model.get_submodule(fc1).bias, dense.get_submodule(fc1).bias[kept])
-    assert torch.equal(narrow.stats[fc2].G, job.stats[fc2].G[kept][:, kept])
-    assert torch.equal(narrow.stats[fc1].H, job.stats[fc1].H[kept][:, kept])
-    assert torch.equal(narrow.stats[fc1].G, job.stats[fc1].G)
-    assert 1 - narrow.ratio == pytest.approx(int(0.6 * 14_336) / (14_336 - 2 * 24 * 32))
+    assert torch.equal(smaller.stats[fc2].G, job.stats[fc2].G[kept][:, kept])
+    assert torch.equal(smaller.stats[fc1].H, job.stats[fc1].H[kept][:, kept])
+    assert torch.equal(smaller.stats[fc1].G, job.stats[fc1].G)
+    assert 1 - smaller.ratio == pytest.approx(int(0.6 * 14_336) / (14_336 - 2 * 24 * 32))
     for name in (fc1, fc2):
         model.set_submodule(name, NarrowLinear.of(model.get_submodule(name)))
-    told_sizes(narrow)
+    tell_sizes(model, smaller.originals)
     assert describe(model.get_submodule(fc1)) == {"layer": NarrowLinear.kind, "outputs": 24}
     whole = model.get_submodule(fc2).to_linear()
     assert torch.equal(whole.weight[:, :24], model.get_submodule(fc2).weight)
@@ -166,11 +173,11 @@ def test_the_dense_stream_is_that_of_the_dense_model():
     job = asked(model)
     last = "model.layers.0.mlp.down_proj"
     first = tuple(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up"))
-    narrow = neurons._narrow(job, {last: first}, {last: torch.arange(16)})
-    put_narrow(narrow)
+    smaller = left_with(job, last, first, torch.arange(16))
+    put_narrow(smaller)
     before = float((logits(model) - logits(dense)).norm())
     with torch.no_grad():
-        narrow.in_order(list(narrow.layers), {})
+        smaller.in_order(list(smaller.layers), {})
     assert float((logits(model) - logits(dense)).norm()) < 0.9 * before
 
 
@@ -228,7 +235,7 @@ def test_statistics_on_a_shelf_are_cut_there():
     moments.update(job.stats.moments)
     gradients.update(job.stats.gradients)
     known = Statistics(moments, job.stats.inputs, job.stats.origin, gradients)
-    given, ours = neurons.without_neurons(job), neurons.without_neurons(replace(job, stats=known))
+    given, ours = without_neurons(job), without_neurons(replace(job, stats=known))
     assert isinstance(ours.stats.moments, Kept)
     assert isinstance(ours.stats.gradients, Kept)
     assert ours.originals.keys() == given.originals.keys()
@@ -239,7 +246,7 @@ def test_statistics_on_a_shelf_are_cut_there():
         assert torch.equal(given.stats[name].H, ours.stats[name].H)
         assert (len(layer.weight), layer.weight.shape[1]) == (len(given.stats[name].H), len(given.stats[name].G))
     assert len(job.stats[DOWN].G) == 48 > len(given.stats[DOWN].G)
-    assert not shelf.keys(neurons.NARROW)
+    assert not shelf.keys(NARROW)
 
 
 def test_what_does_not_go_with_it_is_refused():
