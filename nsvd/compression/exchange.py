@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from nsvd.compression.distill import distill_
 from nsvd.compression.measure import is_mine, naming, owners, prepare_layer
-from nsvd.compression.ordered import OURS, Arrived, FollowedBlock, followed, kept_borders
+from nsvd.compression.ordered import OURS, STREAMS, Arrived, FollowedBlock, followed
 from nsvd.compression.refine import refine_block_
 from nsvd.compression.report import Clock, relative_errors
 from nsvd.compression.request import Request
@@ -34,6 +34,7 @@ from nsvd.walk.memory import give_back
 from nsvd.walk.processes import count, gathered, same
 from nsvd.walk.shelf import Kept, Shelf
 from nsvd.walk.statistics import Statistics
+from nsvd.walk.stream import borders_of
 from nsvd.walk.targets import by_block, shape_of
 
 TARGET_RIDGE = 0.03  # of shifted targets, for methods without a ridge of their own: the inputs never fix a target alone
@@ -119,7 +120,7 @@ class Exchange:
         ask, inside, done, begin = self.ask, by_block(self.model, names), 0, 0
         while done < len(self.blocks) and f"{self.stage}/{done}" in self.shelf:
             done += 1
-        last = max((at for at in kept_borders(self.shelf) if at <= done), default=0) if self.shelf.lasting else 0
+        last = max((at for at in borders_of(self.shelf, STREAMS) if at <= done), default=0) if self.shelf.lasting else 0
         while begin < last and self.resumed(begin):
             begin += 1
         how = {"mu": self.options.get("mu", TARGET_RIDGE), "weights": self._shares(), "unsettled": bool(ask.refine)}

@@ -34,7 +34,7 @@ from nsvd.walk.processes import rank, same
 from nsvd.walk.settled import completion, remembering, settled_parts
 from nsvd.walk.shelf import Shelf
 from nsvd.walk.stream import batches as dealt_batches
-from nsvd.walk.stream import borders_of, kept_every
+from nsvd.walk.stream import kept_every
 from nsvd.walk.sums import Sums
 from nsvd.walk.text import trial
 from nsvd.walk.waiting import Waiting
@@ -111,8 +111,8 @@ def followed(
     ``moments.mix``; ``mu`` is the ridge that keeps a target near the layer's own weight where its inputs say nothing. The dense
     stream goes through ``originals`` where layers have been exchanged before. A block is ``unsettled`` if it will change once
     more when its layers are exchanged. On a ``shelf`` that lasts both streams behind a block are kept at its ``step``, of a
-    long text behind some blocks only (``kept_every``). ``begin``, one of ``kept_borders`` or 0, is where an earlier walk is taken
-    up.
+    long text behind some blocks only (``kept_every``). ``begin``, the border of one of these ``STREAMS`` or 0, is where an
+    earlier walk is taken up.
 
     One block runs at a time. Of all the calibration text there wait, in memory or past a limit in files, the hidden states of both
     streams, what the dense stream holds at the landmarks of the layers that are not done, the outputs of parts of the block
@@ -167,11 +167,6 @@ class _Terms(NamedTuple):
     shelf: Shelf
     originals: Mapping[str, nn.Linear]
     every: int  # see ``kept_every``
-
-
-def kept_borders(shelf: Shelf) -> set[int]:
-    """The numbers of the blocks before which both streams are kept, by all processes."""
-    return borders_of(shelf, STREAMS)
 
 
 class FollowedBlock:
