@@ -26,6 +26,8 @@ PALETTE = {
     "ridge": "#2d6a4f",
     "kfac": "#00a6a6",
     "sola": "#e36414",
+    "ZS-SVD": "#9d4edd",
+    "LEMS": "#6f4518",
     "best": "#38b000",
     "dense": "#000000",
 }
