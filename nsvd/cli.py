@@ -21,9 +21,6 @@ for _library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):  # what matters of what 
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
 
-MOST = 0.9  # of the blocks' parameters in the layers that are compressed; below it, the command says how many they hold
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input, 1 for a notebook that failed."""
     chosen = _parser().parse_args(arguments)
@@ -140,12 +137,7 @@ def compress(chosen: argparse.Namespace) -> None:
             f"{report.model_ratio_reached:.1%} of the whole model's {report.model_params_before:,} removed, "
             f"left alone {largest(report.left_alone)}"
         )
-        if report.blocks_covered < MOST:
-            said.append(
-                f"the layers taken hold {report.blocks_covered:.0%} of the blocks' parameters, the rest of these is dense"
-            )
-        if report.unreached:
-            said.append(report.unreached)
+        said += report.reservations
     if report := done.cache:
         said.append(f"KV cache of {report.bytes_after:,} bytes a token ({report.bytes_before:,} dense)")
     label = chosen.method if chosen.method in RECIPES else base_method(chosen.method).label

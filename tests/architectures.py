@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
     PreTrainedModel,
 )
@@ -30,7 +33,8 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "architectures.md"
 OLDEST = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
 LOCKED = re.search(r"^transformers==(\S+)", (ROOT / "constraints-lock.txt").read_text(encoding="utf-8"), re.M)[1]
-METHODS = ("svd", "asvd-1", "best")
+METHODS = ("svd", "asvd-1", "nsvd-1", "sola", "best")
+OPTIONS = {"nsvd-1": {"k1": 0.5}, "sola": {"keep_outer": 0, "grid": 2, "floor": 0.0}}  # so small are they
 IDS = token_ids()
 WIDE = GROUPED | {"head_dim": 8}
 FOUR = {"num_local_experts": 4}
@@ -132,6 +136,9 @@ OTHERS: dict[str, tuple[type, str, dict]] = {  # of another kind than those that
     "paligemma": (AutoModelForMultimodalLM, "paligemma", beside("gemma", SIGLIP, head_dim=8) | {"projection_dim": 32}),
     "bert, not as a decoder": (AutoModelForCausalLM, "bert", PLAIN),
     "bert, masked": (AutoModelForMaskedLM, "bert", PLAIN),
+    "bert, to classify": (AutoModelForSequenceClassification, "bert", PLAIN),
+    "llama, to classify": (AutoModelForSequenceClassification, "llama", GROUPED),
+    "llama, without a head": (AutoModel, "llama", GROUPED),
     "modernbert": (AutoModelForMaskedLM, "modernbert", PLAIN),
     "t5": (AutoModelForSeq2SeqLM, "t5", {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}),
     "bart": (AutoModelForSeq2SeqLM, "bart", {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48} | ENDS),
@@ -139,19 +146,20 @@ OTHERS: dict[str, tuple[type, str, dict]] = {  # of another kind than those that
 }  # fmt: skip
 HEAD = f"""# Architectures
 
-Tiny random models, tried with methods that need no text (`svd`), one pass over a text (`asvd-1`), and gradients, shifted inputs and
-pivoted factors (`best`). **works**: compressed, saved, and read again with the same bits. Otherwise the sentence with which
-it is refused before anything is changed. The second column is the share of the blocks' parameters in the layers that are
+Tiny random models, tried with methods that need no text (`svd`), one pass over a text (`asvd-1`, and `nsvd-1` in two steps),
+neurons kept whole (`sola`, on all blocks), and gradients, shifted inputs, pivoted factors and neurons left out (`best`). **works**:
+compressed, saved, and read again with the same bits. Otherwise the sentence with which it is refused before anything is changed;
+**likewise** is the sentence to the left. The second column is the share of the blocks' parameters in the layers that are
 compressed; what else there is stays dense, such as convolutions and states. **works on** names the share where it is another one:
 experts that are one tensor of three dimensions are taken apart and compressed, each for its own tokens, but not by methods that
-follow inputs or ask for gradients.
+follow inputs or ask for gradients, nor by `sola`. Experts of llama4, which are another kind of tensor, stay dense.
 Of a model that reads images or sounds the blocks are those of its text decoder; all else is left alone.
 
 Written by `python -m tests.architectures`, and held to what happens by `tests/walk/test_table.py`:
 transformers {OLDEST} and {LOCKED}. Where the router of jamba is a linear layer, as in {OLDEST}, it has one layer more.
 
-| architecture | share of the blocks | svd | asvd-1 | best |
-|---|---|---|---|---|
+| architecture | share of the blocks | {" | ".join(METHODS)} |
+|---|---|{"---|" * len(METHODS)}
 """
 
 
@@ -167,9 +175,9 @@ def built(name: str) -> PreTrainedModel:
 @torch.no_grad()
 def outcome(name: str, method: str) -> tuple[str, float | None]:
     """What a cell of the table says, and the share of the blocks; raises ``AssertionError`` if another model is read again."""
-    model = built(name)
+    model, how = built(name), {"method": method} | OPTIONS.get(method, {})
     try:
-        report = nsvd.compress_(model, windows=None if method == "svd" else IDS, method=method, ratio=0.3)
+        report = nsvd.compress_(model, windows=None if method == "svd" else IDS, ratio=0.3, **how)
     except ValueError as error:
         return str(error), None
     said = model(input_ids=IDS[:3]).logits
@@ -186,6 +194,10 @@ def row(name: str) -> str:
     shares = [f"{share:.0%}" for _, share in found if share is not None] or [""]
     cells = [
         cell if share is None or f"{share:.0%}" == shares[0] else f"{cell} on {share:.0%}" for cell, share in found
+    ]
+    cells = [
+        "likewise" if before == cell and not cell.startswith("works") else cell
+        for before, cell in pairwise(["", *cells])
     ]
     return f"| {name} | {shares[0]} | {' | '.join(cells)} |"
 

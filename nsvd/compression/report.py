@@ -26,6 +26,8 @@ from nsvd.walk.decoder import longest_list
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST = 0.9  # of the parameters of the blocks; where the layers taken hold less, a report says so
+
 
 def versions() -> dict[str, str]:
     """Versions of what computed a number."""
@@ -114,6 +116,12 @@ class Report(Tabled):
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("rows", "moves")}
 
     @property
+    def reservations(self) -> list[str]:
+        """What part of the blocks was left out, and which experts no text has reached, a sentence each; mostly none."""
+        held = f"the layers taken hold {self.blocks_covered:.0%} of the blocks' parameters, the rest of these is dense"
+        return ([held] if self.blocks_covered < MOST else []) + ([self.unreached] if self.unreached else [])
+
+    @property
     def unreached(self) -> str:
         """How many experts no token of the calibration has reached, as a sentence; empty where there are none."""
         experts = (self.calibration or {}).get("experts", {})
@@ -123,10 +131,13 @@ class Report(Tabled):
 
     def __repr__(self) -> str:
         factored = sum(not row["dense"] for row in self.rows)
-        return (
-            f"Report({self.method}, {self.ratio_reached:.1%} of the layers' {self.params_before:,} parameters removed, "
-            f"{factored} of {len(self.rows)} layers factored, {sum(self.seconds.values()):.1f} s)"
-        )
+        said = [
+            f"{self.method}, {self.ratio_reached:.1%} of the layers' {self.params_before:,} parameters removed",
+            f"{self.model_ratio_reached:.1%} of the whole model's",
+            *self.reservations,
+            f"{factored} of {len(self.rows)} layers factored, {sum(self.seconds.values()):.1f} s",
+        ]
+        return f"Report({', '.join(said)})"
 
     def _repr_html_(self) -> str:
         """What was removed in one line, then a row a layer; bars show what is left of it and its relative errors."""
@@ -148,7 +159,8 @@ class Report(Tabled):
         spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         how = [f"{name} {value}" for name, value in self.options.items()]
         how += [f"allocation {self.allocation}", f"factors {self.factors}"]
-        return block(title, table(head, lines), f"{', '.join(how)}. Time: {spent or 'none'}.")
+        foot = [", ".join(how), *self.reservations, f"Time: {spent or 'none'}"]
+        return block(title, table(head, lines), f"{'. '.join(foot)}.")
 
 
 def covered(model: nn.Module, held: int, gone: int = 0) -> float:

@@ -107,6 +107,11 @@ class LowRankQuantizer(HfQuantizer):
         return (self.quantization_config.latent_cache or {}).get("layers", {})
 
     def _dequantize(self, model, dtype=None):  # the factors keep their dtype, as all other parameters do
+        for name in self.quantization_config.modules:
+            if any(tensor.is_meta for tensor in compressed_layer(model, name).state_dict().values()):
+                raise ValueError(
+                    f"layer {name} is offloaded, so its numbers are not at hand: load the model in memory first"
+                )
         LATENT_CACHE["detach"](model, self.latent_layers)
         make_plain(model)
         for name in self.quantization_config.modules:

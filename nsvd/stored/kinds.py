@@ -27,20 +27,26 @@ def auto_class(config: PretrainedConfig) -> type:
 
 
 def check_continues(model: PreTrainedModel) -> None:
-    """Raise ``ValueError`` for a model that is an encoder, has one before its decoder, or is of a kind that continues no text."""
+    """Raise ``ValueError`` for a model that is an encoder, has one before its decoder, or is of a kind that continues no text.
+
+    A decoder without the head that continues a text, or with another one, is of such a kind: its folder would be read as the model
+    with that head.
+    """
     kind, alone = type(model), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{kind.__name__} is an encoder with a decoder; only models that are a decoder alone are compressed"
         )
-    if kind is alone or kind is MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(model.config), None):
+    beside = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(model.config), None)
+    if issubclass(kind, tuple(one for one in (alone, beside) if one is not None)):
         return
     if kind in MODEL_FOR_MASKED_LM_MAPPING.values():
         raise ValueError(f"{kind.__name__} fills gaps in a text; only models that continue a text are compressed")
-    if alone is None:
-        raise ValueError(
-            f"transformers does not know {kind.__name__} as a model that continues a text; only such models are compressed"
-        )
+    known = alone or beside
+    there = f"; {known.__name__} is one" if known else ""
+    raise ValueError(
+        f"transformers does not know {kind.__name__} as a model that continues a text{there}; only such models are compressed"
+    )
 
 
 def copy_processors(config: PretrainedConfig, folder: Path) -> None:

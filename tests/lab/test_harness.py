@@ -82,7 +82,7 @@ def test_one_folder_has_the_same_numbers_by_both(tasks, capsys):
 
 @pytest.mark.slow
 def test_processes_of_a_launcher_have_the_numbers_of_one(tasks, capsys):
-    """``python -m nsvd lm_eval`` under torchrun, as ``accelerate launch`` starts it; the harness alone shares out GPUs."""
+    """``python -m nsvd lm_eval`` under ``accelerate launch``; the harness alone shares out GPUs."""
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
     torch.set_default_dtype(torch.float32)
     nsvd.save(compressed(tiny_model()), tiny_tokenizer(), tasks / "low")
@@ -91,10 +91,20 @@ def test_processes_of_a_launcher_have_the_numbers_of_one(tasks, capsys):
     assert main([*asked, str(tasks / "one")]) == 0
     root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "nsvd"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "nsvd"]
     done = subprocess.run(
         [*launcher, *asked, str(tasks / "two")], capture_output=True, text=True, timeout=400, check=False,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import nsvd
 from nsvd.cli import main
 from nsvd.stored.changes import is_changed
-from tests.tiny import compressed, float32, tiny_model, tiny_tokenizer, token_ids  # noqa: F401
+from tests.tiny import compressed, float32, logits, tiny_model, tiny_tokenizer, token_ids  # noqa: F401
 
 SAID = "changed after compression"
 
@@ -41,6 +41,8 @@ def test_a_model_that_trainer_has_tuned_says_so(options, tmp_path, capsys):
     nsvd.save(model.eval(), tokenizer, tmp_path / "ours")
     nsvd.save(*nsvd.load(tmp_path / "ours", device="cpu"), tmp_path / "again")
     assert [told(tmp_path / name) for name in ("theirs", "ours", "again")] == [True] * 3
+    for name in ("theirs", "ours", "again"):
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), logits(model)), name
     assert "changed_after_compression" in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
     capsys.readouterr()
     for name, said in (("low", False), ("ours", True)):

@@ -14,6 +14,7 @@ from tests.tiny import compressed, tiny_model, token_ids
 WAYS = {
     "plain": {"method": "svd"},
     "pivoted": {"method": "svd", "factors": "pivoted"},
+    "narrow": {"method": "best"},
     "split": {"method": "sola", "ratio": 0.05, "keep_outer": 0},
 }
 PROMPT, NEW = 8, 2  # a prompt longer than the ranks

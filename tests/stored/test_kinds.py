@@ -37,6 +37,8 @@ def test_what_continues_no_text_is_told_in_a_true_sentence(llava):
     check_continues(llava[0])
     with pytest.raises(ValueError, match="transformers does not know LlavaModel as a model that continues a text"):
         nsvd.targets(llava[0].model)
+    with pytest.raises(ValueError, match="LlamaModel as a model that continues a text; LlamaForCausalLM is one"):
+        nsvd.targets(tiny_model().model)
     with pytest.raises(ValueError, match="BertForMaskedLM fills gaps in a text"):
         nsvd.targets(built("bert, masked"))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
