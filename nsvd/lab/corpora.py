@@ -229,3 +229,28 @@ def _hub(name: str, split: str) -> list[str]:
             f"corpus {name} could not be had from the hub; use an embedded one ({', '.join(EMBEDDED)}) or a file"
         ) from error
     return list(corpus.read(islice(rows, corpus.limit)))
+
+
+def beside(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    taken: Tensor,
+    count: int,
+    *,
+    seed: int = 0,
+    bos: bool | None = None,
+) -> Tensor:
+    """Further windows (count, length) of a test set, of which ``taken`` (m, length) were drawn with the same seed; none of these.
+
+    What a model is calibrated on must not be what it is tested on. These are for a control that knows the domain of the test set.
+
+    Raises:
+        ValueError: if the set has no more so many; as ``windows``.
+    """
+    length = taken.shape[1]
+    whole = windows(name, tokenizer, length=length, count=len(taken) + count, seed=seed, bos=bos)
+    known = set(map(tuple, taken.tolist()))
+    rest = [ids for ids in whole if tuple(ids.tolist()) not in known]
+    if len(rest) != count:
+        raise ValueError(f"corpus {name}: {len(taken)} windows of {length} tokens leave {len(rest)}, not {count}")
+    return torch.stack(rest)

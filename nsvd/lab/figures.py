@@ -29,8 +29,17 @@ PALETTE = {
     "ZS-SVD": "#9d4edd",
     "LEMS": "#6f4518",
     "best": "#38b000",
+    "best, no corpus": "#9ef01a",
+    "best, plain": "#1b5e20",
+    "control": "#f9a03f",
     "dense": "#000000",
 }
+CHOICES = {
+    "uniform": "#8c8c8c",
+    "strs": "#b56576",
+    "spectrum": "#355070",
+}  # ways to share out ranks: no method's colours
+TEXTS = {"corpus": "#4a4e69", "own text": "#588157", "random tokens": "#bc8a5f", "corpus + own text": "#3a5a40"}
 
 
 def style() -> None:
@@ -62,6 +71,14 @@ def log_scale(axes: Axes, *which: str, subs: tuple[float, ...] = (1, 2, 5)) -> N
         axis.set_major_locator(LogLocator(subs=(1,) if high > 1e4 * low > 0 else subs))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
+
+
+def guessing(axis: Axes, vocabulary: int, over: float = 1.0) -> None:
+    """A dotted line at the perplexity of a guess among all words, ``over`` a dense model's; the axis shows it where it is near."""
+    level, (low, high) = vocabulary / over, axis.get_ylim()
+    if level < high:
+        axis.axhline(level, color="black", lw=0.8, ls=":", label="a guess among all words")
+    axis.set_ylim(low, high)
 
 
 def save(figure: Figure, name: str, out: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,69 @@ CELL = ["ratio", "method", "k1"]
 def label(method: str) -> str:
     """The papers' spelling of a method name."""
     return METHODS[method].label if method in METHODS else method
+
+
+def places(corpora: Sequence[str]) -> dict[str, list[str]]:
+    """Test sets by how far they are from the calibration text.
+
+    ``home`` is the first, of its domain; ``far`` are the last two, which are in other languages, if there are more than three;
+    ``near`` are those between. Places without a set are left out.
+    """
+    far = list(corpora[-2:]) if len(corpora) > 3 else []
+    found = {"home": list(corpora[:1]), "near": [name for name in corpora[1:] if name not in far], "far": far}
+    return {place: names for place, names in found.items() if names}
+
+
+def times(
+    frame: pd.DataFrame,
+    corpora: Sequence[str],
+    *,
+    by: Sequence[str],
+    base: pd.DataFrame | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How many times another model's a perplexity is, geometric mean of the sets of each place, with its paired interval.
+
+    ``frame`` has a row a (``by``…, corpus) with ``losses``, and of each set the losses of ``base``, by default those of the rows
+    whose ``method`` or ``recipe`` is ``dense``. The interval is a bootstrap over test windows, the same ones for both models. A
+    row a (``by``…); columns (place, ``times``), (place, ``low``), (place, ``high``).
+    """
+    kind = "recipe" if "recipe" in frame else "method"
+    base = frame[frame[kind] == "dense"] if base is None else base
+    known = base.drop_duplicates("corpus").set_index("corpus").losses
+    rows: dict[Any, dict] = {}
+    for cell, group in frame[frame[kind] != "dense"].groupby(list(by), sort=False):
+        losses = group.set_index("corpus").losses
+        for place, names in places(corpora).items():
+            rises = [
+                torch.tensor(losses[name], dtype=torch.float64) - torch.tensor(known[name], dtype=torch.float64)
+                for name in names
+            ]
+            for name, value in zip(("times", "low", "high"), _mean_rise(rises, level, seed), strict=True):
+                rows.setdefault(cell, {})[place, name] = math.exp(value)
+    return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=list(by)))
+
+
+def told_times(table: pd.DataFrame) -> pd.DataFrame:
+    """The same with one cell a place: ``1.23 [1.20, 1.26]``."""
+    show = lambda x: f"{x:.3g}" if x < 100 else f"{x:,.0f}"  # noqa: E731
+    parts = {
+        place: [f"{show(m)} [{show(a)}, {show(b)}]" for m, a, b in table[place][["times", "low", "high"]].to_numpy()]
+        for place in dict.fromkeys(table.columns.get_level_values(0))
+    }
+    return pd.DataFrame(parts, index=table.index)
+
+
+def _mean_rise(rises: Sequence[torch.Tensor], level: float, seed: int) -> tuple[float, float, float]:
+    """The mean over sets of the mean over their windows, and its bootstrap interval over windows."""
+    generator, draws = torch.Generator().manual_seed(seed), 2000
+    total = torch.zeros(draws, dtype=torch.float64)
+    for rise in rises:
+        total += rise[torch.randint(len(rise), (draws, len(rise)), generator=generator)].mean(1) / len(rises)
+    edge = (1 - level) / 2
+    low, high = torch.quantile(total, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
+    return float(sum(rise.mean().item() for rise in rises) / len(rises)), low, high
 
 
 def perplexities(frame: pd.DataFrame, corpora: Sequence[str]) -> pd.DataFrame:

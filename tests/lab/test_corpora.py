@@ -8,7 +8,7 @@ import torch
 
 import nsvd
 from nsvd.lab import corpora, tokens
-from nsvd.lab.corpora import HUB, MAX_CALIBRATION
+from nsvd.lab.corpora import HUB, MAX_CALIBRATION, beside, windows
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -351,3 +351,13 @@ def test_without_a_hub_the_embedded_corpora_are_recommended(name, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(FileNotFoundError, match=rf"corpus {name} could not be had from the hub; .*mini/encyclopedia"):
         nsvd.documents(name)
+
+
+def test_windows_beside_those_that_are_tested_are_none_of_them():
+    tokenizer = tiny_tokenizer(16)
+    tested = windows("mini/reading_zh", tokenizer, length=16, count=5, seed=3)
+    others = beside("mini/reading_zh", tokenizer, tested, 7, seed=3)
+    assert others.shape == (7, 16)
+    assert not set(map(tuple, others.tolist())) & set(map(tuple, tested.tolist()))
+    with pytest.raises(ValueError, match="5 windows of 16 tokens leave 12, not 7"):
+        beside("mini/reading_zh", tokenizer, tested + 300, 7, seed=3)

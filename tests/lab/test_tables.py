@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from nsvd.lab.tables import compared, gains, improvements, shares_closed
+from nsvd.lab.tables import compared, gains, improvements, places, shares_closed, times, told_times
 
 
 def test_gains_are_average_improvements_over_the_reference_of_the_same_method():
@@ -77,3 +77,26 @@ def test_an_average_over_no_set_is_nan():
         compared(frame, [("nsvd-1", "asvd-1")], [])[["improvement", "low", "high"]],
     ]
     assert all(len(table) > 0 and table.isna().all(axis=None) for table in tables)
+
+
+def test_places_are_home_near_and_far():
+    assert places(list("abcde")) == {"home": ["a"], "near": ["b", "c"], "far": ["d", "e"]}
+    assert places(list("abc")) == {"home": ["a"], "near": ["b", "c"]}
+    assert places(["a"]) == {"home": ["a"]}
+
+
+def test_times_are_geometric_means_over_the_sets_of_a_place():
+    """A rise that is the same in every window leaves no uncertainty; one that differs does."""
+    rise = {"a": 0.1, "b": 0.2, "c": 0.4, "d": 1.0, "e": 2.0}
+    rows = [{"method": "dense", "ratio": 0.0, "corpus": c, "losses": [3.0, 4.0]} for c in rise]
+    rows += [{"method": "svd", "ratio": 0.2, "corpus": c, "losses": [3 + r, 4 + r]} for c, r in rise.items()]
+    rows += [{"method": "asvd", "ratio": 0.2, "corpus": c, "losses": [3 + 2 * r, 4.0]} for c, r in rise.items()]
+    table = times(pd.DataFrame(rows), list(rise), by=["ratio", "method"])
+    for place, mean in {"home": 0.1, "near": 0.3, "far": 1.5}.items():
+        assert list(table.loc[(0.2, "svd"), place]) == pytest.approx([math.exp(mean)] * 3)
+        middle, low, high = table.loc[(0.2, "asvd"), place]
+        assert middle == pytest.approx(math.exp(mean))
+        assert low < middle < high
+    assert told_times(table).loc[(0.2, "svd"), "home"] == "1.11 [1.11, 1.11]"
+    to_svd = times(pd.DataFrame(rows), list(rise), by=["method"], base=pd.DataFrame(rows).query("method == 'svd'"))
+    assert to_svd.loc[("asvd",), ("far", "times")] == pytest.approx(1.0)
