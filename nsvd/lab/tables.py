@@ -59,7 +59,8 @@ def times(
             ]
             for name, value in zip(("times", "low", "high"), _mean_rise(rises, level, seed), strict=True):
                 rows.setdefault(cell, {})[place, name] = math.exp(value)
-    return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=list(by)))
+    found = pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=list(by)))
+    return found.set_axis(pd.MultiIndex.from_tuples(found.columns), axis=1)
 
 
 def told_times(table: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import torch
 
 import nsvd
 from nsvd.lab import corpora, tokens
-from nsvd.lab.corpora import HUB, MAX_CALIBRATION, beside, windows
+from nsvd.lab.corpora import HUB, MAX_CALIBRATION, beside
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -355,7 +355,7 @@ def test_without_a_hub_the_embedded_corpora_are_recommended(name, monkeypatch):
 
 def test_windows_beside_those_that_are_tested_are_none_of_them():
     tokenizer = tiny_tokenizer(16)
-    tested = windows("mini/reading_zh", tokenizer, length=16, count=5, seed=3)
+    tested = nsvd.windows("mini/reading_zh", tokenizer, length=16, count=5, seed=3)
     others = beside("mini/reading_zh", tokenizer, tested, 7, seed=3)
     assert others.shape == (7, 16)
     assert not set(map(tuple, others.tolist())) & set(map(tuple, tested.tolist()))
