@@ -668,3 +668,13 @@ def test_compress_and_info_tell_the_share_of_the_whole_model(tmp_path, capsys):
     assert "left alone model.layers.*.feed_forward.experts.gate_up_proj (24,576), " in told
     assert main(["info", str(tmp_path / "low")]) == 0
     assert f", {share[1]} of the whole model's" in capsys.readouterr().out
+
+
+def test_compress_takes_the_layers_that_are_named(models, here, capsys):
+    """By pattern, some of them left out; what matches nothing is refused."""
+    asked = [models / "dense", "some", "--method", "svd", "--ratio", "0.3", "--layers"]
+    said(capsys, "compress", *asked, "mlp.*", "--exclude", "*down_proj")
+    report = json.loads((here / "some" / "nsvd_report.json").read_text(encoding="utf-8"))
+    layers = {layer["layer"] for layer in report["layers"]}
+    assert layers == {name for name in nsvd.targets(tiny_model()) if re.search(r"mlp\.(gate|up)_proj", name)}
+    assert "nowhere" in refused(capsys, here, "compress", *asked, "nowhere")

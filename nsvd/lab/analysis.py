@@ -15,7 +15,10 @@ from nsvd.compression.prepared import Prepared, check_step
 from nsvd.linalg import Decomposition, from_metric, matrix_method, rank_for_ratio
 from nsvd.linalg.errors import calibration_loss, condition_number, effective_rank, principal_cosines
 from nsvd.linalg.sola import overlap
+from nsvd.walk.hooks import watch_inputs
+from nsvd.walk.moments import body_forward
 from nsvd.walk.statistics import Statistics
+from nsvd.walk.stream import windows_read
 from nsvd.walk.targets import targets
 
 
@@ -130,7 +133,26 @@ def prime_overlap(texts: Mapping[str, Statistics], layers: Iterable[str], prime:
 
 
 def rescored(stats: Statistics, scores: Mapping[str, Tensor]) -> Statistics:
-    """The same statistics with other scores in the place of the mean |h| by which neurons are ranked, by layer."""
+    """The same statistics with other numbers, by layer, in the place of the mean |x| that ranks neurons and scales channels."""
     leaders = {stats.inputs[layer]: score for layer, score in scores.items()}
     changed = {leader: replace(stats.moments[leader], mean_abs=score) for leader, score in leaders.items()}
     return replace(stats, moments={**stats.moments, **changed})
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def largest(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
+    """The largest |x| of every input channel of every target layer on the windows, (d_in,) in float64.
+
+    The ASVD paper's other scales of channels; ``rescored`` puts them in the place of the mean |x|.
+    """
+    layers, found = targets(model), {}
+
+    def observe(name: str, x: Tensor) -> None:
+        peak = x.reshape(-1, x.shape[-1]).abs().amax(0).cpu().double()
+        found[name] = torch.maximum(found[name], peak) if name in found else peak
+
+    with watch_inputs(model, layers, observe):
+        for ids in windows.split(windows_read(windows.shape[1])):
+            body_forward(model, ids)
+    return {name: found[name] for name in layers}

@@ -54,6 +54,9 @@ def measured(
     found = simple_evaluate(model=harness, tasks=list(tasks), task_manager=manager, limit=count)
     for task, numbers in found["results"].items():
         told = {key.removesuffix(",none"): value for key, value in numbers.items() if isinstance(value, float)}
+        told = {
+            "standard_error" if key == "acc_stderr" else key: value for key, value in told.items()
+        }  # as ours is called
         yield {"task": task} | told | {"questions": found["n-samples"].get(task, {}).get("effective")}
 
 

