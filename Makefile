@@ -8,12 +8,13 @@ SMOLLM2   ?= 01_activation_distributions 03_compression 04_evaluation 05_rank_sp
 	10_beyond_nsvd 12_downstream 13_recovery 14_rank_and_bits 15_rivals
 PUBLIC := -p questions 250 -p count 64 -p ratios '[0.2, 0.4]' -p methods '["svd", "asvd-1", "nsvd-1", "ZS-SVD", "LEMS", "best"]' \
 	-p tasks '["tasks:arc_easy", "tasks:piqa", "tasks:openbookqa", "tasks:winogrande"]'
+EXTRAS := tests/lab/test_harness.py tests/lab/test_choices.py tests/lab/test_recovery.py tests/stored/test_quantized.py
 RANGES := tests/walk tests/stored tests/compression tests/cache tests/lab tests/test_cli.py
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: workbook real-text smollm2-workbook readme site browser test test-oldest test-newest smollm2 lab benchmark lock clean
+.PHONY: workbook real-text smollm2-workbook readme site browser test test-oldest test-newest test-extras smollm2 lab benchmark lock clean
 
 # Versions that were tested: constraints-cpu.txt chooses torch's build, constraints-lock.txt all else.
 $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
@@ -27,7 +28,7 @@ define install
 rm -rf $(1)
 $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) hatchling editables
-$(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) --no-build-isolation -e ".[notebooks,test]"
+$(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) --no-build-isolation -e ".[notebooks,test$(WITH)]"
 touch $(1)/ready
 endef
 
@@ -68,6 +69,8 @@ $(CHECKED:%=notebooks/executed/smollm2-135m/%.ipynb): MORE := -p check true
 RIVALS := -p count 32 -p search_count 2 -p multiple 8 -p test_count 8 -p ratios '[0.2, 0.3, 0.4]' -p seeds '[0]' -p check true
 notebooks/executed/smollm2-135m/15_rivals.ipynb: MORE := $(RIVALS)
 
+notebooks/executed/smollm2-135m/07_kv_cache.ipynb: MORE := -p test_count 8 -p check true
+
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := -p test_count 8 -p held_count 8  # the smallest set has 16 windows
 
 notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC))
@@ -105,7 +108,17 @@ test-oldest: $(VENV)-oldest/ready ## the tests of the package on the lowest vers
 
 test-newest: ## the tests of the package on the newest versions that pyproject.toml allows, looked up every time
 	$(call install,$(VENV)-newest,)
-	$(call pytest,$(VENV)-newest) $(RANGES)
+	@$(VENV)-newest/bin/python -m tests.newer > $(VENV)-newest/newer
+	@cat $(VENV)-newest/newer
+	@if grep -q . $(VENV)-newest/newer; then $(call pytest,$(VENV)-newest) $(RANGES); \
+	else echo "the newest versions are those of constraints-lock.txt, on which make test runs"; fi
+
+test-extras: $(VENV)-extras/ready ## what needs lm-evaluation-harness, torchao or PEFT, on the locked versions
+	$(call pytest,$(VENV)-extras) $(EXTRAS)
+
+$(VENV)-extras/ready: WITH := ,eval,quantize,peft
+$(VENV)-extras/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
+	$(call install,$(VENV)-extras,-c constraints-lock.txt)
 
 pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
