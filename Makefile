@@ -63,7 +63,7 @@ notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smo
 	HF_HUB_OFFLINE=1 $(BIN)/nsvd run $* --preset notebooks/presets/smollm2-135m.yaml --out notebooks/executed/smollm2-135m \
 		-p figures build/smollm2-135m $(if $(filter 01% 03%,$*),,-p results data/results/smollm2-135m/$*.jsonl) $(MORE)
 
-CHECKED := 01_activation_distributions 04_evaluation 05_rank_split
+CHECKED := 01_activation_distributions 03_compression 05_rank_split
 $(CHECKED:%=notebooks/executed/smollm2-135m/%.ipynb): MORE := -p check true
 
 RIVALS := -p count 32 -p search_count 2 -p multiple 8 -p test_count 8 -p ratios '[0.2, 0.3, 0.4]' -p seeds '[0]' -p check true
@@ -71,7 +71,15 @@ notebooks/executed/smollm2-135m/15_rivals.ipynb: MORE := $(RIVALS)
 
 notebooks/executed/smollm2-135m/07_kv_cache.ipynb: MORE := -p test_count 8 -p check true
 
-notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := -p test_count 8 -p held_count 8  # the smallest set has 16 windows
+notebooks/executed/smollm2-135m/04_evaluation.ipynb: MORE := -p scales '[]' -p check true  # each scale is another calibration
+
+notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p test_count 6
+
+SOLA := -p test_count 8 -p held_count 8 -p sizes '[8, 32]' -p seeds '[0]' -p search_count 0  # the smallest set has 16 windows
+notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)
+
+BEYOND := -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p mus '[0.3]' -p ratios '[0.3]'
+notebooks/executed/smollm2-135m/10_beyond_nsvd.ipynb: MORE := $(BEYOND)
 
 notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC))
 

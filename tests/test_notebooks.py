@@ -28,23 +28,16 @@ SMOLLM2 = executed(FOLDER / "executed/smollm2-135m")
 EXECUTED = [*executed(FOLDER / "executed"), *REAL_TEXT, *SMOLLM2]
 MORE = {
     "01_activation_distributions": {"check"},
-    "04_evaluation": {"check"},
+    "03_compression": {"check"},
+    "04_evaluation": {"scales", "check"},
     "05_rank_split": {"check"},
-    "09_sola": {"test_count", "held_count"},
-    "12_downstream": {"tasks", "questions"},
-    "13_recovery": {
-        "dtype",
-        "methods",
-        "ratios",
-        "count",
-        "length",
-        "steps",
-        "rate",
-        "adapter_rate",
-        "seeds",
-        "test_count",
-        "check",
-    },
+    "07_kv_cache": {"test_count", "check"},
+    "08_rank_search": {"test_count"},
+    "09_sola": {"test_count", "held_count", "sizes", "seeds", "search_count"},
+    "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "mus", "ratios"},
+    "12_downstream": {"tasks", "questions", "count", "ratios", "methods"},
+    "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
+    | {"rate", "adapter_rate", "seeds", "test_count", "check"},
     "14_rank_and_bits": {"count", "test_count", "ratios", "check"},
     "15_rivals": {"count", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
 }  # what Makefile gives beside the preset
@@ -81,6 +74,10 @@ TINY = {
     "steps": [1, 2],
     "alone": [8, 3],
     "questions": 6,
+    "alphas": [0.0, 0.5],
+    "removed": [0.2],
+    "scales": [1.0, 4.0],
+    "control_count": 2,
     "check": False,
 }
 

@@ -23,7 +23,8 @@ from nsvd.stored.files import replacing
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 CELL = ["model", "recipe", "method", "ratio", "k1", "alpha", "allocation", "cache_ratio", "joint", "corpus", "measure"]
-HOME, AWAY = EMBEDDED[0], list(EMBEDDED[1:])
+HOME, PLACES = EMBEDDED[0], tables.places(EMBEDDED)
+AWAY = {place: PLACES[place] for place in ("near", "far")}
 REAL = "smollm2-135m"  # the folder of the runs of a model that people know
 ROWS = ("ASVD-I", "NSVD-I", "AA-SVD, its objective", "KFAC-SVD", "ZS-SVD, one shot", "KFAC-SVD, LEMS", "best")
 MODELS = ("mini-llama-s", "mini-llama", "mini-llama-l", "mini-vicuna", "mini-opt", "mini-mistral")
@@ -159,24 +160,24 @@ def _nested(frame: pd.DataFrame) -> str:
 
 
 def _beyond(frame: pd.DataFrame) -> str:
-    share = tables.shares_closed(frame, AWAY, ["ratio"])
-    home = frame[frame.corpus == HOME].set_index(["ratio", "recipe"]).perplexity
+    shares = {place: tables.shares_closed(frame, corpora, ["ratio"]) for place, corpora in PLACES.items()}
     recipes = {
         "NSVD-I, k1 = 0.95 k": "NSVD-I",
+        "ASVD-I, far text too": "ASVD-I, far text too",
         "best, no corpus": "`best`, no corpus",
         "best": "`best`, corpus and own text",
         "best + distillation": f"and {_only(frame.distill):.0f} steps of `distill`",
     }
     rows = [
-        [f"{ratio:.0%}", f"{home[ratio, 'asvd-1']:.1f}"]
-        + [f"{home[ratio, name]:.1f} / {_share(share.loc[(ratio, name)])}" for name in recipes]
+        [f"{ratio:.0%}", told, *(_share(share.loc[(ratio, name)]) for share in shares.values())]
         for ratio in (0.2, 0.3, 0.5)
+        for name, told in recipes.items()
     ]
     caption = (
-        "At equal stored parameters (`nsvd run 10`): perplexity at home / share of what ASVD-I loses that is won back on the "
-        f"seven other sets, {_windows(frame)}:"
+        "At equal stored parameters (`nsvd run 10`): share of what ASVD-I loses that is won back at home, near and far, "
+        f"{_windows(frame)}:"
     )
-    return _table(caption, ["removed", "ASVD-I", *recipes.values()], rows)
+    return _table(caption, ["removed", "method", *PLACES], rows)
 
 
 def _families(frame: pd.DataFrame) -> str:
@@ -185,26 +186,29 @@ def _families(frame: pd.DataFrame) -> str:
         part = frame.loc[frame.model == name]
         home = part.loc[part.corpus == HOME].set_index("method").perplexity
         paper = part.loc[part.method.isin(["dense", "asvd-1", "nsvd-1"])]
-        gain = tables.improvements(paper, AWAY).set_index("method").loc["nsvd-1"]
-        share = tables.shares_closed(part.assign(recipe=part.method, all=0), AWAY, ["all"]).loc[(0, "best")]
+        gains = [_gain(tables.improvements(paper, sets).set_index("method").loc["nsvd-1"]) for sets in AWAY.values()]
+        told = part.assign(recipe=part.method, all=0)
+        shares = [_share(tables.shares_closed(told, sets, ["all"]).loc[(0, "best")]) for sets in AWAY.values()]
         path = " → ".join(f"{home[method]:.1f}" for method in ("dense", "asvd-1", "best"))
-        rows.append([name, path, _gain(gain), _share(share)])
+        rows.append([name, path, *gains, *shares])
     caption = (
         f"Other models {_removed(frame)} (`nsvd run 06`), {_windows(frame)}: perplexity at home, dense → ASVD-I → `best` with no "
-        "corpus; then the seven other sets:"
+        "corpus; then the reduction of perplexity by NSVD-I, and the share of what ASVD-I loses that `best` wins back:"
     )
-    return _table(caption, ["model", "at home", "NSVD-I over ASVD-I, perplexity", "`best`, share closed"], rows)
+    head = [f"{what}, {place}" for what in ("NSVD-I over ASVD-I", "`best`") for place in AWAY]
+    return _table(caption, ["model", "at home", *head], rows)
 
 
 def _evaluation(frame: pd.DataFrame) -> str:
-    gain = tables.improvements(frame, AWAY).set_index(["ratio", "method"])
+    gains = {place: tables.improvements(frame, sets).set_index(["ratio", "method"]) for place, sets in AWAY.items()}
 
     def row(ratio: float, method: str) -> list[str]:
         some = frame[(frame.method == method) & ((frame.ratio == ratio) | (method == "dense"))]
         here = some.set_index("corpus").perplexity
-        last = "" if method in ("dense", "asvd-1") else _gain(gain.loc[(ratio, method)])
+        none = method in ("dense", "asvd-1")
+        last = ["" if none else _gain(gain.loc[(ratio, method)]) for gain in gains.values()]
         first = "" if method == "dense" else f"{ratio:.0%}"
-        return [first, tables.label(method), *(f"{here[corpus]:,.1f}" for corpus in EMBEDDED), last]
+        return [first, tables.label(method), *(f"{here[corpus]:,.1f}" for corpus in EMBEDDED), *last]
 
     methods = ("svd", "asvd-0", "asvd-1", "nsvd-1")
     rows = [row(0.0, "dense"), *(row(ratio, method) for ratio in (0.2, 0.3, 0.5) for method in methods)]
@@ -212,32 +216,38 @@ def _evaluation(frame: pd.DataFrame) -> str:
         "Perplexity of `mini-llama`, calibrated on `mini/encyclopedia` (`nsvd run 04`; all ratios, sets and intervals in the "
         "notebook):"
     )
-    return _table(caption, ["removed", "method", *map(_short, EMBEDDED), "average improvement over ASVD-I"], rows)
+    last = [f"improvement over ASVD-I, {place}" for place in AWAY]
+    return _table(caption, ["removed", "method", *map(_short, EMBEDDED), *last], rows)
 
 
 def _rank_split(frame: pd.DataFrame) -> str:
-    gain = tables.improvements(frame, AWAY).set_index(["method", "k1"]).improvement
-    splits = sorted({k1 for method, k1 in gain.index if method == "nsvd-1"}, reverse=True)
-    rows = [
-        [tables.label(method), *(f"{gain[method, k1]:+.1%}" if (method, k1) in gain.index else "" for k1 in splits)]
-        for method in ("nsvd-1", "nid-1")
-    ]
-    caption = f"The split of the rank {_removed(frame)} (`nsvd run 05`), average improvement over ASVD-I:"
+    gains = [tables.improvements(frame, sets).set_index(["method", "k1"]).improvement for sets in AWAY.values()]
+    known = gains[0].index
+    splits = sorted({k1 for method, k1 in known if method == "nsvd-1"}, reverse=True)
+
+    def cell(method: str, k1: float) -> str:
+        return " / ".join(f"{gain[method, k1]:+.1%}" for gain in gains) if (method, k1) in known else ""
+
+    rows = [[tables.label(name), *(cell(name, k1) for k1 in splits)] for name in ("nsvd-1", "nid-1", "nid-2")]
+    caption = f"The split of the rank {_removed(frame)} (`nsvd run 05`), average improvement over ASVD-I, near / far:"
     return _table(caption, ["k1 / k", *(f"{k1:g}" for k1 in splits)], rows)
 
 
 def _rank_search(frame: pd.DataFrame) -> str:
     removed, frame = _removed(frame), frame.loc[frame.corpus.notna() & frame.allocation.notna()]
-    gain = tables.gains(frame.loc[frame.method != "dense"], AWAY)
+    gains = [tables.gains(frame.loc[frame.method != "dense"], sets) for sets in AWAY.values()]
     home = frame[frame.corpus == HOME].set_index(["method", "allocation"]).perplexity
     rows = [
         [tables.label(method), f"{home[method, 'uniform']:.1f}"]
-        + [f"{home[method, name]:.1f} / {_gain(gain.loc[(method, name)])}" for name in ("strs", "spectrum")]
+        + [
+            " / ".join([f"{home[method, name]:.1f}", *(_gain(gain.loc[(method, name)]) for gain in gains)])
+            for name in ("strs", "spectrum")
+        ]
         for method in ("asvd", "asvd-1")
     ]
     caption = (
         f"Ranks searched layer by layer {removed} (`nsvd run 08`), {_windows(frame)}: perplexity at home / average "
-        "improvement over uniform ranks on the seven other sets:"
+        "improvement over uniform ranks near / far, with one draw of the text that is searched on:"
     )
     return _table(caption, ["method", "uniform", "STRS", "spectrum"], rows)
 
@@ -247,7 +257,7 @@ def _cache(frame: pd.DataFrame) -> str:
         some = frame.loc[(frame.cache_ratio == kept) & (frame.method == method)]
         some = some if joint is None else some.loc[some.joint == joint]
         here = some.drop_duplicates("corpus").set_index("corpus").perplexity
-        return f"{here[HOME]:.1f} / {here[AWAY[-1]]:,.1f}"
+        return f"{here[HOME]:.1f} / {here[EMBEDDED[-1]]:,.1f}"
 
     kept, dense = (0.7, 0.5, 0.35, 0.2), pair(1.0, "dense", False)
     recipes = {
