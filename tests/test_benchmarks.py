@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import cache, scale
+from benchmarks import cache, fused, scale
 from benchmarks.table import lines, summary, table
 from nsvd.lab.paths import checkout
 from tests.test_notebooks import ABSOLUTE
@@ -87,3 +87,15 @@ def test_committed_results_tell_their_machine_and_no_path(file):
     assert len([row for row in summary(file.parent) if row["benchmark"] == file.stem]) == len(rows) > 0
     assert all(row["machine"]["processor"] for row in rows)
     assert not ABSOLUTE.search(file.read_text(encoding="utf-8"))
+
+
+def test_one_matrix_and_several_hold_as_many_parameters():
+    """No more than what is kept, and not a rank less than fits."""
+    for factors, size in (("plain", lambda m, n, k: k * (m + n)), ("pivoted", lambda m, n, k: k * (m + n - k))):
+        k = fused.rank(96, 32, 0.6, factors)
+        assert size(96, 32, k) <= 0.6 * 96 * 32 < size(96, 32, k + 1)
+    model = tiny_model()
+    assert sorted(map(len, fused.groups(model))) == [2, 2, 3, 3]
+    assert {name.rsplit(".", 1)[1] for names in fused.groups(model) for name in names} == {
+        "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj",
+    }  # fmt: skip

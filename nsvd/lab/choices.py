@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from nsvd.lab.intervals import mean_with_interval
 from nsvd.lab.paths import data
 from nsvd.lab.records import Records
 from nsvd.lab.tokens import beginning
@@ -168,16 +169,7 @@ def accuracy_difference(
     replacement within each task, the same ones for both models: what is left is the uncertainty of the difference on questions of
     this kind. Without any task, all three are NaN.
     """
-    if not ours:
-        return math.nan, math.nan, math.nan
-    generator, total, mean = torch.Generator().manual_seed(seed), torch.zeros(draws, dtype=torch.float64), 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        gain = a - b
-        total += gain[torch.randint(len(gain), (draws, len(gain)), generator=generator)].mean(1) / len(ours)
-        mean += gain.mean().item() / len(ours)
-    edge = (1 - level) / 2
-    low, high = torch.quantile(total, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
-    return mean, low, high
+    return mean_with_interval([a - b for a, b in zip(ours, theirs, strict=True)], level=level, draws=draws, seed=seed)
 
 
 def _file(task: str) -> Path:

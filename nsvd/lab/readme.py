@@ -62,6 +62,7 @@ def _read(folder: Path, name: str, stale: bool) -> pd.DataFrame:
     if frame.empty:
         raise ValueError(f"{folder / name}.jsonl holds nothing that today's code measured; run notebook {name} first")
     frame = frame.loc[frame.model.isin(MODELS if name == "06_model_families" else MODELS[1:2])]
+    frame = frame.loc[frame.weights == frame.groupby("model").weights.transform("first")]  # 04 changes them at the end
     if frame.duplicated([column for column in CELL if column in frame]).any():
         raise ValueError(f"{folder / name}.jsonl holds several runs; run notebook {name} into an empty file")
     return frame

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from nsvd.lab.evaluation import average_improvement, excess_closed, paired_interval
+from nsvd.lab.intervals import mean_with_interval
 from nsvd.linalg import METHODS
 
 CELL = ["ratio", "method", "k1"]
@@ -57,7 +58,9 @@ def times(
                 torch.tensor(losses[name], dtype=torch.float64) - torch.tensor(known[name], dtype=torch.float64)
                 for name in names
             ]
-            for name, value in zip(("times", "low", "high"), _mean_rise(rises, level, seed), strict=True):
+            for name, value in zip(
+                ("times", "low", "high"), mean_with_interval(rises, level=level, seed=seed), strict=True
+            ):
                 rows.setdefault(cell, {})[place, name] = math.exp(value)
     found = pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=list(by)))
     return found.set_axis(pd.MultiIndex.from_tuples(found.columns), axis=1)
@@ -65,23 +68,15 @@ def times(
 
 def told_times(table: pd.DataFrame) -> pd.DataFrame:
     """The same with one cell a place: ``1.23 [1.20, 1.26]``."""
-    show = lambda x: f"{x:.3g}" if x < 100 else f"{x:,.0f}"  # noqa: E731
+
+    def show(x: float) -> str:
+        return f"{x:.3g}" if x < 100 else f"{x:,.0f}"
+
     parts = {
         place: [f"{show(m)} [{show(a)}, {show(b)}]" for m, a, b in table[place][["times", "low", "high"]].to_numpy()]
         for place in dict.fromkeys(table.columns.get_level_values(0))
     }
     return pd.DataFrame(parts, index=table.index)
-
-
-def _mean_rise(rises: Sequence[torch.Tensor], level: float, seed: int) -> tuple[float, float, float]:
-    """The mean over sets of the mean over their windows, and its bootstrap interval over windows."""
-    generator, draws = torch.Generator().manual_seed(seed), 2000
-    total = torch.zeros(draws, dtype=torch.float64)
-    for rise in rises:
-        total += rise[torch.randint(len(rise), (draws, len(rise)), generator=generator)].mean(1) / len(rises)
-    edge = (1 - level) / 2
-    low, high = torch.quantile(total, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
-    return float(sum(rise.mean().item() for rise in rises) / len(rises)), low, high
 
 
 def perplexities(frame: pd.DataFrame, corpora: Sequence[str]) -> pd.DataFrame:

@@ -80,6 +80,7 @@ def test_one_folder_has_the_same_numbers_by_both(tasks, capsys):
     for ours, asked in zip(rows[:2], rows[2:], strict=True):
         assert ours["acc"] == asked["acc"] == told[asked["task"]]["acc,none"]
         assert ours["questions"] == asked["questions"] == 8
+        assert ours["standard_error"] == pytest.approx(asked["standard_error"], rel=0.1)
     assert rows[0]["acc_norm"] == rows[2]["acc_norm"] == told["twin_plain"]["acc_norm,none"]
 
 
