@@ -119,8 +119,7 @@ def _times(frame: pd.DataFrame, about: Mapping[str, object], corpora: Sequence[s
 
 def _places(frame: pd.DataFrame) -> dict[str, list[str]]:
     """The sets, in their order: the domain that calibrates first, two that are far last."""
-    corpora = list(dict.fromkeys(frame.corpus))
-    return {"home": corpora[:1], "near": corpora[1:-2], "far": corpora[-2:]}
+    return tables.places(list(dict.fromkeys(frame.corpus)))
 
 
 def _rivals(frame: pd.DataFrame) -> str:
