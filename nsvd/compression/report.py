@@ -26,7 +26,7 @@ from nsvd.walk.decoder import longest_list
 if TYPE_CHECKING:
     import pandas as pd
 
-MOST = 0.9  # of the parameters of the blocks; where the layers taken hold less, a report says so
+NEARLY_ALL = 0.9  # of the parameters of the blocks; where the layers taken hold less, a report says so
 
 
 def versions() -> dict[str, str]:
@@ -119,7 +119,7 @@ class Report(Tabled):
     def reservations(self) -> list[str]:
         """What part of the blocks was left out, and which experts no text has reached, a sentence each; mostly none."""
         held = f"the layers taken hold {self.blocks_covered:.0%} of the blocks' parameters, the rest of these is dense"
-        return ([held] if self.blocks_covered < MOST else []) + ([self.unreached] if self.unreached else [])
+        return ([held] if self.blocks_covered < NEARLY_ALL else []) + ([self.unreached] if self.unreached else [])
 
     @property
     def unreached(self) -> str:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 
 import torch
@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nsvd.lab.paths import data
-from nsvd.lab.tokens import ROOM, beginning, drawn, token_ids
+from nsvd.lab.tokens import ROOM, beginning, drawn, token_ids, token_starts
 
 ROLES = ("encyclopedia", "newswire", "web", "commands", "instructions", "stories", "reading_zh", "instructions_ja")
 EMBEDDED = tuple(f"mini/{role}" for role in ROLES)
 MAX_LENGTH, MAX_CALIBRATION = 2048, 256  # window length and count where none is asked for
 WHOLE = 2**24  # characters of a text that is always tokenized as a whole: WikiText-2 is, in half a minute
 TOKENS_PER_CHARACTER = 32  # more than any tokenizer makes
+BETWEEN = "\n\n"  # what stands between two documents
 HALF = re.compile("[\ud800-\udfff]")  # of a character that JSON writes in two halves
 
 
@@ -154,7 +155,7 @@ def windows(
     if count is not None and count < 1:
         raise ValueError(f"{count} windows asked for; 1 is the least")
     first = beginning(tokenizer, bos)
-    text = "\n\n".join(documents(name, split))
+    text = BETWEEN.join(documents(name, split))
     cut = _cut(name, split, text, tokenizer, length - (first is not None), count, torch.Generator().manual_seed(seed))
     return cut if first is None else torch.cat([torch.full((len(cut), 1), first), cut], dim=1)
 
@@ -254,3 +255,30 @@ def beside(
     if len(rest) != count:
         raise ValueError(f"corpus {name}: {len(taken)} windows of {length} tokens leave {len(rest)}, not {count}")
     return torch.stack(rest)
+
+
+def sources(name: str, tokenizer: PreTrainedTokenizerBase, cut: Tensor, *, bos: bool | None = None) -> list[int]:
+    """The number of the document that each of some test windows (m, length) of ``windows`` is from: the one its middle lies in.
+
+    For a bootstrap over documents. A text too long to be tokenized as a whole, and a tokenizer that does not tell where a token
+    begins, give every window a number of its own.
+
+    Raises:
+        ValueError: if the text has no such window; as ``windows``.
+    """
+    texts = documents(name)
+    text = BETWEEN.join(texts)
+    if len(text) > WHOLE or not tokenizer.is_fast:
+        return list(range(len(cut)))
+    body = cut if beginning(tokenizer, bos) is None else cut[:, 1:]
+    ids, length = token_ids(tokenizer, text), body.shape[1]
+    places = {
+        tuple(window): place
+        for place, window in enumerate(ids[: len(ids) // length * length].view(-1, length).tolist())
+    }
+    found = [places.get(tuple(window)) for window in body.tolist()]
+    if None in found:
+        raise ValueError(f"corpus {name} has no such window: its text, the tokenizer or bos is another one")
+    ends = torch.tensor(list(accumulate(len(text) + len(BETWEEN) for text in texts)))
+    middles = token_starts(tokenizer, text)[torch.tensor(found) * length + length // 2]
+    return torch.searchsorted(ends, middles, right=True).tolist()

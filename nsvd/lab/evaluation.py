@@ -113,35 +113,5 @@ def excess_closed(perplexities: Sequence[float], reference: Sequence[float], den
     return _mean([1 - math.log(p / d) / math.log(r / d) for p, r, d in rows])
 
 
-def paired_interval(
-    losses: Sequence[Tensor],
-    reference: Sequence[Tensor],
-    dense: Sequence[Tensor] | None = None,
-    *,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Bootstrap interval of ``average_improvement`` over corpora, from losses per window; with ``dense`` of ``excess_closed``.
-
-    Windows are drawn with replacement within each corpus, the same ones for all models: what is left is the
-    uncertainty of the difference on this kind of text, not that of the perplexities. Of no corpus both ends are NaN.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(draws, dtype=torch.float64)
-    for number, (ours, theirs) in enumerate(zip(losses, reference, strict=True)):
-        index = torch.randint(len(ours), (draws, len(ours)), generator=generator)
-        if dense is None:
-            total += 1 - ((ours[index] - theirs[index]).mean(1)).exp()
-        else:
-            base = dense[number][index].mean(1)
-            total += 1 - (ours[index].mean(1) - base) / (theirs[index].mean(1) - base)
-    edge = (1 - level) / 2
-    if not losses:
-        return math.nan, math.nan
-    low, high = torch.quantile(total / len(losses), torch.tensor([edge, 1 - edge], dtype=torch.float64))
-    return low.item(), high.item()
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan

@@ -10,10 +10,11 @@ from functools import partial
 import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nsvd.compression.compress import compress_
 from nsvd.compression.measure import prepare
+from nsvd.lab.corpora import sources
 from nsvd.lab.evaluation import evaluate
 from nsvd.lab.records import Records
 from nsvd.lab.tokens import common_beginning
@@ -82,7 +83,8 @@ def measure(
     """One model on every corpus: a row each, of ``about``, the corpus and the numbers, those of ``also(model)`` among them.
 
     ``about`` has to say all that tells this model from others; ``build()`` makes it where something is not yet recorded. A row says
-    of the windows their fingerprint, and the token that all of them ``begin`` with (BOS), None where they differ.
+    of the windows their fingerprint, and the token that all of them ``begin`` with (BOS), None where they differ; after
+    ``by_document``, the ``documents`` that they are from, too.
     """
     rows = {
         corpus: about | {"corpus": corpus, "windows": fingerprint([ids]), "begin": common_beginning(ids)}
@@ -99,7 +101,22 @@ def measure(
             }
             numbers["losses"] = [round(loss, 5) for loss in result.losses.tolist()]
             records.add(rows[corpus], numbers | also(model))
-    return [row | records.found(**row) for row in rows.values()]
+    return [row | records.found(**row) | (records.find(**_origin(row)) or {}) for row in rows.values()]
+
+
+def by_document(
+    corpora: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, records: Records, *, bos: bool | None = None
+) -> None:
+    """Record of the windows of each corpus which document they are from, so that intervals are over documents."""
+    for corpus, ids in corpora.items():
+        about = _origin({"corpus": corpus, "windows": fingerprint([ids])})
+        if records.find(**about) is None:
+            records.add(about, {"documents": sources(corpus, tokenizer, ids, bos=bos)})
+
+
+def _origin(row: dict) -> dict:
+    """What tells the record of ``by_document`` from others."""
+    return {"measure": "documents", "corpus": row["corpus"], "windows": row["windows"]}
 
 
 def trial(

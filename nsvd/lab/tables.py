@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from nsvd.lab.evaluation import average_improvement, excess_closed, paired_interval
-from nsvd.lab.intervals import mean_with_interval
+from nsvd.lab.evaluation import average_improvement, excess_closed
+from nsvd.lab.intervals import Documents, mean_with_interval, paired_interval
 from nsvd.linalg import METHODS
 
 CELL = ["ratio", "method", "k1"]
@@ -44,23 +44,22 @@ def times(
     """How many times another model's a perplexity is, geometric mean of the sets of each place, with its paired interval.
 
     ``frame`` has a row a (``by``…, corpus) with ``losses``, and of each set the losses of ``base``, by default those of the rows
-    whose ``method`` or ``recipe`` is ``dense``. The interval is a bootstrap over test windows, the same ones for both models. A
-    row a (``by``…); columns (place, ``times``), (place, ``low``), (place, ``high``).
+    whose ``method`` or ``recipe`` is ``dense``. The interval is a bootstrap over test documents, the same ones for both models;
+    where rows do not say their ``documents``, over windows. A row a (``by``…); columns (place, ``times``), (place, ``low``),
+    (place, ``high``).
     """
     kind = "recipe" if "recipe" in frame else "method"
     base = frame[frame[kind] == "dense"] if base is None else base
     known = base.drop_duplicates("corpus").set_index("corpus").losses
     rows: dict[Any, dict] = {}
     for cell, group in frame[frame[kind] != "dense"].groupby(list(by), sort=False):
-        losses = group.set_index("corpus").losses
+        each = group.set_index("corpus")
         for place, names in places(corpora).items():
-            rises = [
-                torch.tensor(losses[name], dtype=torch.float64) - torch.tensor(known[name], dtype=torch.float64)
-                for name in names
-            ]
-            for name, value in zip(
-                ("times", "low", "high"), mean_with_interval(rises, level=level, seed=seed), strict=True
-            ):
+            ours = each.loc[names]
+            theirs = [torch.tensor(known[name], dtype=torch.float64) for name in names]
+            rises = [a - b for a, b in zip(_losses(ours), theirs, strict=True)]
+            found = mean_with_interval(rises, _documents(ours), level=level, seed=seed)
+            for name, value in zip(("times", "low", "high"), found, strict=True):
                 rows.setdefault(cell, {})[place, name] = math.exp(value)
     found = pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=list(by)))
     return found.set_axis(pd.MultiIndex.from_tuples(found.columns), axis=1)
@@ -134,7 +133,8 @@ def shares_closed(
         }
         for name, ours in sides.items():
             closed = excess_closed(ours.perplexity, sides[reference].perplexity, dense.perplexity)
-            low, high = paired_interval(*map(_losses, (ours, sides[reference], dense)), level=level, seed=seed)
+            losses = map(_losses, (ours, sides[reference], dense))
+            low, high = paired_interval(*losses, documents=_documents(ours), level=level, seed=seed)
             rows.append(dict(zip(by, cell, strict=True)) | {"recipe": name, "closed": closed, "low": low, "high": high})
     return pd.DataFrame(rows).set_index([*by, "recipe"])
 
@@ -148,7 +148,7 @@ def compared(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Average improvement of the first of each pair over the second, with its paired bootstrap interval over test windows.
+    """Average improvement of the first of each pair over the second, with its paired bootstrap interval.
 
     ``frame`` has a row a (``by``, corpus) with ``perplexity`` and ``losses``; a pair names two values of ``by``. ``verdict`` is
     ``better`` or ``worse`` where the interval leaves out zero, and ``equal`` where it does not. Calibration is held fixed: what
@@ -183,9 +183,15 @@ def gains(
 
 
 def _improvement(ours: pd.DataFrame, theirs: pd.DataFrame, level: float, seed: int) -> dict[str, float]:
-    low, high = paired_interval(_losses(ours), _losses(theirs), level=level, seed=seed)
+    low, high = paired_interval(_losses(ours), _losses(theirs), documents=_documents(ours), level=level, seed=seed)
     return {"improvement": average_improvement(ours.perplexity, theirs.perplexity), "low": low, "high": high}
 
 
 def _losses(rows: pd.DataFrame) -> list[torch.Tensor]:
     return [torch.tensor(row, dtype=torch.float64) for row in rows.losses]
+
+
+def _documents(rows: pd.DataFrame) -> Documents:
+    """Of each row, the document that each window is from; None where it does not say."""
+    told = rows.documents if "documents" in rows else [None] * len(rows)
+    return [known if isinstance(known, list) else None for known in told]

@@ -42,7 +42,10 @@ def check_continues(model: PreTrainedModel) -> None:
         return
     if kind in MODEL_FOR_MASKED_LM_MAPPING.values():
         raise ValueError(f"{kind.__name__} fills gaps in a text; only models that continue a text are compressed")
-    known = alone or beside
+    fills = (
+        type(model.config) in MODEL_FOR_MASKED_LM_MAPPING
+    )  # its model that continues a text is an encoder, too, by default
+    known = None if fills else alone or beside
     there = f"; {known.__name__} is one" if known else ""
     raise ValueError(
         f"transformers does not know {kind.__name__} as a model that continues a text{there}; only such models are compressed"

@@ -1,6 +1,7 @@
 """Text by name, and windows that do not overlap."""
 
 import gzip
+import json
 
 import datasets
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import nsvd
 from nsvd.lab import corpora, tokens
-from nsvd.lab.corpora import HUB, MAX_CALIBRATION, beside
+from nsvd.lab.corpora import HUB, MAX_CALIBRATION, beside, sources
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -361,3 +362,24 @@ def test_windows_beside_those_that_are_tested_are_none_of_them():
     assert not set(map(tuple, others.tolist())) & set(map(tuple, tested.tolist()))
     with pytest.raises(ValueError, match="5 windows of 16 tokens leave 12, not 7"):
         beside("mini/reading_zh", tokenizer, tested + 300, 7, seed=3)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_window_is_of_the_document_in_which_its_middle_lies(tmp_path, bos, monkeypatch):
+    """As a tokenizer of bytes has it: character n of the joined text is token n."""
+    lengths = [5, 70, 3, 122]
+    texts = [chr(97 + n) * 2 + "".join(f"{n}{i:02d} " for i in range(50)) for n in range(4)]
+    texts = [text[:length] for text, length in zip(texts, lengths, strict=True)]
+    file = tmp_path / "four.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    owner = [n for n, text in enumerate(texts) for _ in text + "\n\n"]
+    body, whole = 10 - bos, nsvd.windows(str(file), TOKENIZER, length=10, bos=bos)
+    expected = [owner[i * body + body // 2] for i in range(len(whole))]
+    assert sources(str(file), TOKENIZER, whole, bos=bos) == expected
+    assert set(expected) == {0, 1, 3}
+    some = nsvd.windows(str(file), TOKENIZER, length=10, count=6, bos=bos)
+    assert sources(str(file), TOKENIZER, some, bos=bos) == [expected[whole.tolist().index(w)] for w in some.tolist()]
+    with pytest.raises(ValueError, match="has no such window"):
+        sources(str(file), TOKENIZER, whole + 1, bos=bos)
+    monkeypatch.setattr(corpora, "WHOLE", 100)
+    assert sources(str(file), TOKENIZER, some, bos=bos) == list(range(6)), "of a long text every window stands alone"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsvd
-from nsvd.lab.evaluation import average_improvement, divergence, evaluate, excess_closed, paired_interval
+from nsvd.lab.evaluation import average_improvement, divergence, evaluate, excess_closed
 from tests.tiny import compressed, poison, tiny_model, tiny_tokenizer, token_ids
 
 IDS = token_ids(9, 16)
@@ -125,41 +125,6 @@ def test_the_excess_closed_runs_from_the_reference_to_the_dense_model():
     assert excess_closed(reference, reference, dense) == 0
     assert excess_closed(dense, reference, dense) == 1
     assert excess_closed([10.0, 40.0], reference, dense) == pytest.approx(0.5)
-
-
-def losses(shift: float, noise: float, seed: int) -> list[torch.Tensor]:
-    """Windows of three corpora: hard and easy ones alike, ``shift`` better than nothing."""
-    common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
-    draw = {"dtype": torch.float64}
-    return [
-        3 + torch.randn(40, generator=common, **draw) - shift + noise * torch.randn(40, generator=own, **draw)
-        for _ in range(3)
-    ]
-
-
-def test_the_interval_of_a_model_against_itself_is_nothing():
-    """The windows are drawn in pairs, so what both share cancels."""
-    same = losses(0, 0, 1)
-    assert paired_interval(same, same) == (0, 0)
-
-
-def test_the_interval_covers_no_difference_and_excludes_a_clear_one():
-    """Though the windows differ by far more than the models."""
-    reference = losses(0, 0.02, 1)
-    low, high = paired_interval(losses(0, 0.02, 2), reference)
-    assert low < 0 < high
-    low, high = paired_interval(losses(0.1, 0.02, 2), reference)
-    assert 0.08 < low < 1 - math.exp(-0.1) < high < 0.11
-
-
-def test_the_interval_is_around_the_average_improvement_and_repeatable():
-    """The same seed gives the same interval, a higher level a wider one."""
-    ours, theirs = losses(0.05, 0.1, 2), losses(0, 0.1, 1)
-    value = average_improvement(*([x.mean().exp().item() for x in side] for side in (ours, theirs)))
-    low, high = paired_interval(ours, theirs)
-    wide = paired_interval(ours, theirs, level=0.999)
-    assert wide[0] < low < value < high < wide[1]
-    assert paired_interval(ours, theirs) == (low, high)
 
 
 def test_divergence_is_what_a_plain_sum_over_the_vocabulary_says():

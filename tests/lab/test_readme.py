@@ -7,6 +7,7 @@ import pytest
 
 from nsvd.lab import readme
 from nsvd.lab.paths import checkout
+from nsvd.lab.tables import improvements
 
 RESULTS = checkout() / "data/results"
 
@@ -60,7 +61,8 @@ def test_two_runs_in_one_file_are_refused(tmp_path):
     """Neither is taken for the other."""
     shutil.copytree(RESULTS, tmp_path / "results")
     file = tmp_path / "results/05_rank_split.jsonl"
-    row = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    row = next(row for row in rows if "model" in row["parameters"])
     row["parameters"]["windows"] = "0" * 12
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
@@ -74,6 +76,21 @@ def test_two_runs_in_one_file_are_refused(tmp_path):
 def test_a_text_with_no_one_place_for_tables_is_refused(text):
     with pytest.raises(ValueError, match="no one place"):
         readme.with_results(text, "| |")
+
+
+def test_intervals_are_over_the_documents_that_are_recorded(tmp_path):
+    """The same measurements without that record have another interval, and the same numbers."""
+    file, kept = tmp_path / "05_rank_split.jsonl", RESULTS / "05_rank_split.jsonl"
+    shutil.copy(kept, file)
+    told = readme._read(tmp_path, "05_rank_split", stale=True)
+    assert all(len(row.documents) == len(row.losses) for row in told.itertuples())
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if '"measure": "documents"' not in line), encoding="utf-8")
+    alone = readme._read(tmp_path, "05_rank_split", stale=True)
+    assert "documents" not in alone
+    (one, two) = (improvements(frame, [readme.HOME]) for frame in (told, alone))
+    assert (one.improvement == two.improvement).all()
+    assert ((one.high - one.low) != (two.high - two.low)).all()
 
 
 def test_what_is_around_the_tables_stays():

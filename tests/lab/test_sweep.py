@@ -1,14 +1,15 @@
 """A sweep measures what ``compress_`` and ``perplexity`` would, each thing once."""
 
 import copy
+import json
 
 import pytest
 
 import nsvd
 from nsvd.lab import sweep as module
 from nsvd.lab.records import Records
-from nsvd.lab.sweep import DENSE, measure, sweep, trial
-from tests.tiny import K1, assert_same, state, tiny_model, token_ids
+from nsvd.lab.sweep import DENSE, by_document, measure, sweep, trial
+from tests.tiny import K1, assert_same, state, tiny_model, tiny_tokenizer, token_ids
 
 CALIBRATION = token_ids(6, 16, seed=1)
 CORPORA = {"first": token_ids(4, 12, seed=2), "second": token_ids(5, 12, seed=3)}
@@ -196,3 +197,19 @@ def test_sola_can_be_swept(swept):
     found = frame[(frame.method == "sola") & (frame.ratio == 0.3)].set_index("corpus").perplexity
     for corpus, windows in CORPORA.items():
         assert found[corpus] == pytest.approx(nsvd.perplexity(changed, windows), rel=1e-6)
+
+
+def test_rows_say_the_documents_of_their_windows_once_they_are_recorded(tmp_path):
+    """Of a corpus of three documents; another reader of the file finds them, too."""
+    model, tokenizer, file = tiny_model(), tiny_tokenizer(), tmp_path / "records.jsonl"
+    text = tmp_path / "three.jsonl"
+    text.write_text("".join(json.dumps({"text": letter * 30}) + "\n" for letter in "abc"), encoding="utf-8")
+    corpora = {str(text): nsvd.windows(str(text), tokenizer, length=8)}
+    assert "documents" not in measure(lambda: model, corpora, Records(file), {"method": DENSE})[0]
+    by_document(corpora, tokenizer, Records(file))
+    (row,) = measure(lambda: model, corpora, Records(file), {"method": DENSE})
+    assert len(row["documents"]) == len(row["losses"])
+    assert set(row["documents"]) == {0, 1, 2}
+    size = file.stat().st_size
+    by_document(corpora, tokenizer, Records(file))
+    assert file.stat().st_size == size, "it is recorded once"

@@ -100,3 +100,32 @@ def test_times_are_geometric_means_over_the_sets_of_a_place():
     assert told_times(table).loc[(0.2, "svd"), "home"] == "1.11 [1.11, 1.11]"
     to_svd = times(pd.DataFrame(rows), list(rise), by=["method"], base=pd.DataFrame(rows).query("method == 'svd'"))
     assert to_svd.loc[("asvd",), ("far", "times")] == pytest.approx(1.0)
+
+
+def test_intervals_are_over_documents_where_rows_name_them():
+    """Eight documents of three windows each, alike inside: as wide as eight windows; each table does it."""
+
+    def rows(windows, **more):
+        levels = {("dense", 0.0): 3.0, ("asvd-1", 0.2): 3.5, ("ours", 0.2): 3.2}
+        return pd.DataFrame(
+            {"method": m, "recipe": m, "allocation": m, "ratio": r, "corpus": "home", "all": 0}
+            | {"losses": (each := [level * w for w in windows]), "perplexity": math.exp(sum(each) / len(each))}
+            | more
+            for (m, r), level in levels.items()
+        )
+
+    def ends(frame):
+        known = dict(by=["ratio", "method"])
+        yield times(frame, ["home"], **known).loc[(0.2, "ours"), "home"][["low", "high"]]
+        yield shares_closed(frame, ["home"], ["all"]).loc[(0, "ours"), ["low", "high"]]
+        yield improvements(frame, ["home"]).iloc[0][["low", "high"]]
+        yield gains(frame.assign(method="x"), ["home"], reference="asvd-1").iloc[1][["low", "high"]]
+        yield compared(frame, [("ours", "asvd-1")], ["home"]).iloc[0][["low", "high"]]
+
+    alone = [1 + i * i / 100 for i in range(8)]
+    often, which = [w for w in alone for _ in range(3)], [i for i in range(8) for _ in range(3)]
+    tables = map(ends, (rows(alone), rows(often), rows(often, documents=which)))
+    for one, more, known in zip(*tables, strict=True):
+        assert list(known) == pytest.approx(list(one))
+        wide = known.high - known.low
+        assert more.high - more.low < 0.8 * wide or wide < 1e-9  # a share that is the same in every window

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSequenceClassification
 
 import nsvd
 from nsvd.stored.kinds import auto_class, check_continues
@@ -41,6 +41,9 @@ def test_what_continues_no_text_is_told_in_a_true_sentence(llava):
         nsvd.targets(tiny_model().model)
     with pytest.raises(ValueError, match="BertForMaskedLM fills gaps in a text"):
         nsvd.targets(built("bert, masked"))
+    classifier = AutoModelForSequenceClassification.from_config(built("bert, masked").config)
+    with pytest.raises(ValueError, match="BertForSequenceClassification as a model that continues a text; only such"):
+        nsvd.targets(classifier)  # and names no sibling, which would be an encoder, too
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         encoder = built("bert, not as a decoder").to(dtype)
         before = state(encoder)
