@@ -1,26 +1,45 @@
-"""Installed packages that have another version than constraints-lock.txt names: ``python -m tests.differing``.
+"""Packages that pip would install in another version than constraints-lock.txt names: ``python -m tests.differing REPORT``.
 
-Nothing is printed where all are those of the lock: with these the tests have run already. torch has a file of its own.
+``REPORT`` is what ``pip install --dry-run --report REPORT`` wrote. Nothing is printed where all are those of the lock: with these
+the tests have run already. torch has a file of its own. What JupyterLab alone needs is not looked at: no test imports it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib.metadata import distributions
+import json
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.lowest import requirements
+
 LOCK = Path(__file__).parents[1] / "constraints-lock.txt"
+PAGES = "jupyterlab"
 
 
-def pinned(lines: list[str]) -> dict[str, str]:
+def pinned(lines: Iterable[str]) -> dict[str, str]:
     """Name and version of every ``name==version``."""
     return {
         canonicalize_name(name): number
         for name, _, number in (line.strip().partition("==") for line in lines)
         if number
     }
+
+
+def chosen(report: Mapping, wanted: Iterable[str]) -> dict[str, str]:
+    """Name and version of those that a report would install for the requirements ``wanted``, and for what these need."""
+    known = {canonicalize_name(one["metadata"]["name"]): one["metadata"] for one in report["install"]}
+    found, left = {}, [canonicalize_name(Requirement(line).name) for line in wanted]
+    while left:
+        name = left.pop()
+        if name in known and name not in found:
+            found[name] = known[name]["version"]
+            needs = map(Requirement, known[name].get("requires_dist", []))
+            left += [canonicalize_name(n.name) for n in needs if n.marker is None or n.marker.evaluate({"extra": ""})]
+    return found
 
 
 def differing(here: Mapping[str, str], lock: Mapping[str, str]) -> list[str]:
@@ -31,5 +50,6 @@ def differing(here: Mapping[str, str], lock: Mapping[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    installed = {canonicalize_name(one.metadata["Name"]): one.version for one in distributions()}
-    print("\n".join(differing(installed, pinned(LOCK.read_text(encoding="utf-8").splitlines()))))
+    report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    wanted = [line for line in requirements() if Requirement(line).name != PAGES]
+    print("\n".join(differing(chosen(report, wanted), pinned(LOCK.read_text(encoding="utf-8").splitlines()))))

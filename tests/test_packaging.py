@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from nsvd.lab.paths import checkout
-from tests.differing import differing, pinned
+from tests.differing import chosen, differing, pinned
 from tests.lowest import lowest, requirements
 
 LOCK = "constraints-lock.txt"
@@ -61,3 +61,9 @@ def test_what_differs_from_the_lock_is_named():
     assert lock == {"numpy": "2.1", "pandas": "3.0"}
     assert differing({"numpy": "2.1", "pandas": "3.1", "pip": "26"}, lock) == ["pandas 3.0 -> 3.1"]
     assert differing({"numpy": "2.1"}, lock) == []
+    needs = {"Frames": ["pandas>=3", 'numpy>=2; extra == "fast"', 'babel; python_version < "3"'], "pages": ["babel"]}
+    numbers = {"Frames": "1", "Pandas": "3.1", "numpy": "2.2", "pages": "4", "babel": "5"}
+    install = [{"metadata": {"name": n, "version": v, "requires_dist": needs.get(n, [])}} for n, v in numbers.items()]
+    found = chosen({"install": install}, ["frames>=1", "absent"])
+    assert found == {"frames": "1", "pandas": "3.1"}, "what is needed, by whatever name, and nothing beside"
+    assert differing(found, lock) == ["pandas 3.0 -> 3.1"]

@@ -101,6 +101,7 @@ class Stopped(BaseException):
     """As an interrupt."""
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("way", ["asvd-1", "asvd-1, shifted, refined", "sola", "best", "best, neurons"])
 def test_a_run_that_is_stopped_goes_on_and_ends_in_the_same_bytes(way, dense, monkeypatch):
     """Stopped after every single thing that it keeps, one after the other; finished blocks are not factored again."""
@@ -126,6 +127,7 @@ def test_a_run_that_is_stopped_goes_on_and_ends_in_the_same_bytes(way, dense, mo
     assert sorted(os.listdir(dense.parent)) == ["dense", "out", "text.txt", "whole"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("way", ["asvd-1", "nsvd-1, spectrum", "best"])
 def test_of_a_long_text_some_borders_are_kept(way, dense, monkeypatch):
     """Behind every second block here; what comes after the last one is done again, and ends in the same bytes."""
