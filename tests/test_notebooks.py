@@ -34,7 +34,8 @@ MORE = {
     "07_kv_cache": {"test_count", "check"},
     "08_rank_search": {"test_count"},
     "09_sola": {"test_count", "held_count", "sizes", "seeds", "search_count"},
-    "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "mus", "ratios"},
+    "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "mus", "ratios"}
+    | {"other_draws"},
     "12_downstream": {"tasks", "questions", "count", "ratios", "methods"},
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
     | {"rate", "adapter_rate", "seeds", "test_count", "check"},
@@ -52,6 +53,7 @@ TINY = {
     "kept": [0.3, 0.6],
     "length": 64,
     "draws": 8,
+    "other_draws": [1],
     "ratios": [0.3],
     "splits": [0.8],
     "nid_splits": [0.8],
