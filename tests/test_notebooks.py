@@ -40,7 +40,7 @@ MORE = {
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
     | {"rate", "adapter_rate", "seeds", "test_count", "check"},
     "14_rank_and_bits": {"count", "test_count", "ratios", "check"},
-    "15_rivals": {"count", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
+    "15_rivals": {"count", "more", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
 }  # what Makefile gives beside the preset
 ROOTS = ("home", "root", "tmp", "mnt", "usr", "Users", "var", "opt", "srv")
 ABSOLUTE = re.compile(rf"(?<![\w.</-])/({'|'.join(ROOTS)})/")
@@ -71,6 +71,7 @@ TINY = {
     "seeds": [0],
     "models": ["mini-llama"],
     "mus": [0.03],
+    "more": 4,
     "refine": 2,
     "distill": 2,
     "steps": [1, 2],
