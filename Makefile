@@ -78,7 +78,7 @@ notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p test_count 6
 SOLA := -p test_count 8 -p held_count 8 -p sizes '[8, 32]' -p seeds '[0]' -p search_count 0  # the smallest set has 16 windows
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)
 
-BEYOND := -p other_draws '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p mus '[0.3]' -p ratios '[0.3]'
+BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p mus '[0.3]' -p ratios '[0.3]'
 notebooks/executed/smollm2-135m/10_beyond_nsvd.ipynb: MORE := $(BEYOND)
 
 notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC))
@@ -117,6 +117,7 @@ test-oldest: $(VENV)-oldest/ready ## the tests of the package on the lowest vers
 test-newest: $(VENV)/ready ## the tests of the package on the newest versions that pyproject.toml allows, looked up every time
 	$(BIN)/python -m pip install -qq --dry-run --ignore-installed --no-build-isolation -c constraints-cpu.txt \
 		--report $(VENV)/newest.json -e ".[notebooks,test]"
+	@rm -rf $(VENV)-newest
 	@$(BIN)/python -m tests.differing $(VENV)/newest.json > $(VENV)/differing
 	@cat $(VENV)/differing
 	@if grep -q . $(VENV)/differing; then $(MAKE) $(VENV)-newest && $(call pytest,$(VENV)-newest) $(RANGES); \
@@ -136,7 +137,8 @@ $(VENV)-extras/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
 
 pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
-lock: test-newest $(VENV)-newest ## write constraints-lock.txt: what test-newest has just passed with, and what makes the site
+lock: test-newest ## write constraints-lock.txt: the newest versions, which test-newest has just passed with, and what makes the site
+	test -x $(VENV)-newest/bin/python || $(MAKE) $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install -q -c constraints-cpu.txt --no-build-isolation -e ".[notebooks,test,site,browser,eval,quantize,peft]"
 	$(VENV)-newest/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch==|triton|nvidia-|cuda-)|^#| @ ' > constraints-lock.txt
 

@@ -32,13 +32,16 @@ def pinned(lines: Iterable[str]) -> dict[str, str]:
 def chosen(report: Mapping, wanted: Iterable[str]) -> dict[str, str]:
     """Name and version of those that a report would install for the requirements ``wanted``, and for what these need."""
     known = {canonicalize_name(one["metadata"]["name"]): one["metadata"] for one in report["install"]}
-    found, left = {}, [canonicalize_name(Requirement(line).name) for line in wanted]
+    found, seen, left = {}, set(), [Requirement(line) for line in wanted]
     while left:
-        name = left.pop()
-        if name in known and name not in found:
-            found[name] = known[name]["version"]
-            needs = map(Requirement, known[name].get("requires_dist", []))
-            left += [canonicalize_name(n.name) for n in needs if n.marker is None or n.marker.evaluate({"extra": ""})]
+        one = left.pop()
+        name = canonicalize_name(one.name)
+        for extra in {"", *one.extras} if name in known else ():
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                needs = map(Requirement, known[name].get("requires_dist", []))
+                left += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+                found[name] = known[name]["version"]
     return found
 
 

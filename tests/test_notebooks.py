@@ -35,12 +35,12 @@ MORE = {
     "08_rank_search": {"test_count"},
     "09_sola": {"test_count", "held_count", "sizes", "seeds", "search_count"},
     "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "mus", "ratios"}
-    | {"other_draws"},
+    | {"seeds"},
     "12_downstream": {"tasks", "questions", "count", "ratios", "methods"},
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
     | {"rate", "adapter_rate", "seeds", "test_count", "check"},
     "14_rank_and_bits": {"count", "test_count", "ratios", "check"},
-    "15_rivals": {"count", "more", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
+    "15_rivals": {"count", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
 }  # what Makefile gives beside the preset
 ROOTS = ("home", "root", "tmp", "mnt", "usr", "Users", "var", "opt", "srv")
 ABSOLUTE = re.compile(rf"(?<![\w.</-])/({'|'.join(ROOTS)})/")
@@ -53,7 +53,6 @@ TINY = {
     "kept": [0.3, 0.6],
     "length": 64,
     "draws": 8,
-    "other_draws": [1],
     "ratios": [0.3],
     "splits": [0.8],
     "nid_splits": [0.8],

@@ -64,6 +64,7 @@ def test_what_differs_from_the_lock_is_named():
     needs = {"Frames": ["pandas>=3", 'numpy>=2; extra == "fast"', 'babel; python_version < "3"'], "pages": ["babel"]}
     numbers = {"Frames": "1", "Pandas": "3.1", "numpy": "2.2", "pages": "4", "babel": "5"}
     install = [{"metadata": {"name": n, "version": v, "requires_dist": needs.get(n, [])}} for n, v in numbers.items()]
+    assert "numpy" in chosen({"install": install}, ["frames[fast]>=1"]), "an extra that is asked for counts"
     found = chosen({"install": install}, ["frames>=1", "absent"])
     assert found == {"frames": "1", "pandas": "3.1"}, "what is needed, by whatever name, and nothing beside"
     assert differing(found, lock) == ["pandas 3.0 -> 3.1"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nsvd.lab.paths import data
-from nsvd.lab.tokens import ROOM, beginning, drawn, token_ids, token_starts
+from nsvd.lab.tokens import ROOM, beginning, drawn, token_ids, token_places
 
 ROLES = ("encyclopedia", "newswire", "web", "commands", "instructions", "stories", "reading_zh", "instructions_ja")
 EMBEDDED = tuple(f"mini/{role}" for role in ROLES)
@@ -240,45 +240,47 @@ def beside(
     *,
     seed: int = 0,
     bos: bool | None = None,
+    fewer: bool = False,
 ) -> Tensor:
     """Further windows (count, length) of a test set, of which ``taken`` (m, length) were drawn with the same seed; none of these.
 
     What a model is calibrated on must not be what it is tested on. These are for a control that knows the domain of the test set.
+    With ``fewer`` they are all that are left where there are not so many, perhaps none.
 
     Raises:
         ValueError: if the set has no more so many; as ``windows``.
     """
-    length = taken.shape[1]
-    whole = windows(name, tokenizer, length=length, count=len(taken) + count, seed=seed, bos=bos)
+    length, how = taken.shape[1], {"seed": seed, "bos": bos}
+    count = min(count, len(windows(name, tokenizer, length=length, **how)) - len(taken)) if fewer else count
+    whole = windows(name, tokenizer, length=length, count=len(taken) + count, **how)
     known = set(map(tuple, taken.tolist()))
     rest = [ids for ids in whole if tuple(ids.tolist()) not in known]
     if len(rest) != count:
         raise ValueError(f"corpus {name}: {len(taken)} windows of {length} tokens leave {len(rest)}, not {count}")
-    return torch.stack(rest)
+    return torch.stack(rest) if rest else taken[:0]
 
 
 def sources(name: str, tokenizer: PreTrainedTokenizerBase, cut: Tensor, *, bos: bool | None = None) -> list[int]:
     """The number of the document that each of some test windows (m, length) of ``windows`` is from: the one its middle lies in.
 
-    For a bootstrap over documents. A text too long to be tokenized as a whole, and a tokenizer that does not tell where a token
-    begins, give every window a number of its own.
+    For a bootstrap over documents. A line of a file is one, and a row of a set on the hub (of WikiText-2 there, a paragraph). Every
+    window gets a number of its own where this is not known: a text of one document or too long to be tokenized as a whole, and a
+    tokenizer that does not tell where a token begins.
 
     Raises:
         ValueError: if the text has no such window; as ``windows``.
     """
     texts = documents(name)
     text = BETWEEN.join(texts)
-    if len(text) > WHOLE or not tokenizer.is_fast:
+    if len(texts) == 1 or len(text) > WHOLE or not tokenizer.is_fast:
         return list(range(len(cut)))
     body = cut if beginning(tokenizer, bos) is None else cut[:, 1:]
-    ids, length = token_ids(tokenizer, text), body.shape[1]
-    places = {
-        tuple(window): place
-        for place, window in enumerate(ids[: len(ids) // length * length].view(-1, length).tolist())
-    }
+    (ids, starts), length = token_places(tokenizer, text), body.shape[1]
+    whole = ids[: len(ids) // length * length].view(-1, length)
+    places = {tuple(window): place for place, window in enumerate(whole.tolist())}
     found = [places.get(tuple(window)) for window in body.tolist()]
     if None in found:
         raise ValueError(f"corpus {name} has no such window: its text, the tokenizer or bos is another one")
     ends = torch.tensor(list(accumulate(len(text) + len(BETWEEN) for text in texts)))
-    middles = token_starts(tokenizer, text)[torch.tensor(found) * length + length // 2]
+    middles = starts[torch.tensor(found) * length + length // 2]
     return torch.searchsorted(ends, middles, right=True).tolist()

@@ -58,7 +58,7 @@ def results(folder: Path, *, stale: bool = False) -> str:
 
 def _read(folder: Path, name: str, stale: bool) -> pd.DataFrame:
     """The records of a notebook's default run."""
-    frame = _with_documents(Records(folder / f"{name}.jsonl").frame(stale=stale))
+    frame = Records(folder / f"{name}.jsonl").frame(stale=stale)
     if frame.empty:
         raise ValueError(f"{folder / name}.jsonl holds nothing that today's code measured; run notebook {name} first")
     frame = frame.loc[frame.model.isin(MODELS if name == "06_model_families" else MODELS[1:2])]
@@ -70,20 +70,10 @@ def _read(folder: Path, name: str, stale: bool) -> pd.DataFrame:
 
 def _read_real(folder: Path, name: str) -> pd.DataFrame:
     """The records of a run that is no part of the workbook, whichever code made them: it takes hours."""
-    frame = _with_documents(Records(folder / REAL / f"{name}.jsonl").frame(stale=True))
+    frame = Records(folder / REAL / f"{name}.jsonl").frame(stale=True)
     if frame.empty:
         raise ValueError(f"{folder / REAL / name}.jsonl holds nothing; run `make smollm2-workbook`")
     return frame
-
-
-def _with_documents(frame: pd.DataFrame) -> pd.DataFrame:
-    """Measurements, each with the documents that its windows are from, where a record of ``by_document`` says them."""
-    if "documents" not in frame:
-        return frame
-    told = frame.measure == "documents"
-    known = frame[told].set_index(["corpus", "windows"]).documents.to_dict()
-    rows = frame[~told]
-    return rows.assign(documents=[known.get(where) for where in zip(rows.corpus, rows.windows, strict=True)])
 
 
 def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -18,6 +18,7 @@ from nsvd.stored.locks import locked
 if TYPE_CHECKING:
     import pandas as pd
 
+DOCUMENTS = "documents"  # measured: of windows, the documents that they are from
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -121,10 +122,22 @@ class Records:
         return [row for row in self._rows.values() if stale or self._counts(row)]
 
     def frame(self, *, stale: bool = False) -> pd.DataFrame:
-        """All records that count as found, a column for every parameter and number; with ``stale`` the others, too."""
+        """All records that count as found, a column for every parameter and number; with ``stale`` the others, too.
+
+        What says of windows which ``documents`` they are from is no row: it is joined to the rows of these windows.
+        """
         import pandas as pd
 
-        cells = ((row["parameters"] | row["numbers"]).items() for row in self.rows(stale=stale))
+        rows, known = [], {}
+        for row in self.rows(stale=stale):
+            about = row["parameters"]
+            if about.get("measure") == DOCUMENTS:
+                known[about["corpus"], about["windows"]] = row["numbers"]
+            else:
+                rows.append(row)
+        places = [(row["parameters"].get("corpus"), row["parameters"].get("windows")) for row in rows]
+        told = (row["parameters"] | row["numbers"] | known.get(at, {}) for row, at in zip(rows, places, strict=True))
+        cells = (row.items() for row in told)
         return pd.DataFrame([{_whole(name): _whole(value) for name, value in row} for row in cells])
 
 

@@ -16,7 +16,7 @@ from nsvd.compression.compress import compress_
 from nsvd.compression.measure import prepare
 from nsvd.lab.corpora import sources
 from nsvd.lab.evaluation import evaluate
-from nsvd.lab.records import Records
+from nsvd.lab.records import DOCUMENTS, Records
 from nsvd.lab.tokens import common_beginning
 from nsvd.linalg import by_name
 from nsvd.stored.files import fingerprint
@@ -111,12 +111,12 @@ def by_document(
     for corpus, ids in corpora.items():
         about = _origin({"corpus": corpus, "windows": fingerprint([ids])})
         if records.find(**about) is None:
-            records.add(about, {"documents": sources(corpus, tokenizer, ids, bos=bos)})
+            records.add(about, {DOCUMENTS: sources(corpus, tokenizer, ids, bos=bos)})
 
 
 def _origin(row: dict) -> dict:
     """What tells the record of ``by_document`` from others."""
-    return {"measure": "documents", "corpus": row["corpus"], "windows": row["windows"]}
+    return {"measure": DOCUMENTS, "corpus": row["corpus"], "windows": row["windows"]}
 
 
 def trial(

@@ -50,18 +50,19 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " n"
     return torch.cat([_tokens(tokenizer, piece) for piece in _pieces(text)])
 
 
-def token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " n"]:
-    """The character of the text at which each of ``token_ids`` begins.
+def token_places(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """The same, and the character of the text at which each begins.
 
     Raises:
         NotImplementedError: a tokenizer written in Python, which does not say.
     """
-    starts, before = [], 0
+    ids, starts, before = [], [], 0
     for piece in _pieces(text):
         told = tokenizer(piece, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        ids += told["input_ids"]
         starts += [before + start for start, _ in told["offset_mapping"]]
         before += len(piece)
-    return torch.tensor(starts, dtype=torch.long)
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(starts, dtype=torch.long)
 
 
 def drawn(

@@ -373,6 +373,7 @@ def test_a_window_is_of_the_document_in_which_its_middle_lies(tmp_path, bos, mon
     file = tmp_path / "four.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     owner = [n for n, text in enumerate(texts) for _ in text + "\n\n"]
+    monkeypatch.setattr(tokens, "PIECE", 64)  # the text is tokenized in four pieces
     body, whole = 10 - bos, nsvd.windows(str(file), TOKENIZER, length=10, bos=bos)
     expected = [owner[i * body + body // 2] for i in range(len(whole))]
     assert sources(str(file), TOKENIZER, whole, bos=bos) == expected
@@ -381,5 +382,9 @@ def test_a_window_is_of_the_document_in_which_its_middle_lies(tmp_path, bos, mon
     assert sources(str(file), TOKENIZER, some, bos=bos) == [expected[whole.tolist().index(w)] for w in some.tolist()]
     with pytest.raises(ValueError, match="has no such window"):
         sources(str(file), TOKENIZER, whole + 1, bos=bos)
+    only = tmp_path / "one.jsonl"
+    only.write_text(json.dumps({"text": "".join(texts)}), encoding="utf-8")
+    one = nsvd.windows(str(only), TOKENIZER, length=10, bos=bos)
+    assert sources(str(only), TOKENIZER, one, bos=bos) == list(range(len(one))), "and of one document"
     monkeypatch.setattr(corpora, "WHOLE", 100)
     assert sources(str(file), TOKENIZER, some, bos=bos) == list(range(6)), "of a long text every window stands alone"

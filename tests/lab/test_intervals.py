@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from nsvd.lab.evaluation import average_improvement
@@ -59,25 +60,35 @@ def test_windows_of_one_document_count_as_one():
     assert one == mean_with_interval(rises)[0]
 
 
-def test_the_spread_over_documents_is_that_of_repeated_texts():
-    """Half of the variance is common to a document: its bootstrap tells the spread of the mean, that over windows too little."""
-    generator = torch.Generator().manual_seed(0)
-    common = torch.randn(400, 12, 1, generator=generator, dtype=torch.float64)
-    texts = (common + torch.randn(400, 12, 5, generator=generator, dtype=torch.float64)).flatten(1)
-    true = texts.mean(1).std()
-    which = torch.arange(12).repeat_interleave(5).tolist()
-    told = torch.stack([resampled(t[:, None], which, 300, generator).std() for t in texts]).mean()
-    alone = torch.stack([resampled(t[:, None], None, 300, generator).std() for t in texts]).mean()
-    assert abs(told / true - 1) < 0.1
-    assert alone / true < 0.7
+@pytest.mark.parametrize(("count", "windows", "least"), [(9, 2, 0.92), (5, 3, 0.9), (16, 1, 0.92)])
+def test_the_interval_covers_the_mean_as_often_as_it_says(count, windows, least):
+    """Of few documents, too, where half of the variance is common to a document; windows drawn one by one cover less often."""
+    generator, draw = torch.Generator().manual_seed(0), {"dtype": torch.float64}
+    which = [torch.arange(count).repeat_interleave(windows).tolist()]
+    covered, alone = 0, 0
+    for _ in range(600):
+        common = torch.randn(count, 1, generator=generator, **draw)
+        text = (common + torch.randn(count, windows, generator=generator, **draw)).flatten()
+        ends, apart = mean_with_interval([text], which, draws=400)[1:], mean_with_interval([text], draws=400)[1:]
+        covered += ends[0] < 0 < ends[1]
+        alone += apart[0] < 0 < apart[1]
+    assert least < covered / 600 < 0.98
+    assert windows == 1 or alone / 600 < 0.9
 
 
 def test_a_document_of_many_windows_weighs_as_many():
-    """Means over members, not over documents: with a single document every draw is the mean of all."""
+    """Means over members, not over documents, and farther from their mean by √(n/(n − 1))."""
     values = torch.tensor([[1.0], [2.0], [6.0]], dtype=torch.float64)
-    assert resampled(values, [7, 7, 7], 5, torch.Generator()).tolist() == [[3.0]] * 5
-    drawn = resampled(values, [0, 0, 1], 200, torch.Generator().manual_seed(0)).flatten()
-    assert set(drawn.tolist()) == {1.5, 3.0, 6.0}, "the first document, both, the second"
+    drawn = resampled(values, torch.tensor([0, 0, 1]), 200, torch.Generator().manual_seed(0)).flatten()
+    expected = [3 + math.sqrt(2) * (mean - 3) for mean in (1.5, 3.0, 6.0)]  # the first document, both, the second
+    assert sorted(set(drawn.tolist())) == pytest.approx(expected)
+
+
+def test_of_one_document_nothing_is_known_of_others():
+    values = [torch.tensor([1.0, 2.0, 6.0])]
+    assert mean_with_interval(values, [[7, 7, 7]])[0] == 3
+    assert all(math.isnan(end) for end in mean_with_interval(values, [[7, 7, 7]])[1:])
+    assert all(math.isnan(end) for end in paired_interval(values, [2 * values[0]], documents=[[7, 7, 7]]))
 
 
 def test_of_no_group_there_is_no_interval():

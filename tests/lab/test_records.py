@@ -7,7 +7,7 @@ import os
 import pytest
 
 from nsvd.lab import records
-from nsvd.lab.records import Records, origin
+from nsvd.lab.records import DOCUMENTS, Records, origin
 from tests.tiny import file_limit
 
 FIRST, SECOND = {"method": "nsvd-1", "k1": 0.95}, {"method": "svd", "text": "日本語"}
@@ -238,3 +238,16 @@ def test_what_is_not_finite_is_null_however_deep_it_stands(tmp_path):
         "by": {"x": None},
         "n": 3,
     }
+
+
+def test_the_documents_of_windows_are_joined_to_what_was_measured_on_them(tmp_path):
+    """They are no row of their own, and other windows have none."""
+    records = Records(tmp_path / "records.jsonl")
+    records.add({"corpus": "one", "windows": "a"}, {"nll": 1.0})
+    records.add({"measure": DOCUMENTS, "corpus": "one", "windows": "a"}, {DOCUMENTS: [0, 0, 1]})
+    records.add({"corpus": "one", "windows": "b"}, {"nll": 2.0})
+    frame = records.frame()
+    assert list(frame.nll) == [1.0, 2.0]
+    assert frame.documents[0] == [0, 0, 1]
+    assert not isinstance(frame.documents[1], list)
+    assert "measure" not in frame
