@@ -8,8 +8,7 @@ else is left alone.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -108,13 +107,10 @@ def _short(corpus: str) -> str:
     return corpus.split("/")[-1].replace("_", " ")
 
 
-def _times(frame: pd.DataFrame, about: Mapping[str, object], corpora: Sequence[str]) -> str:
-    """The geometric mean of perplexity over the dense one, of the rows of which this holds."""
-    dense, some = frame.loc[frame.ratio == 0].set_index("corpus").nll, frame.loc[frame.corpus.isin(corpora)]
-    for column, value in about.items():
-        some = some.loc[some[column] == value]
-    times = math.exp((some.nll - some.corpus.map(dense)).mean())
-    return f"{times:,.{2 if times < 10 else 1 if times < 100 else 0}f}"
+def _times(frame: pd.DataFrame, kind: str) -> pd.Series:
+    """Perplexity over the dense one at home / near / far, geometric means, by ratio and ``kind``, a column of the frame."""
+    times = tables.times(frame, list(dict.fromkeys(frame.corpus)), by=["ratio", kind]).xs("times", axis=1, level=1)
+    return times.map(lambda x: f"{x:,.{2 if x < 10 else 1 if x < 100 else 0}f}").agg(" / ".join, axis=1)
 
 
 def _places(frame: pd.DataFrame) -> dict[str, list[str]]:
@@ -123,16 +119,8 @@ def _places(frame: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _rivals(frame: pd.DataFrame) -> str:
-    frame = frame.assign(ratio=frame.ratio.fillna(0.0))
-    ratios, places = sorted(set(frame.ratio) - {0.0}), _places(frame)
-    rows = [
-        [f"`{name}`" if name == "best" else name]
-        + [
-            " / ".join(_times(frame, {"ratio": ratio, "recipe": name}, sets) for sets in places.values())
-            for ratio in ratios
-        ]
-        for name in ROWS
-    ]
+    ratios, times = sorted(set(frame.ratio.dropna()) - {0.0}), _times(frame, "recipe")
+    rows = [[f"`{name}`" if name == "best" else name, *(times[ratio, name] for ratio in ratios)] for name in ROWS]
     caption = (
         f"SmolLM2-135M-Instruct at equal stored parameters (notebook 15 of `make smollm2-workbook`, {_windows(frame)}): "
         "perplexity over the dense one on WikiText-2, which calibrates (home) / on five other English sets (near) / "
@@ -142,7 +130,7 @@ def _rivals(frame: pd.DataFrame) -> str:
 
 
 def _nested(frame: pd.DataFrame) -> str:
-    places, rows = _places(frame), []
+    places, times, rows = _places(frame), _times(frame, "method"), []
     gains = {
         place: tables.improvements(frame.loc[frame.method.isin(["dense", "asvd-1", "nsvd-1"])], corpora).set_index(
             "ratio"
@@ -150,8 +138,7 @@ def _nested(frame: pd.DataFrame) -> str:
         for place, corpora in places.items()
     }
     for ratio in sorted(set(frame.ratio) - {0.0}):
-        dense = " / ".join(_times(frame, {"ratio": ratio, "method": "asvd-1"}, corpora) for corpora in places.values())
-        rows.append([f"{ratio:.0%}", dense, *(_gain(gains[place].loc[ratio]) for place in places)])
+        rows.append([f"{ratio:.0%}", times[ratio, "asvd-1"], *(_gain(gains[place].loc[ratio]) for place in places)])
     caption = (
         f"SmolLM2-135M-Instruct on the same sets (notebook 04 of `make smollm2-workbook`, {_windows(frame)}): "
         "perplexity of ASVD-I over the dense one (home / near / far), and the mean reduction of perplexity by NSVD-I:"
