@@ -81,7 +81,7 @@ notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)
 BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p mus '[0.3]' -p ratios '[0.3]'
 notebooks/executed/smollm2-135m/10_beyond_nsvd.ipynb: MORE := $(BEYOND)
 
-notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC))
+notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC) -p check true)
 
 RECOVERY := -p dtype float32 -p methods '["asvd-1", "best"]' -p ratios '[0.3]' -p count 64 -p length 256 -p steps '[100, 200]' \
 	-p rate 0.0002 -p adapter_rate 0.001 -p seeds '[0]' -p test_count 8 -p check true

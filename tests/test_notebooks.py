@@ -36,7 +36,7 @@ MORE = {
     "09_sola": {"test_count", "held_count", "sizes", "seeds", "search_count"},
     "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "mus", "ratios"}
     | {"seeds"},
-    "12_downstream": {"tasks", "questions", "count", "ratios", "methods"},
+    "12_downstream": {"tasks", "questions", "count", "ratios", "methods", "check"},
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
     | {"rate", "adapter_rate", "seeds", "test_count", "check"},
     "14_rank_and_bits": {"count", "test_count", "ratios", "check"},

@@ -85,7 +85,10 @@ def prepare(source: Path) -> None:
     shutil.copy(checkout() / "figures/00_overview.png", source / "static")
     (source / "results.md").write_text(_results(), encoding="utf-8")
     tables = (checkout() / "RESULTS.md").read_text(encoding="utf-8").replace("# Results", "# Summary tables", 1)
-    (source / "tables.md").write_text(tables.replace("(notebooks/executed)", "(gallery.md)"), encoding="utf-8")
+    tables = tables.replace("(notebooks/executed)", "(gallery.md)").replace("(docs/site/", "(")
+    (source / "tables.md").write_text(tables, encoding="utf-8")
+    guide = (source / "guide.md").read_text(encoding="utf-8").replace("(../../notebooks/executed/", "(notebooks/")
+    (source / "guide.md").write_text(guide, encoding="utf-8")
 
 
 def _page(file: Path, about: dict) -> nbformat.NotebookNode:

@@ -123,9 +123,9 @@ def _rivals(frame: pd.DataFrame) -> str:
     ratios, times = sorted(set(frame.ratio.dropna()) - {0.0}), _times(frame, "recipe")
     rows = [[f"`{name}`" if name == "best" else name, *(times[ratio, name] for ratio in ratios)] for name in ROWS]
     caption = (
-        f"SmolLM2-135M-Instruct at equal stored parameters (notebook 15 of `make smollm2-workbook`, {_windows(frame)}): "
-        "perplexity over the dense one on WikiText-2, which calibrates (home) / on five other English sets (near) / "
-        "on a Chinese and a Japanese one (far):"
+        "SmolLM2-135M-Instruct at equal stored parameters (notebook 15 of `make smollm2-workbook EVAL=folder`, "
+        f"{_windows(frame)}): perplexity over the dense one on WikiText-2, which calibrates (home) / on five other English sets "
+        "(near) / on a Chinese and a Japanese one (far):"
     )
     return _table(caption, ["method", *(f"{ratio:.0%} removed" for ratio in ratios)], rows)
 
@@ -141,7 +141,7 @@ def _nested(frame: pd.DataFrame) -> str:
     for ratio in sorted(set(frame.ratio) - {0.0}):
         rows.append([f"{ratio:.0%}", times[ratio, "asvd-1"], *(_gain(gains[place].loc[ratio]) for place in places)])
     caption = (
-        f"SmolLM2-135M-Instruct on the same sets (notebook 04 of `make smollm2-workbook`, {_windows(frame)}): "
+        f"SmolLM2-135M-Instruct on the same sets (notebook 04 of `make smollm2-workbook EVAL=folder`, {_windows(frame)}): "
         "perplexity of ASVD-I over the dense one (home / near / far), and the mean reduction of perplexity by NSVD-I:"
     )
     return _table(caption, ["removed", "ASVD-I", *(f"NSVD-I, {place}" for place in places)], rows)
@@ -277,9 +277,9 @@ FILES = {"README.md": headline, "RESULTS.md": results}
 
 def main() -> None:
     """Write the tables into README.md and RESULTS.md."""
-    for name, made in FILES.items():
-        file = checkout() / name
-        text = with_results(file.read_text(encoding="utf-8"), made(checkout() / "data/results"))
+    found = {checkout() / name: made(checkout() / "data/results") for name, made in FILES.items()}
+    for file, shown in found.items():
+        text = with_results(file.read_text(encoding="utf-8"), shown)
         with replacing(file) as part:
             part.write_text(text, encoding="utf-8")
 
