@@ -272,7 +272,7 @@ def sources(name: str, tokenizer: PreTrainedTokenizerBase, cut: Tensor, *, bos: 
     """
     texts = documents(name)
     text = BETWEEN.join(texts)
-    if len(texts) == 1 or len(text) > WHOLE or not tokenizer.is_fast:
+    if len(texts) == 1 or len(text) > WHOLE or not getattr(tokenizer, "is_fast", False):
         return list(range(len(cut)))
     body = cut if beginning(tokenizer, bos) is None else cut[:, 1:]
     (ids, starts), length = token_places(tokenizer, text), body.shape[1]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from scipy.stats import norm, t
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 # Of every group, the document that each member is from. None: every member is one of its own.
@@ -92,6 +92,6 @@ def _ends(found: Sequence[Tensor], which: Sequence[Tensor], level: float) -> tup
     if mean.isnan().any():
         return math.nan, math.nan
     freedom = sum(int(numbers.max()) for numbers in which)  # documents, less one a group
-    edge = float(norm.cdf(t.ppf((1 - level) / 2, freedom)))
+    edge = float(ndtr(stdtrit(freedom, (1 - level) / 2)))
     low, high = torch.quantile(mean, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
     return low, high
