@@ -51,11 +51,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " n"
 
 
 def token_places(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """The same, and the character of the text at which each begins.
-
-    Raises:
-        NotImplementedError: a tokenizer written in Python, which does not say.
-    """
+    """The same, and the character of the text at which each begins; for tokenizers that say it (``is_fast``)."""
     ids, starts, before = [], [], 0
     for piece in _pieces(text):
         told = tokenizer(piece, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
