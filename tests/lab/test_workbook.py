@@ -262,6 +262,25 @@ def test_notebooks_run_at_the_top_of_the_checkout_and_leave_the_caller_where_he_
     assert Path.cwd() == project / "elsewhere"
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_kernels_share_the_cores_and_keep_their_memory(jobs, project, monkeypatch):
+    """By the environment that they start in; what the user has set stays, and the caller's own is as before."""
+    for name in ("OMP_NUM_THREADS", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    told = write(
+        project / "told.ipynb", "import os; print(*map(os.environ.get, ['OMP_NUM_THREADS', 'GLIBC_TUNABLES']))"
+    )
+    before = dict(os.environ)
+    (outcome,) = workbook.run([str(told)], out=project / "out", jobs=jobs)
+    assert printed(outcome.file) == f"{None if jobs == 1 else 3} {workbook.MALLOC}\n"
+    assert dict(os.environ) == before
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    (outcome,) = workbook.run([str(told)], out=project / "out", jobs=jobs)
+    assert printed(outcome.file) == "5 glibc.malloc.check=0\n"
+
+
 def test_notebooks_are_chosen_by_number_name_or_path(project):
     """``all`` are the numbered ones, in order; nothing is chosen twice."""
     folder = project / "notebooks"
