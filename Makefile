@@ -9,7 +9,7 @@ SMOLLM2   ?= 01_activation_distributions 03_compression 04_evaluation 05_rank_sp
 PUBLIC := -p questions 250 -p count 64 -p ratios '[0.2, 0.4]' -p methods '["svd", "asvd-1", "nsvd-1", "ZS-SVD", "LEMS", "best"]' \
 	-p tasks '["tasks:arc_easy", "tasks:piqa", "tasks:openbookqa", "tasks:winogrande"]'
 EXTRAS := tests/lab/test_harness.py tests/lab/test_choices.py tests/lab/test_recovery.py tests/stored/test_quantized.py
-RANGES := -m "not once" tests/walk tests/stored tests/compression tests/cache tests/lab tests/test_cli.py
+RANGES := --few -m "not once" tests/walk tests/stored tests/compression tests/cache tests/lab tests/test_cli.py
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1

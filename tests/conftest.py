@@ -29,8 +29,26 @@ def pytest_configure(config):
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--few", action="store_true", help="of a test with many cases the first and the last two")
+
+
+def few(items, most=4):
+    """Of every test function the first and the last two cases, in order; all where it is marked ``every``."""
+    cases = {}
+    for item in items:
+        cases.setdefault((item.parent, getattr(item, "originalname", None) or item.name), []).append(item)
+    kept = set()
+    for group in cases.values():
+        whole = len(group) <= most or group[0].get_closest_marker("every")
+        kept.update(map(id, group if whole else [*group[: most // 2], *group[-(most // 2) :]]))
+    return [item for item in items if id(item) in kept]
+
+
+def pytest_collection_modifyitems(config, items):
     """Tests marked ``shared`` need texts that lie beside the project, not in it."""
+    if config.getoption("--few"):
+        items[:] = few(items)
     if not SHARED.is_dir():
         absent = pytest.mark.skip(reason="needs the evaluation texts in ../shared, which are not here")
         for item in items:

@@ -133,6 +133,7 @@ def test_neurons_are_a_stage():
     assert "neurons" not in told(SMALL, 2, "best", 64, 256, neurons=0).stages
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="told by /proc")
 def test_the_peak_of_leaving_out_neurons_is_what_is_told(tmp_path):
     asked = told(SMALL, 1, "best", 64, 256, neurons=0.5).stages["neurons"]
@@ -141,6 +142,7 @@ def test_the_peak_of_leaving_out_neurons_is_what_is_told(tmp_path):
     assert (asked.device + asked.host) / 2 < float(found.stdout) < 1.5 * (asked.device + asked.host)
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="told by /proc")
 @pytest.mark.parametrize(("method", "count", "length"), [("best", 64, 256), ("asvd-1", 64, 256)])
 def test_the_peak_is_what_is_told(tmp_path, method, count, length):

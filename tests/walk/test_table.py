@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING
 from tests.architectures import ARCHITECTURES, HEAD, OTHERS, TABLE, built, row
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
 def test_an_architecture_works_or_is_refused_as_the_table_says(name):
     """Compressed by every family of methods and read again with the same bits, or refused in one sentence."""
