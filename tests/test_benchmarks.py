@@ -51,6 +51,18 @@ def test_what_was_reached_is_set_beside_what_must_hold(tmp_path):
     ]
 
 
+def test_processor_seconds_are_told_where_there_are_such(tmp_path):
+    """Of a layer on a busy machine: its wall clock counts what others do."""
+    put(tmp_path, "decompose", {"shape": [8, 8], "faster": {"one ratio": 9.0}})
+    put(
+        tmp_path,
+        "decompose",
+        *lines(tmp_path, "decompose"),
+        {"shape": [8, 8], "faster": {"one ratio": 9.0}} | {"faster by processor seconds": {"one ratio": 2.0}},
+    )
+    assert [row["result"] for row in summary(tmp_path)] == ["one ratio 9.0", "one ratio 2.0"]
+
+
 def test_seconds_of_many_blocks_lie_on_the_line_through_two_depths():
     """What is done once is counted once."""
     same = dict.fromkeys(("preset", "method", "source", "count", "length", "ratio", "device", "shape", "machine"))

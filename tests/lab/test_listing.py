@@ -7,7 +7,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from nsvd.lab import listing, workbook
 
 START = (
-    "**Start here**: change `ratio` in the next cell, then `calibration`, and run all cells. "
+    "**Start here**: change `ratio` in the next cell, then `calibration`, set `check` to False, and run all cells. "
     "Running time: about 2 minutes on one core."
 )
 
