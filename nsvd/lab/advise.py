@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 METHOD, FACTORS = "kfac", "pivoted"  # ``best`` without following shifted inputs: one pass serves all ratios
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-LEFT_OUT = (
-    "best goes further: it leaves out neurons, too, and fits every layer to the inputs that it will really get."
-)
+LEFT_OUT = "best goes further: it leaves out neurons, too, and fits every layer to the inputs that it will really get."
 HELD = 4  # every fourth window is held out
 CUT = 5  # times the accepted rise: larger ones would hide in a figure where the accepted one lies
 FEW = 8  # tokens that are written to see how long all of them take
