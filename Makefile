@@ -25,8 +25,7 @@ $(VENV)-oldest/ready: pyproject.toml constraints-cpu.txt tests/lowest.py
 	$(call install,$(VENV)-oldest,-c constraints-lowest.txt)
 
 define install
-rm -rf $(1)
-$(PYTHON) -m venv $(1)
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) hatchling editables
 $(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) --no-build-isolation -e ".[notebooks,test$(WITH)]"
 touch $(1)/ready
@@ -155,4 +154,4 @@ benchmark: $(VENV)/ready ## decompositions, statistics and decoding beside the p
 	$(BIN)/python -m benchmarks.infer mini-llama --ratios 0.3 0.5 --prompt 128
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-extras .pytest_cache .ruff_cache .hypothesis
