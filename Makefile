@@ -22,10 +22,11 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
 
 $(VENV)-oldest/ready: pyproject.toml constraints-cpu.txt tests/lowest.py
 	$(PYTHON) tests/lowest.py > constraints-lowest.txt
+	rm -rf $(VENV)-oldest
 	$(call install,$(VENV)-oldest,-c constraints-lowest.txt)
 
 define install
-test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
 $(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) hatchling editables
 $(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) --no-build-isolation -e ".[notebooks,test$(WITH)]"
 touch $(1)/ready
@@ -124,6 +125,7 @@ test-newest: $(VENV)/ready ## the tests of the package on the newest versions th
 
 .PHONY: $(VENV)-newest
 $(VENV)-newest:
+	rm -rf $(VENV)-newest
 	$(call install,$(VENV)-newest,)
 
 test-extras: $(VENV)-extras/ready ## what needs lm-evaluation-harness, torchao or PEFT, on the locked versions; SmolLM2 where there are public questions
@@ -132,6 +134,7 @@ test-extras: $(VENV)-extras/ready ## what needs lm-evaluation-harness, torchao o
 
 $(VENV)-extras/ready: WITH := ,eval,quantize,peft
 $(VENV)-extras/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
+	rm -rf $(VENV)-extras
 	$(call install,$(VENV)-extras,-c constraints-lock.txt)
 
 pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal

@@ -47,6 +47,10 @@ def speeds(line: dict) -> dict[str, float]:
     return line.get("faster by processor seconds") or line["faster"]
 
 
+def clock(line: dict) -> str:
+    return ", in processor seconds" if line.get("faster by processor seconds") else ""
+
+
 def scaled(line: dict) -> str:
     peak = f", {line['peak']['anonymous'] / 2**20:.0f} MiB" if "peak" in line else ", on a line through two depths"
     return f"{line['wall']:.0f} s{peak}"
@@ -54,7 +58,7 @@ def scaled(line: dict) -> str:
 
 SAID = {  # what was measured and what came out, by benchmark
     "decompose": (
-        lambda line: f"{' × '.join(map(str, line['shape']))}, times the published speed",
+        lambda line: f"{' × '.join(map(str, line['shape']))}, times the published speed{clock(line)}",
         lambda line: ", ".join(f"{name} {value:.1f}" for name, value in speeds(line).items()),
     ),
     "calibrate": (
@@ -102,7 +106,7 @@ def layers(folder: Path) -> Iterator[Row]:
     """How many times as fast as the published route, by shape; the best of its figures where it is asked for several ratios."""
     for line in lines(folder, "decompose"):
         what = f"decomposition, {' × '.join(map(str, line['shape']))}"
-        for name, value in line["faster"].items():
+        for name, value in speeds(line).items():
             yield f"{what}, {name}", f"≥ {PER_LAYER} ×", f"{value:.1f} ×", value >= PER_LAYER
     if not lines(folder, "decompose"):
         yield "decomposition", f"≥ {PER_LAYER} ×", None, False

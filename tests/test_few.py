@@ -1,5 +1,8 @@
-"""What ``--few`` leaves of the tests: every function, and of one with many cases the first and the last two."""
+"""What ``--few`` leaves of the tests: every function, and of one with many cases the first two and the last two."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 from tests.conftest import few
@@ -24,3 +27,17 @@ def test_all_cases_stay_where_it_is_said():
     """The table of architectures is the table of every version."""
     assert len(few(collected("test_many", 9, marks=("every",)))) == 9
     assert len(few(collected("test_many", 9, marks=("once",)))) == 4
+
+
+def test_the_option_leaves_out_cases(tmp_path):
+    """Of functions and of methods, each for itself; what is left out is counted."""
+    case = "@pytest.mark.parametrize('n', range(6))\n"
+    (tmp_path / "test_it.py").write_text(
+        f"import pytest\n{case}def test_many(n): pass\n@pytest.mark.every\n{case}def test_all(n): pass\n"
+        f"class TestIt:\n    {case}    def test_many(self, n): pass\n"
+    )
+    asked = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "/dev/null", "--collect-only", "-q", "--few"]
+    top = Path(__file__).parents[1]
+    said = subprocess.run([*asked, str(tmp_path)], cwd=top, capture_output=True, text=True, check=True).stdout
+    assert [said.count(f"{name}[") for name in ("py::test_many", "py::test_all", "TestIt::test_many")] == [4, 6, 4]
+    assert "test_many[2]" not in said and "14/18 tests collected (4 deselected)" in said

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 METHOD, FACTORS = "kfac", "pivoted"  # ``best`` without following shifted inputs: one pass serves all ratios
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-LEFT_OUT = "best goes further: it leaves out neurons, too, and fits every layer to the inputs that it will really get."
+NOT_BEST = (
+    "These numbers are of kfac. best also leaves out neurons, has a larger ridge, "
+    "and fits every layer to the inputs that it will really get."
+)
 HELD = 4  # every fourth window is held out
 CUT = 5  # times the accepted rise: larger ones would hide in a figure where the accepted one lies
 FEW = 8  # tokens that are written to see how long all of them take
@@ -137,7 +140,7 @@ class Advice:
             lines.append(
                 f"{row['ratio']:6g}  {row['removed']:18.1%}  {row['perplexity']:10.2f}  {row['rise']:+7.1%}{mark}"
             )
-        return "\n".join([f"Perplexity on {self.text}:", *lines, self.sentence(), LEFT_OUT])
+        return "\n".join([f"Perplexity on {self.text}:", *lines, self.sentence(), NOT_BEST])
 
     def _repr_html_(self) -> str:
         most = max(row["rise"] for row in self.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -27,9 +28,11 @@ from nsvd.lab.records import origin
 from nsvd.stored.files import check_writable, replacing
 
 KERNEL = "python3"
-# Large tensors of glibc come from pages of 2 MB and are kept for the next ones. Else every operation on a tensor of some MB gets
-# its memory from the system anew, page by page: a tenth to a quarter of the time of a pass through a small model.
+# Large tensors come from pages of 2 MB, where the system has such, and their memory, up to 2 GB of it, is kept for the next
+# ones. Else every operation on a tensor of some MB gets its memory from the system anew, page by page: a tenth to a quarter of
+# the time of a pass through a small model. An older glibc takes one half of this, which is worse than nothing.
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648"
+GLIBC = (2, 35)
 
 
 @dataclass(frozen=True)
@@ -159,16 +162,26 @@ class _Kernel(AsyncKernelManager):
 @contextmanager
 def _around_kernels(jobs: int) -> Iterator[None]:
     """The environment of kernels started inside: each its part of the cores, and ``MALLOC``. What the user has set stays."""
-    ours = {"GLIBC_TUNABLES": MALLOC}
-    if jobs > 1:
+    ours, tuned = {}, os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc" not in tuned and _glibc() >= GLIBC:
+        ours["GLIBC_TUNABLES"] = f"{tuned}:{MALLOC}" if tuned else MALLOC
+    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
         ours["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    ours = {name: value for name, value in ours.items() if name not in os.environ}
+    before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
     try:
         yield
     finally:
-        for name in ours:
-            del os.environ[name]
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _glibc() -> tuple[int, ...]:
+    """The version of the C library, where it is glibc; else nothing."""
+    name, version = platform.libc_ver()
+    return tuple(int(part) for part in version.split(".") if part.isdigit()) if name == "glibc" else ()
 
 
 def _execute(source: Path, parameters: dict, folder: Path) -> Outcome:

@@ -88,6 +88,7 @@ def held(cache) -> set[int]:
 
 
 @pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.every
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_greedy_tokens_and_logits_are_those_without_a_cache(family, joint):
     """For a batch with left padding, and windows shorter than the text; and the cache really holds latents."""
@@ -101,6 +102,7 @@ def test_greedy_tokens_and_logits_are_those_without_a_cache(family, joint):
 
 @pytest.mark.parametrize("cache_ratio", [0.5, 0.9])
 @pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.every
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_attention_over_latents_is_attention_over_values(family, joint, cache_ratio, lifts):
     """Logits of a step and greedy text to rounding: latents narrower and wider than a head, biases, grouped queries."""
@@ -160,6 +162,7 @@ NOT_ABSORBED = {
 }
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("family", NOT_ABSORBED)
 def test_absorption_is_refused_where_more_lies_between_values_and_output(family):
     """By name when it is demanded, and else left alone; the latent cache works without."""
@@ -466,6 +469,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_done_is_refused_by_name(family):
     """One sentence that names the layer, and the model as it was."""
@@ -583,6 +587,7 @@ def foreign(kwargs: dict) -> dict:
     return {name: Paged() if name in NAMES else value for name, value in kwargs.items()}
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_the_cache_is_found_by_its_type_under_any_name(family, monkeypatch):
     """Compressed and run in a release that calls it otherwise: the same factors, the same text, latents held."""
@@ -676,6 +681,7 @@ def test_the_report_says_what_is_held():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.every
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_what_is_found_by_trying_does_not_depend_on_the_dtype(family, dtype):
     """It is tried in float32."""

@@ -142,7 +142,6 @@ def from_folder(name: str, folder: Path, stop: int) -> None:
             report.table.to_pickle(folder / "table.pkl")
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("name", "stop"), [("asvd-1", 2), ("best", 5)])
 def test_a_run_of_several_processes_goes_on_where_it_was_killed(name, stop, alone, tmp_path):
     """The others end with its name; the next run has what an uninterrupted one has, and what one process has."""

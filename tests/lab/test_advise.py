@@ -32,6 +32,7 @@ def test_the_largest_ratio_before_the_first_rise_above_the_limit_is_recommended(
     ]
     assert shown.startswith("Perplexity on 4 windows of the model's own text that did not calibrate:\n")
     assert "of the whole model" in shown
+    assert "These numbers are of kfac." in shown.splitlines()[-1]
     html = advice(0.1)._repr_html_()
     assert "<table>" in html
     assert "the model&#x27;s own text" in html

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -262,23 +264,57 @@ def test_notebooks_run_at_the_top_of_the_checkout_and_leave_the_caller_where_he_
     assert Path.cwd() == project / "elsewhere"
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_kernels_share_the_cores_and_keep_their_memory(jobs, project, monkeypatch):
-    """By the environment that they start in; what the user has set stays, and the caller's own is as before."""
-    for name in ("OMP_NUM_THREADS", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+def environment(project, jobs: int) -> str:
+    """What a kernel is told of threads and memory."""
     told = write(
-        project / "told.ipynb", "import os; print(*map(os.environ.get, ['OMP_NUM_THREADS', 'GLIBC_TUNABLES']))"
+        project / "told.ipynb", "import os; print(*map(os.environ.get, ('OMP_NUM_THREADS', 'GLIBC_TUNABLES')))"
     )
     before = dict(os.environ)
     (outcome,) = workbook.run([str(told)], out=project / "out", jobs=jobs)
-    assert printed(outcome.file) == f"{None if jobs == 1 else 3} {workbook.MALLOC}\n"
     assert dict(os.environ) == before
+    return printed(outcome.file).strip()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_kernels_share_the_cores_and_keep_their_memory(jobs, project, monkeypatch):
+    """By the environment that they start in; what the user has set stays, and the caller's own is as before."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(workbook, "_glibc", lambda: workbook.GLIBC)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    threads = "None" if jobs == 1 else "3"
+    assert environment(project, jobs) == f"{threads} {workbook.MALLOC}"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.rtld.nns=5")
+    assert environment(project, jobs) == f"{threads} glibc.rtld.nns=5:{workbook.MALLOC}"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
-    (outcome,) = workbook.run([str(told)], out=project / "out", jobs=jobs)
-    assert printed(outcome.file) == "5 glibc.malloc.check=0\n"
+    assert environment(project, jobs) == "5 glibc.malloc.check=0"
+
+
+@pytest.mark.parametrize("version", [(), (2, 34)])
+def test_another_or_an_older_library_is_left_alone(version, project, monkeypatch):
+    """It knows no such settings, or takes only a part of them."""
+    monkeypatch.setattr(workbook, "_glibc", lambda: version)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert environment(project, 1) == "1 None"
+
+
+@pytest.mark.skipif(workbook._glibc() < workbook.GLIBC, reason="needs a newer glibc")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    """Sixty times 16 MB, one after the other: far fewer pages come anew."""
+    work = "import resource as r\nfor n in range(60): b'x' * (2**24 + n)\nprint(r.getrusage(r.RUSAGE_SELF).ru_minflt)"
+
+    def faults(**more: str) -> int:
+        plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+        return int(
+            subprocess.run([sys.executable, "-c", work], env=plain | more, capture_output=True, check=True).stdout
+        )
+
+    # without the threshold, mapped anew each time: what an older library makes of it
+    assert faults(GLIBC_TUNABLES=workbook.MALLOC) + 100_000 < faults(
+        GLIBC_TUNABLES="glibc.malloc.mmap_threshold=131072"
+    )
 
 
 def test_notebooks_are_chosen_by_number_name_or_path(project):
