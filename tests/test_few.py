@@ -40,4 +40,5 @@ def test_the_option_leaves_out_cases(tmp_path):
     top = Path(__file__).parents[1]
     said = subprocess.run([*asked, str(tmp_path)], cwd=top, capture_output=True, text=True, check=True).stdout
     assert [said.count(f"{name}[") for name in ("py::test_many", "py::test_all", "TestIt::test_many")] == [4, 6, 4]
-    assert "test_many[2]" not in said and "14/18 tests collected (4 deselected)" in said
+    assert "test_many[2]" not in said
+    assert "14/18 tests collected (4 deselected)" in said
