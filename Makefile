@@ -66,7 +66,7 @@ notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smo
 CHECKED := 01_activation_distributions 03_compression 05_rank_split
 $(CHECKED:%=notebooks/executed/smollm2-135m/%.ipynb): MORE := -p check true
 
-RIVALS := -p count 32 -p search_count 2 -p multiple 8 -p test_count 8 -p ratios '[0.2, 0.3, 0.4]' -p seeds '[0]' -p check true
+RIVALS := -p count 32 -p search_count 2 -p multiple 8 -p test_count 8 -p ratios '[0.2, 0.3, 0.4, 0.5]' -p seeds '[0]' -p check true
 notebooks/executed/smollm2-135m/15_rivals.ipynb: MORE := $(RIVALS)
 
 notebooks/executed/smollm2-135m/07_kv_cache.ipynb: MORE := -p test_count 8 -p check true
