@@ -73,7 +73,7 @@ notebooks/executed/smollm2-135m/07_kv_cache.ipynb: MORE := -p test_count 8 -p ch
 
 notebooks/executed/smollm2-135m/04_evaluation.ipynb: MORE := -p scales '[]' -p check true  # each scale is another calibration
 
-notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p test_count 6
+notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p search_count 2 -p test_count 6 -p alphas '[0.0, 0.5, 1.0, 2.0]' -p check true
 
 SOLA := -p test_count 8 -p held_count 8 -p sizes '[8, 32]' -p seeds '[0]' -p search_count 0  # the smallest set has 16 windows
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)

@@ -32,7 +32,7 @@ MORE = {
     "04_evaluation": {"scales", "check"},
     "05_rank_split": {"check"},
     "07_kv_cache": {"test_count", "check"},
-    "08_rank_search": {"test_count"},
+    "08_rank_search": {"search_count", "test_count", "alphas", "check"},
     "09_sola": {"test_count", "held_count", "sizes", "seeds", "search_count"},
     "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "mus", "ratios"}
     | {"seeds"},
