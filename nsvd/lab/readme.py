@@ -123,9 +123,9 @@ def _rivals(frame: pd.DataFrame) -> str:
     ratios, times = sorted(set(frame.ratio.dropna()) - {0.0}), _times(frame, "recipe")
     rows = [[f"`{name}`" if name == "best" else name, *(times[ratio, name] for ratio in ratios)] for name in ROWS]
     caption = (
-        "SmolLM2-135M-Instruct at equal stored parameters (notebook 15 of `make smollm2-workbook EVAL=folder`, "
-        f"{_windows(frame)}): perplexity over the dense one on WikiText-2, which calibrates (home) / on five other English sets "
-        "(near) / on a Chinese and a Japanese one (far):"
+        "SmolLM2-135M-Instruct, the same number of stored parameters for every method. Each cell is perplexity divided by the "
+        "dense model's on three kinds of text: home (WikiText-2, which is also what calibrates) / near (five other English sets) "
+        f"/ far (a Chinese and a Japanese one). Notebook 15 of `make smollm2-workbook EVAL=folder`, {_windows(frame)}:"
     )
     return _table(caption, ["method", *(f"{ratio:.0%} removed" for ratio in ratios)], rows)
 
