@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
-REAL_TEXT ?= 04_evaluation 10_beyond_nsvd
+REAL_TEXT ?= 04_evaluation
 SMOLLM2   ?= 01_activation_distributions 03_compression 04_evaluation 05_rank_split 07_kv_cache 08_rank_search 09_sola \
 	10_beyond_nsvd 12_downstream 13_recovery 14_rank_and_bits 15_rivals
 PUBLIC := -p questions 250 -p count 64 -p ratios '[0.2, 0.4]' -p methods '["svd", "asvd-1", "nsvd-1", "ZS-SVD", "LEMS", "best"]' \
@@ -43,7 +43,7 @@ define link
 ln -sfn "$(realpath $($(1)))" $(2)
 endef
 
-real-text: $(VENV)/ready ## notebooks 04 and 10 on a folder of real text, EVAL=folder; see notebooks/presets/real-text.yaml
+real-text: $(VENV)/ready ## notebook 04 on a folder of real text, EVAL=folder; see notebooks/presets/real-text.yaml
 	$(call link,EVAL,eval)
 	for name in $(REAL_TEXT); do \
 		HF_HUB_OFFLINE=1 $(BIN)/nsvd run $$name --preset notebooks/presets/real-text.yaml --out notebooks/executed/real-text \
@@ -78,7 +78,7 @@ notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p search_count 2 
 SOLA := -p test_count 8 -p held_count 8 -p sizes '[8, 32]' -p seeds '[0]' -p search_count 0  # the smallest set has 16 windows
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)
 
-BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p mus '[0.3]' -p ratios '[0.3]'
+BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p drawn_count 16 -p ratios '[0.3]'
 notebooks/executed/smollm2-135m/10_beyond_nsvd.ipynb: MORE := $(BEYOND)
 
 notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC) -p check true)

@@ -34,8 +34,8 @@ MORE = {
     "07_kv_cache": {"test_count", "check"},
     "08_rank_search": {"search_count", "test_count", "alphas", "check"},
     "09_sola": {"test_count", "held_count", "sizes", "seeds", "search_count"},
-    "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "mus", "ratios"}
-    | {"seeds"},
+    "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "ratios", "seeds"}
+    | {"drawn_count", "check"},
     "12_downstream": {"tasks", "questions", "count", "ratios", "methods", "check"},
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
     | {"rate", "adapter_rate", "seeds", "test_count", "check"},
@@ -69,7 +69,7 @@ TINY = {
     "repeat": 1,
     "seeds": [0],
     "models": ["mini-llama"],
-    "mus": [0.03],
+    "drawn_count": 8,
     "more": 4,
     "refine": 2,
     "distill": 2,
@@ -92,7 +92,7 @@ def written_for(preset) -> list:
     """The notebooks named in the first line of a preset (a file, or its text)."""
     text = preset if isinstance(preset, str) else preset.read_text(encoding="utf-8")
     first = text.splitlines()[0]
-    numbers = re.match(r"# For notebooks (\d\d)(?:( to | and )(\d\d))?[.:]", first)
+    numbers = re.match(r"# For notebooks? (\d\d)(?:( to | and )(\d\d))?[.:]", first)
     assert numbers, f"'# For notebooks NN and NN.' or '… to NN.' is to stand first, not {first!r}"
     start, link, end = numbers.groups()
     return [
