@@ -78,7 +78,7 @@ notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p search_count 2 
 SOLA := -p test_count 8 -p held_count 8 -p sizes '[8, 32]' -p seeds '[0]' -p search_count 0  # the smallest set has 16 windows
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)
 
-BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p drawn_count 16 -p ratios '[0.3]'
+BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p ratios '[0.3]'
 notebooks/executed/smollm2-135m/10_beyond_nsvd.ipynb: MORE := $(BEYOND)
 
 notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC) -p check true)

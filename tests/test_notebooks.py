@@ -35,7 +35,7 @@ MORE = {
     "08_rank_search": {"search_count", "test_count", "alphas", "check"},
     "09_sola": {"test_count", "held_count", "sizes", "seeds", "search_count"},
     "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "ratios", "seeds"}
-    | {"drawn_count", "check"},
+    | {"check"},
     "12_downstream": {"tasks", "questions", "count", "ratios", "methods", "check"},
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
     | {"rate", "adapter_rate", "seeds", "test_count", "check"},
