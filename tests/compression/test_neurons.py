@@ -202,6 +202,7 @@ def test_when_something_raises_a_model_in_files_is_as_it_was(monkeypatch, place,
     assert not any(isinstance(module, CompressedLayer) for module in model.modules())
 
 
+@pytest.mark.once
 def test_one_block_is_in_memory_at_a_time(monkeypatch, tmp_path):
     """Of eight in files, with what its layers were, in all that follows the choice of neurons."""
     model, most, begun = in_files(tmp_path, num_hidden_layers=8), [], []

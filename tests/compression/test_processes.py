@@ -105,7 +105,7 @@ def alone() -> dict[str, dict]:
     return found
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.once)])
 def test_several_processes_compress_as_one(count, alone, tmp_path):
     """Every method, also on fewer windows than processes; all of them have the same model in the end."""
     ranks.run(count, all_cases, tmp_path)
@@ -142,6 +142,7 @@ def from_folder(name: str, folder: Path, stop: int) -> None:
             report.table.to_pickle(folder / "table.pkl")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("name", "stop"), [("asvd-1", 2), ("best", 5)])
 def test_a_run_of_several_processes_goes_on_where_it_was_killed(name, stop, alone, tmp_path):
     """The others end with its name; the next run has what an uninterrupted one has, and what one process has."""

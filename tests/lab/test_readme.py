@@ -10,6 +10,7 @@ from nsvd.lab.paths import checkout
 from nsvd.lab.tables import improvements
 
 RESULTS = checkout() / "data/results"
+pytestmark = pytest.mark.once  # our own files and numbers
 
 
 @pytest.mark.parametrize("name", readme.FILES)

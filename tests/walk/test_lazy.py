@@ -212,6 +212,7 @@ def test_a_block_that_was_read_under_inference_can_be_part_of_a_graph(tmp_path):
 # --- what is in memory
 
 
+@pytest.mark.once
 def test_one_block_is_in_memory_at_a_time(tmp_path):
     """Of forty, whatever runs."""
     folder, whole = saved(tmp_path, num_hidden_layers=40, dtype=torch.bfloat16)

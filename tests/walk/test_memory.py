@@ -30,6 +30,7 @@ print(taken() - begin)
 """
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="told by /proc")
 def test_products_of_many_shapes_and_freed_pieces_leave_no_memory_behind():
     """In MiB. Left alone, the code of 400 products takes 280, and freed pieces between others 200."""
