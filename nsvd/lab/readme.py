@@ -25,7 +25,7 @@ CELL = ["model", "recipe", "method", "ratio", "k1", "alpha", "allocation", "cach
 HOME, PLACES = EMBEDDED[0], tables.places(EMBEDDED)
 AWAY = {place: PLACES[place] for place in ("near", "far")}
 REAL = "smollm2-135m"  # the folder of the runs of a model that people know
-ROWS = ("ASVD-I", "NSVD-I", "AA-SVD, its objective", "KFAC-SVD", "ZS-SVD, one shot", "KFAC-SVD, LEMS")
+ROWS = ("ASVD-I", "NSVD-I", "SoLA", "AA-SVD, its objective", "KFAC-SVD", "ZS-SVD, one shot", "KFAC-SVD, LEMS")
 ROWS = (*ROWS, "ASVD-I, far text too", "best")
 MODELS = ("mini-llama-s", "mini-llama", "mini-llama-l", "mini-vicuna", "mini-opt", "mini-mistral")
 
