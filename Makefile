@@ -75,7 +75,7 @@ notebooks/executed/smollm2-135m/04_evaluation.ipynb: MORE := -p scales '[]' -p c
 
 notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p search_count 2 -p test_count 6 -p alphas '[0.0, 0.5, 1.0, 2.0]' -p check true
 
-SOLA := -p ratios '[0.2, 0.3]' -p primes '[0.0, 0.15, 0.4]' -p sizes '[8, 32]' -p seeds '[0]' -p search_count 2 -p test_count 8 -p held_count 8 -p check true
+SOLA := -p ratios '[0.2, 0.3]' -p primes '[0.0, 0.15, 0.4]' -p sizes '[8, 32]' -p seeds '[0]' -p search_count 2 -p test_count 8 -p held_count 8  # the smallest set has 16 windows
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)
 
 BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p ratios '[0.3]'

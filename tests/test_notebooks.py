@@ -33,9 +33,8 @@ MORE = {
     "05_rank_split": {"check"},
     "07_kv_cache": {"test_count", "check"},
     "08_rank_search": {"search_count", "test_count", "alphas", "check"},
-    "09_sola": {"ratios", "primes", "test_count", "held_count", "sizes", "seeds", "search_count", "check"},
-    "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "ratios", "seeds"}
-    | {"check"},
+    "09_sola": {"ratios", "primes", "test_count", "held_count", "sizes", "seeds", "search_count"},
+    "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "ratios", "seeds"},
     "12_downstream": {"tasks", "questions", "count", "ratios", "methods", "check"},
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
     | {"rate", "adapter_rate", "seeds", "test_count", "check"},
