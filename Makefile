@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
-REAL_TEXT ?= 04_evaluation
 SMOLLM2   ?= 01_activation_distributions 03_compression 04_evaluation 05_rank_split 07_kv_cache 08_rank_search 09_sola \
 	10_beyond_nsvd 12_downstream 13_recovery 14_rank_and_bits 15_rivals
 PUBLIC := -p questions 250 -p count 64 -p ratios '[0.2, 0.4]' -p methods '["svd", "asvd-1", "nsvd-1", "ZS-SVD", "LEMS", "best"]' \
@@ -45,10 +44,8 @@ endef
 
 real-text: $(VENV)/ready ## notebook 04 on a folder of real text, EVAL=folder; see notebooks/presets/real-text.yaml
 	$(call link,EVAL,eval)
-	for name in $(REAL_TEXT); do \
-		HF_HUB_OFFLINE=1 $(BIN)/nsvd run $$name --preset notebooks/presets/real-text.yaml --out notebooks/executed/real-text \
-			-p results data/results/real-text/$$name.jsonl -p fresh true || exit 1; \
-	done
+	HF_HUB_OFFLINE=1 $(BIN)/nsvd run 04_evaluation --preset notebooks/presets/real-text.yaml --out notebooks/executed/real-text \
+		-p results data/results/real-text/04_evaluation.jsonl -p fresh true
 	@echo "executed notebooks: notebooks/executed/real-text   numbers: data/results/real-text"
 
 # A notebook that was run and is newer than its source stays; the measurements of one that was stopped are taken up.
@@ -75,7 +72,7 @@ notebooks/executed/smollm2-135m/04_evaluation.ipynb: MORE := -p scales '[]' -p c
 
 notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p search_count 2 -p test_count 6 -p alphas '[0.0, 0.5, 1.0, 2.0]' -p check true
 
-SOLA := -p ratios '[0.2, 0.3]' -p primes '[0.0, 0.15, 0.4]' -p sizes '[8, 32]' -p seeds '[0]' -p search_count 2 -p test_count 8 -p held_count 8  # the smallest set has 16 windows
+SOLA := -p ratios '[0.2, 0.3]' -p primes '[0.0, 0.15, 0.4]' -p sizes '[8, 32]' -p seeds '[0]' -p search_count 2 -p test_count 8 -p held_count 8 -p check true  # the smallest set has 16 windows
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)
 
 BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p ratios '[0.3]'

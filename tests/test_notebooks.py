@@ -33,7 +33,7 @@ MORE = {
     "05_rank_split": {"check"},
     "07_kv_cache": {"test_count", "check"},
     "08_rank_search": {"search_count", "test_count", "alphas", "check"},
-    "09_sola": {"ratios", "primes", "test_count", "held_count", "sizes", "seeds", "search_count"},
+    "09_sola": {"ratios", "primes", "test_count", "held_count", "sizes", "seeds", "search_count", "check"},
     "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "ratios", "seeds"},
     "12_downstream": {"tasks", "questions", "count", "ratios", "methods", "check"},
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
@@ -68,7 +68,6 @@ TINY = {
     "repeat": 1,
     "seeds": [0],
     "models": ["mini-llama"],
-    "drawn_count": 8,
     "more": 4,
     "refine": 2,
     "distill": 2,
@@ -91,7 +90,7 @@ def written_for(preset) -> list:
     """The notebooks named in the first line of a preset (a file, or its text)."""
     text = preset if isinstance(preset, str) else preset.read_text(encoding="utf-8")
     first = text.splitlines()[0]
-    numbers = re.match(r"# For notebooks? (\d\d)(?:( to | and )(\d\d))?[.:]", first)
+    numbers = re.match(r"# For notebooks (\d\d)(?:( to | and )(\d\d))?[.:]", first)
     assert numbers, f"'# For notebooks NN and NN.' or '… to NN.' is to stand first, not {first!r}"
     start, link, end = numbers.groups()
     return [
