@@ -24,10 +24,11 @@ $(VENV)-oldest/ready: pyproject.toml constraints-cpu.txt tests/lowest.py
 	rm -rf $(VENV)-oldest
 	$(call install,$(VENV)-oldest,-c constraints-lowest.txt)
 
+# --no-compile: Python compiles a module when it is first imported, and most never are. It halves the time to install.
 define install
 @$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
 $(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) hatchling editables
-$(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) --no-build-isolation -e ".[notebooks,test$(WITH)]"
+$(1)/bin/python -m pip install -q --no-compile -c constraints-cpu.txt $(2) --no-build-isolation -e ".[notebooks,test$(WITH)]"
 touch $(1)/ready
 endef
 
@@ -75,7 +76,7 @@ notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p search_count 2 
 SOLA := -p ratios '[0.2, 0.3]' -p primes '[0.0, 0.15, 0.4]' -p sizes '[8, 32]' -p seeds '[0]' -p search_count 2 -p test_count 8 -p held_count 8 -p check true  # the smallest set has 16 windows
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)
 
-BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p ratios '[0.3]'
+BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p ratios '[0.3]' -p check true
 notebooks/executed/smollm2-135m/10_beyond_nsvd.ipynb: MORE := $(BEYOND)
 
 notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC) -p check true)

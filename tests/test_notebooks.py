@@ -34,7 +34,17 @@ MORE = {
     "07_kv_cache": {"test_count", "check"},
     "08_rank_search": {"search_count", "test_count", "alphas", "check"},
     "09_sola": {"ratios", "primes", "test_count", "held_count", "sizes", "seeds", "search_count", "check"},
-    "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill", "ratios", "seeds"},
+    "10_beyond_nsvd": {
+        "count",
+        "test_count",
+        "own_counts",
+        "temperatures",
+        "refine",
+        "distill",
+        "ratios",
+        "seeds",
+        "check",
+    },
     "12_downstream": {"tasks", "questions", "count", "ratios", "methods", "check"},
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
     | {"rate", "adapter_rate", "seeds", "test_count", "check"},
@@ -181,7 +191,8 @@ def test_a_run_on_real_text_is_the_presets_and_tells_numbers_only(file):
         results = (checkout() / given["results"]).read_text(encoding="utf-8")
         assert not ABSOLUTE.search(results)
         strings = [value for line in results.splitlines() for value in json.loads(line)["parameters"].values()]
-        assert max(len(value) for value in strings if isinstance(value, str)) < 40
+        source = (FOLDER / file.name).read_text(encoding="utf-8")  # our own labels may be longer
+        assert all(len(value) < 40 or value in source for value in strings if isinstance(value, str))
 
 
 @pytest.mark.parametrize("root", ROOTS)
