@@ -64,7 +64,7 @@ notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smo
 CHECKED := 01_activation_distributions 03_compression 05_rank_split
 $(CHECKED:%=notebooks/executed/smollm2-135m/%.ipynb): MORE := -p check true
 
-RIVALS := -p count 32 -p search_count 2 -p multiple 8 -p test_count 8 -p ratios '[0.2, 0.3, 0.4, 0.5]' -p seeds '[0]' -p check true
+RIVALS := -p count 32 -p more 64 -p search_count 2 -p multiple 8 -p test_count 8 -p ratios '[0.2, 0.3, 0.4, 0.5]' -p seeds '[0]' -p check true
 notebooks/executed/smollm2-135m/15_rivals.ipynb: MORE := $(RIVALS)
 
 notebooks/executed/smollm2-135m/07_kv_cache.ipynb: MORE := -p test_count 8 -p check true
@@ -76,7 +76,7 @@ notebooks/executed/smollm2-135m/08_rank_search.ipynb: MORE := -p search_count 2 
 SOLA := -p ratios '[0.2, 0.3]' -p primes '[0.0, 0.15, 0.4]' -p sizes '[8, 32]' -p seeds '[0]' -p search_count 2 -p test_count 8 -p held_count 8 -p check true  # the smallest set has 16 windows
 notebooks/executed/smollm2-135m/09_sola.ipynb: MORE := $(SOLA)
 
-BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p ratios '[0.3]' -p check true
+BEYOND := -p seeds '[]' -p count 16 -p test_count 8 -p own_counts '[]' -p temperatures '[]' -p refine 0 -p distill 0 -p check true
 notebooks/executed/smollm2-135m/10_beyond_nsvd.ipynb: MORE := $(BEYOND)
 
 notebooks/executed/smollm2-135m/12_downstream.ipynb: MORE := $(if $(TASKS),$(PUBLIC) -p check true)

@@ -34,22 +34,12 @@ MORE = {
     "07_kv_cache": {"test_count", "check"},
     "08_rank_search": {"search_count", "test_count", "alphas", "check"},
     "09_sola": {"ratios", "primes", "test_count", "held_count", "sizes", "seeds", "search_count", "check"},
-    "10_beyond_nsvd": {
-        "count",
-        "test_count",
-        "own_counts",
-        "temperatures",
-        "refine",
-        "distill",
-        "ratios",
-        "seeds",
-        "check",
-    },
+    "10_beyond_nsvd": {"count", "test_count", "own_counts", "temperatures", "refine", "distill"} | {"seeds", "check"},
     "12_downstream": {"tasks", "questions", "count", "ratios", "methods", "check"},
     "13_recovery": {"dtype", "methods", "ratios", "count", "length", "steps"}
     | {"rate", "adapter_rate", "seeds", "test_count", "check"},
     "14_rank_and_bits": {"count", "test_count", "ratios", "check"},
-    "15_rivals": {"count", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
+    "15_rivals": {"count", "more", "search_count", "multiple", "test_count", "ratios", "seeds", "check"},
 }  # what Makefile gives beside the preset
 ROOTS = ("home", "root", "tmp", "mnt", "usr", "Users", "var", "opt", "srv")
 ABSOLUTE = re.compile(rf"(?<![\w.</-])/({'|'.join(ROOTS)})/")
