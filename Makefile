@@ -54,7 +54,7 @@ real-text: $(VENV)/ready ## notebook 04 on a folder of real text, EVAL=folder; s
 smollm2-workbook: smollm2 ## twelve notebooks on SmolLM2 and a folder of real text, EVAL=folder; see notebooks/presets/smollm2-135m.yaml
 	$(call link,EVAL,eval)
 	$(if $(TASKS),$(call link,TASKS,tasks))
-	$(BIN)/python -m pip install -q -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation -e ".[notebooks,test,quantize]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation -e ".[notebooks,test,quantize]"
 	$(MAKE) $(SMOLLM2:%=notebooks/executed/smollm2-135m/%.ipynb)
 
 notebooks/executed/smollm2-135m/%.ipynb: notebooks/%.ipynb notebooks/presets/smollm2-135m.yaml
@@ -91,14 +91,14 @@ readme: $(VENV)/ready ## the tables of README and RESULTS from the numbers of th
 	$(BIN)/python -m nsvd.lab.readme
 
 $(VENV)/site: $(VENV)/ready
-	$(BIN)/python -m pip install -q -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation -e ".[notebooks,test,site]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation -e ".[notebooks,test,site]"
 	touch $(VENV)/site
 
 site: $(VENV)/site ## the executed notebooks, results, methods and API as web pages, in build/site
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/site/build.py
 
 $(VENV)/browser: $(VENV)/site
-	$(BIN)/python -m pip install -q -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation -e ".[notebooks,test,site,browser]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation -e ".[notebooks,test,site,browser]"
 	touch $(VENV)/browser
 
 browser: $(VENV)/browser site ## headless Chromium, where it is installed, runs notebooks 20 and 21 in JupyterLab and walks the site
