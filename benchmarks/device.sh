@@ -23,7 +23,7 @@ if [[ $QUICK ]]; then
 else
     shapes="4096x4096 11008x4096" preset=7b-block text="--count 256 --length 2048" large=7b
     model=$scratch/models/d4096-ff11008-v32000-2 few="--calibration random --count 16 --length 2048"
-    patience=1 blocks="--blocks 8" fewer="--blocks 4" held="" prompt=""
+    patience=1 blocks="--blocks 4" fewer="--blocks 4" held="" prompt=""
 fi
 
 step() { # share of the time in seconds, name of the benchmark, its arguments
@@ -42,14 +42,14 @@ step() { # share of the time in seconds, name of the benchmark, its arguments
 
 # shellcheck disable=SC2086 # the options are meant to fall apart
 {
-    for method in "130 asvd-1" "80 nsvd-1" "140 best"; do  # the first one makes the models
+    for method in "90 asvd-1" "70 nsvd-1" "180 best"; do  # the first one makes the models
         step ${method% *} scale --preset $preset $text --methods ${method#* } --sources folder \
             --models "$scratch/models" --scratch "$scratch"
     done
     step 30 calibrate "$model" $few
-    step 90 decompose --shapes $shapes
-    step 40 infer $large $prompt --ratios 0.3 0.5 --dtypes bfloat16
-    step 60 infer $large $prompt $blocks --ratios 0.5 --dtypes bfloat16 --compile
+    step 70 decompose --shapes $shapes
+    step 40 infer $large $prompt --ratios 0.5 --dtypes bfloat16
+    step 90 infer $large $prompt $blocks --ratios 0.5 --dtypes bfloat16 --compile
     step 30 cache $large $fewer $held
 }
 echo "[$SECONDS s] results are in $out"

@@ -1,8 +1,9 @@
 """What a compression will take, from the sizes of the layers alone: memory, disk, passes over the text, operations.
 
 The sums follow what the stages hold. Streams of hidden states lie in the host's memory, past a limit in files; a block and what is
-measured of it on the device. Where both are one, their sum is what counts. What the interpreter and its libraries take is not
-counted, nor is a model that is loaded whole.
+measured of it on the device. On a GPU that has room the streams lie there, in what is free, which is not counted. Where device and
+host are one, their sum is what counts. What the interpreter and its libraries take is not counted, nor is a model that is loaded
+whole.
 """
 
 from __future__ import annotations

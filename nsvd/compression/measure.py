@@ -167,7 +167,7 @@ def averaged(known: Mapping[str, Tensor], shelf: Shelf) -> Mapping[str, Tensor]:
     mean, there = shelf.kept("gradients-mean"), shelf.kept(DRAFT)
     for name in list(there):
         if name not in mean:
-            mean[name] = (there[name] + known[name].to(there[name])) / 2
+            mean[name] = (there[name] + known[name].to(there[name])).div_(2)
         del there[name]
         if isinstance(known, Kept):
             del known[name]

@@ -28,7 +28,7 @@ from nsvd.walk.decoder import Decoder, Entered, run_block
 from nsvd.walk.hooks import evaluating, inputs_seen
 from nsvd.walk.landmarks import arrivals, check_every_token, landmark, value_at
 from nsvd.walk.lazy import as_first
-from nsvd.walk.memory import give_back
+from nsvd.walk.memory import Room, give_back, room_on
 from nsvd.walk.moments import readers
 from nsvd.walk.processes import rank, same
 from nsvd.walk.settled import completion, remembering, settled_parts
@@ -54,11 +54,11 @@ class Batch:
     the dense stream holds inside the block, ``outputs`` what its parts give out that will not change any more.
     """
 
-    def __init__(self, domain: int, weight: float, first: int, entered: Entered, shelf: Shelf):
+    def __init__(self, domain: int, weight: float, first: int, entered: Entered, shelf: Shelf, room: Room):
         self.domain, self.weight = domain, weight  # the weight is 1 on average
         self.first = first  # the number of the first window
         self.calls = entered.calls
-        parts = [Waiting(shelf, f"{first}/{part}") for part in ("hidden", "landmarks", "outputs")]
+        parts = [Waiting(shelf, f"{first}/{part}", room) for part in ("hidden", "landmarks", "outputs")]
         self.hidden, self.landmarks, self.outputs = parts
         self.hidden[DENSE] = self.hidden[OURS] = entered.hidden
 
@@ -114,11 +114,11 @@ def followed(
     long text behind some blocks only (``kept_every``). ``begin``, the border of one of these ``STREAMS`` or 0, is where an
     earlier walk is taken up.
 
-    One block runs at a time. Of all the calibration text there wait, in memory or past a limit in files, the hidden states of both
-    streams, what the dense stream holds at the landmarks of the layers that are not done, the outputs of parts of the block
-    that are done (its attention), and the inputs of a part's last layer. The blocks' other arguments (masks, rotations) stay in
-    memory. ``batch`` windows are read at a time, by default as many as ``stream.READ`` tokens are. Several processes deal
-    the windows.
+    One block runs at a time. Of all the calibration text there wait the hidden states of both streams, what the dense stream holds
+    at the landmarks of the layers that are not done, the outputs of parts of the block that are done (its attention), and the
+    inputs of a part's last layer: on a GPU that has room, in memory, or past a limit in files. The blocks' other arguments (masks,
+    rotations) stay in memory. ``batch`` windows are read at a time, by default as many as ``stream.READ`` tokens are. Several
+    processes deal the windows.
 
     Raises:
         ValueError: if a layer is in none of the model's blocks, or does not see every token; it is named.
@@ -136,11 +136,11 @@ def followed(
             decoder.index(layer)
             if layer not in leaders:
                 raise ValueError(f"layer {layer} saw no input: take a text that reaches it")
-        waiting, batches, entered = shelf.scratch(), [], None
+        waiting, batches, entered = (shelf.scratch(), room_on(decoder.device)), [], None
         for d, first, ids in dealt_batches(domains, batch):
             entered = decoder.enter(ids, like=entered)
-            batches.append(Batch(d, len(domains) * weights[d], first, entered, waiting))
-        probe = Batch(0, 0.0, PROBE, decoder.enter(trial(model)), waiting)
+            batches.append(Batch(d, len(domains) * weights[d], first, entered, *waiting))
+        probe = Batch(0, 0.0, PROBE, decoder.enter(trial(model)), *waiting)
         device = probe.hidden[DENSE].device
         kept = shelf.own.get(f"{STREAMS}/{begin}") if begin else {}
         for name, tensor in kept.items():

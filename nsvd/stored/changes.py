@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,18 @@ class FactorSums:
             if value.is_meta or is_traceable_wrapper_subclass(value):
                 self._known = False
                 return
-            for dtypes, digest in zip(self._casts, self._digests, strict=True):
-                number = cast_through(value.detach().cpu(), dtypes).to(torch.float32)
-                digest.update(number.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            with ThreadPoolExecutor(len(self._casts)) as threads:  # sums are taken without Python's lock
+                list(threads.map(_take, [value.detach().cpu()] * len(self._casts), self._casts, self._digests))
 
     def told(self) -> list[str]:
         """The sums; none where a parameter had no values, as on the device ``meta``, or was in parts or quantized."""
         return list(dict.fromkeys(digest.hexdigest()[:16] for digest in self._digests)) if self._known else []
+
+
+def _take(value: Tensor, dtypes: Iterable[torch.dtype], digest: hashlib._Hash) -> None:
+    """Add a tensor, cast and then in float32, to a sum."""
+    number = cast_through(value, dtypes).to(torch.float32)
+    digest.update(number.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def cast_through(value: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor:

@@ -101,7 +101,7 @@ def fisher_into(
         inside = {name: decoder.index(name) for name in names}
         scratch = shelf.scratch()
         stream = Stream(decoder, domains, batch=batch, scratch=scratch)
-        gradients = Row(scratch, "gradients", room=room_on(decoder.device))
+        gradients = Row(scratch, "gradients", room_on(decoder.device))
         tokens = [share / ids.numel() for ids, share in zip(domains, shares, strict=True)]
         at = _begin(gradients, stream, shelf, walk, labels, seed, progress)
         for index in _counted(range(at)[::-1], len(decoder), progress):

@@ -19,15 +19,35 @@ SHAPES = 64
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read when the first product is taken
     os.environ.setdefault(_name, str(SHAPES))
 
+# What is given back is new memory the next time. Linux then clears it page by page, unless torch asks for large pages (2 MB).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-WAITING = 2**33  # bytes of a GPU that hidden states may wait in
+
+WAITING = 2**34  # bytes of a GPU that hidden states may wait in
 
 
-def room_on(device: torch.device) -> int:
-    """Bytes of a device that hidden states may wait in: at most a quarter of what is free on a GPU, none elsewhere."""
+class Room:
+    """So many bytes of a GPU for tensors that wait: those that find room stay where they are."""
+
+    def __init__(self, size: int):
+        self._left = size
+
+    def take(self, tensor: torch.Tensor) -> bool:
+        """Whether there was room for a tensor; then it is taken. A tensor on the CPU needs none, and finds none."""
+        fits = tensor.device.type != "cpu" and tensor.nbytes <= self._left
+        self._left -= tensor.nbytes if fits else 0
+        return fits
+
+    def leave(self, tensor: torch.Tensor) -> None:
+        """Give back what a tensor has taken."""
+        self._left += tensor.nbytes
+
+
+def room_on(device: torch.device) -> Room:
+    """Room for hidden states: at most a quarter of what is free on a GPU, none elsewhere."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return 0
-    return min(WAITING, torch.cuda.mem_get_info(device)[0] // 4)
+        return Room(0)
+    return Room(min(WAITING, torch.cuda.mem_get_info(device)[0] // 4))
 
 
 def give_back() -> None:

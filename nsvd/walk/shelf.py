@@ -14,13 +14,13 @@ from tempfile import mkstemp
 from typing import Any, cast
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nsvd.linalg import Decomposition, Moments
 from nsvd.linalg.decomposition import Oblique, Orthogonal, Spectrum
-from nsvd.stored.files import fingerprint
 from nsvd.walk import processes
 
 LIMIT = 2**28  # bytes kept in memory by default; what comes later goes to files
@@ -251,5 +251,7 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
 
 def _sum(tensors: Mapping[str, Tensor], note: dict) -> str:
     told = json.dumps([note, [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]])
-    text = torch.frombuffer(bytearray(told.encode()), dtype=torch.uint8)
-    return fingerprint([*(tensors[name] for name in sorted(tensors)), text])
+    digest = xxhash.xxh3_128(told.encode())  # as fast as memory: it tells of damage, not of malice
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -47,7 +47,7 @@ class Stream:
     ):
         self.decoder, self.at = decoder, 0
         self.batches: list[Batch] = []
-        self.hidden = Row(scratch or Shelf(), "hidden", room=room_on(decoder.device))
+        self.hidden = Row(scratch or Shelf(), "hidden", room_on(decoder.device))
         self.hidden.fill(self._entered(domains, batch, dealt))
 
     def _entered(self, domains: Sequence[Tensor], batch: int | None, dealt: bool) -> Iterator[Tensor]:

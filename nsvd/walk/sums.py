@@ -114,7 +114,7 @@ class Sums:
     def result(self) -> Moments:
         """Averages per token, on the CPU. The sums are used up."""
         half, absolute = self._taken()
-        G, mean_abs = half.whole().cpu().div_(self.n), absolute.cpu().div_(self.n)
+        G, mean_abs = half.whole().div_(self.n).cpu(), absolute.div_(self.n).cpu()
         self.forget()
         return Moments(G, mean_abs, self.n)
 

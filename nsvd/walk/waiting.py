@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from nsvd.walk.memory import Room
 from nsvd.walk.shelf import Shelf
 
 
 class Row(Sequence):
-    """Tensors by number, under a name on a shelf; as many as there is ``room`` for, in bytes, stay on the GPU where they are."""
+    """Tensors by number, under a name on a shelf; as many as there is ``room`` for stay on the GPU where they are."""
 
-    def __init__(self, shelf: Shelf, name: str, *, room: int = 0):
+    def __init__(self, shelf: Shelf, name: str, room: Room):
         self.shelf, self.name, self._count = shelf, name, 0
         self._room, self._here = room, {}
 
@@ -25,8 +26,8 @@ class Row(Sequence):
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         self._drop(index)
-        if tensor.device.type != "cpu" and tensor.nbytes <= self._room:
-            self._here[index], self._room = tensor.detach(), self._room - tensor.nbytes
+        if self._room.take(tensor):
+            self._here[index] = tensor.detach()
         else:
             self.shelf.put(f"{self.name}/{index}", {"": tensor})
 
@@ -44,31 +45,47 @@ class Row(Sequence):
 
     def _drop(self, index: int) -> None:
         if index in self._here:
-            self._room += self._here.pop(index).nbytes
+            self._room.leave(self._here.pop(index))
         else:
             self.shelf.drop(f"{self.name}/{index}")
 
 
 class Waiting(MutableMapping[str, Any]):
-    """Tensors, or nests of them, by name: they wait on a shelf, and each comes back to the device that it came from."""
+    """Tensors, or nests of them, by name. What finds no ``room`` waits on a shelf, and comes back to the device it came from."""
 
-    def __init__(self, shelf: Shelf, key: str):
-        self.shelf, self.key, self._forms = shelf, key, {}
+    def __init__(self, shelf: Shelf, key: str, room: Room):
+        self.shelf, self.key, self._room = shelf, key, room
+        self._forms: dict[
+            str, Any
+        ] = {}  # form, leaves (of those on the shelf their devices), whether any is on the shelf
 
     def __setitem__(self, name: str, value: object) -> None:
+        if name in self:
+            del self[name]
         leaves, form = tree_flatten(value)
-        tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        self.shelf.put(f"{self.key}/{name}", tensors)
-        self._forms[name] = form, [leaf.device if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        away: dict[str, Tensor] = {}
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
+                continue
+            if self._room.take(leaf):
+                leaves[i] = leaf.detach()
+            else:
+                away[str(i)], leaves[i] = leaf, leaf.device
+        if away:
+            self.shelf.put(f"{self.key}/{name}", away)
+        self._forms[name] = form, leaves, bool(away)
 
     def __getitem__(self, name: str) -> Any:
-        form, leaves = self._forms[name]
-        found = self.shelf.get(f"{self.key}/{name}")
+        form, leaves, away = self._forms[name]
+        found = self.shelf.get(f"{self.key}/{name}") if away else {}
         leaves = [found[str(i)].to(leaf) if str(i) in found else leaf for i, leaf in enumerate(leaves)]
         return tree_unflatten(leaves, form)
 
     def __delitem__(self, name: str) -> None:
-        del self._forms[name]
+        _, leaves, _ = self._forms.pop(name)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                self._room.leave(leaf)
         self.shelf.drop(f"{self.key}/{name}")
 
     def __contains__(self, name: object) -> bool:

@@ -10,8 +10,13 @@ import torch
 
 import nsvd
 from nsvd.cache.latent import latent_layers
+from nsvd.compression import ordered
 from nsvd.walk import stream
 from nsvd.walk.loss import window_losses
+from nsvd.walk.memory import Room
+from nsvd.walk.shelf import Shelf
+from nsvd.walk.text import trial
+from nsvd.walk.waiting import Waiting
 from tests.linalg.reference import MATRIX
 from tests.pretend import assert_on, moved, pretending
 from tests.tiny import K1, statistics, tiny_model, token_ids
@@ -185,7 +190,7 @@ def test_hidden_states_wait_on_a_gpu_that_has_room(room, monkeypatch):
     model, places = tiny_model(**TWO), []
     expected = statistics(model, IDS)
     monkeypatch.setattr(stream, "READ", 30)  # three windows
-    monkeypatch.setattr(stream, "room_on", lambda _device: room)
+    monkeypatch.setattr(stream, "room_on", lambda _device: Room(room))
     step = stream.Stream.through
     with pretending("cuda"):
         there = moved(tiny_model(**TWO), "cuda")
@@ -198,3 +203,42 @@ def test_hidden_states_wait_on_a_gpu_that_has_room(room, monkeypatch):
     for name in expected:
         torch.testing.assert_close(found[name].G, expected[name].G, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found[name].H, expected[name].H, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("room", [0, 7 * 10 * 32 * 4, 2**20])
+def test_what_follows_the_inputs_waits_on_a_gpu_that_has_room(room, monkeypatch):
+    """Both streams, the landmarks and the outputs of parts that are done: the compressed model is the same, and at the end the two
+    streams are all that has room."""
+    how, rooms = {"method": "best", "ratio": 0.3, "windows": IDS}, []
+    model = tiny_model(**TWO)
+    nsvd.compress_(model, **how)
+    monkeypatch.setattr(ordered, "room_on", lambda _device: rooms.append(Room(room)) or rooms[-1])
+    with pretending("cuda"):
+        there = moved(tiny_model(**TWO), "cuda")
+        nsvd.compress_(there, **how)
+        found = moved(there, "cpu")
+    for (name, a), b in zip(model.named_parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=name)
+    (one,), streams = rooms, 2 * (IDS.numel() + trial(model).numel()) * 32 * 4
+    assert room - one._left <= streams
+    assert room != 2**20 or room - one._left == streams
+
+
+def test_a_nest_waits_where_there_is_room_and_comes_back_as_it_was():
+    """Leaf by leaf, as many as fit; a nest that is replaced or dropped gives its room back."""
+    with pretending("cuda"):
+        a, b = (torch.arange(4.0).to("cuda") + i for i in range(2))
+        room = Room(a.nbytes)
+        waiting = Waiting(Shelf(), "here", room)
+        for _ in range(2):  # the second takes the place of the first
+            waiting["x"] = (a, [b, None, "word"])
+            c, (d, *rest) = waiting["x"]
+            assert c.device.type == d.device.type == "cuda"
+            assert torch.equal(c.cpu(), a.cpu())
+            assert torch.equal(d.cpu(), b.cpu())
+            assert rest == [None, "word"]
+            assert not room.take(a)
+        del waiting["x"]
+        assert "x" not in waiting
+        assert room.take(a)
+        assert not room.take(a.cpu())  # a tensor on the CPU needs none
