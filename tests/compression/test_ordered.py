@@ -15,6 +15,7 @@ from nsvd.linalg import Moments
 from nsvd.walk.decoder import Decoder, block_list, run_block, same
 from nsvd.walk.hooks import evaluating, exchanged
 from nsvd.walk.landmarks import landmark, value_at
+from nsvd.walk.memory import Room
 from nsvd.walk.moments import shared_inputs
 from nsvd.walk.shelf import Shelf
 from tests.tiny import FAMILIES, LATE_WINDOW, Q, assert_same, logits, state, tiny_model, token_ids
@@ -89,7 +90,7 @@ def moved(block: nn.Module, layer: nn.Module, hidden, call, delta) -> list[tuple
 def entered(model, ids) -> module.Batch:
     """A batch before the first block."""
     found = Decoder(model).enter(ids)
-    return module.Batch(0, 1.0, 0, found, Shelf())
+    return module.Batch(0, 1.0, 0, found, Shelf(), Room(0))
 
 
 @pytest.mark.parametrize("family", POSITIONS)
