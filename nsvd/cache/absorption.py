@@ -26,6 +26,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import AttentionInterface
 
 from nsvd.stored.layers import CompressedLayer, LowRankLinear
 from nsvd.walk.caches import with_cache
@@ -33,6 +34,7 @@ from nsvd.walk.caches import with_cache
 OUTPUTS = ("o_proj", "out_proj", "dense")  # the names under which attention layers keep their output projection
 CLOSE = 1e-4  # relative, in float32
 ANY_WIDTH = ("eager", "sdpa")  # attention functions of transformers that take values wider than keys
+OURS = "nsvd_latents"  # ``attend``, by its name among them
 
 
 class Attention(nn.Module):
@@ -62,14 +64,63 @@ def output_of(attention: nn.Module) -> nn.Linear:
 
 
 class Redirected:
-    """An attention layer with another output projection, for one call of its family's ``forward``; nothing is changed in it."""
+    """An attention layer with another output projection, for one call of its family's ``forward``; nothing is changed in it.
 
-    def __init__(self, attention: nn.Module, output: Callable[[Tensor], Tensor]):
-        self._attention = attention
+    Where ``ours`` says so, its attention function is ``attend``.
+    """
+
+    def __init__(
+        self, attention: nn.Module, output: Callable[[Tensor], Tensor], ours: Callable[[], bool] = lambda: False
+    ):
+        self._attention, self._ours = attention, ours
         setattr(self, cast(str, output_name(attention)), output)
+
+    @property
+    def config(self):
+        config = self._attention.config
+        return _Attending(config) if self._ours() else config
 
     def __getattr__(self, name: str):
         return getattr(self._attention, name)
+
+
+class _Attending:
+    """A configuration that names ``attend``."""
+
+    _attn_implementation = OURS
+
+    def __init__(self, config: object):
+        self._config = config
+
+    def __getattr__(self, name: str):
+        return getattr(self._config, name)
+
+
+def attend(
+    _module: object,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **_more: object,
+) -> tuple[Tensor, None]:
+    """What transformers' ``sdpa`` gives for one query and values (batch, n, s, width) that are the same for all heads.
+
+    It takes one product. A GPU's own functions read such values once for each head, and are made for narrow ones.
+    """
+    d, n = query.shape[-1], key.shape[1]
+    scores = query.unflatten(1, (n, -1)).flatten(2, 3) @ key.mT  # heads of a group after each other
+    scores = scores.flatten(1, 2).unsqueeze(2) * (d**-0.5 if scaling is None else scaling)
+    for mask in (attention_mask, position_bias):
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights.flatten(1, 2) @ value[:, 0])[:, None], None
+
+
+AttentionInterface.register(OURS, attend)
 
 
 def multiplications(queries: int, held: int, heads: int, kv_heads: int, d: int, r: int) -> tuple[int, int]:

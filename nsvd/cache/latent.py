@@ -95,7 +95,7 @@ class LatentAttention:
             return type(attention).forward(attention, *args, **kwargs)
         stand_in = _StandIn(self, cache, cast(Tensor, input_of(attention, args, kwargs)), kwargs.get("position_ids"))
         args, kwargs = with_cache(args, kwargs, stand_in)
-        redirected = Redirected(attention, stand_in.output) if self.absorb else attention
+        redirected = Redirected(attention, stand_in.output, stand_in.ours) if self.absorb else attention
         output = type(attention).forward(redirected, *args, **kwargs)
         if not stand_in.updated:
             raise ValueError(
@@ -134,7 +134,7 @@ class _StandIn:
 
     def __init__(self, layer: LatentAttention, cache: Cache, x: Tensor, positions: Tensor | None):
         self.layer, self.cache, self.x, self.positions = layer, cache, x, positions
-        self.absorbed = self.updated = False
+        self.absorbed, self.updated, self.queries = False, False, 0
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.updated = True
@@ -144,13 +144,24 @@ class _StandIn:
             raise ValueError("latents cannot be held by a quantized cache, which would round the positions")
         if held[0].shape[-2] == keys.shape[-2]:  # nothing but the new tokens
             return keys, values
-        keys, values, self.absorbed = self.layer.rebuild(self.cache, *held, queries=keys.shape[-2])
+        self.queries = keys.shape[-2]
+        keys, values, self.absorbed = self.layer.rebuild(self.cache, *held, queries=self.queries)
         return keys, values
+
+    def ours(self) -> bool:
+        """Whether a new token attends over latents by ``absorption.attend``, in the place of what is slow at it on a GPU."""
+        function = getattr(self.layer.attention.config, "_attn_implementation", None)
+        return self.absorbed and self.queries == 1 and slow_at_latents(self.x.device) and function == "sdpa"
 
     def output(self, x: Tensor) -> Tensor:
         """The output projection, of attention over values or over their latents."""
         attention = self.layer.attention
         return output_of(attention)(lift(attention, x) if self.absorbed else x)
+
+
+def slow_at_latents(device: torch.device) -> bool:
+    """Whether the device's own attention functions are slow where values are wide and the same for all heads."""
+    return device.type != "cpu"
 
 
 def attach(model: PreTrainedModel, layers: Mapping[str, Mapping[str, int | bool]]) -> None:

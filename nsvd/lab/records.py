@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DOCUMENTS = "documents"  # measured: of windows, the documents that they are from
 _PACKAGE = Path(__file__).resolve().parent.parent
+ALIKE = _PACKAGE.parent / "data/results/alike.json"
 
 
 @cache
@@ -36,10 +37,25 @@ def origin() -> dict[str, str]:
     return versions() | {"commit": commit, "code": code}
 
 
+def codes() -> set[str]:
+    """The hash of today's code, and those of earlier code that is known to give the same numbers.
+
+    ``data/results/alike.json`` names them: ``{"code": today's, "alike": [earlier ones], "shown": "how"}``. It is for a change of
+    speed or memory alone, once records have been measured again and came out the same. The next change of code ends it.
+    """
+    today, told = origin()["code"], _alike(ALIKE)
+    return {today, *(told["alike"] if told.get("code") == today else ())}
+
+
+@cache
+def _alike(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 class Records:
     """A file of results, one JSON line each, found again by their parameters.
 
-    A record made by other code than today's does not count as found, nor, with ``fresh``, one made before; it is
+    A record made by code that is not among ``codes`` does not count as found, nor, with ``fresh``, one made before; it is
     replaced when it is measured again. Several processes can add to one file at the same time.
 
     Raises:
@@ -68,10 +84,10 @@ class Records:
         return rows, bool(tail)
 
     def _counts(self, row: dict) -> bool:
-        return row["origin"].get("code") == origin()["code"] and _line(row) not in self._before
+        return row["origin"].get("code") in codes() and _line(row) not in self._before
 
     def find(self, **parameters) -> dict | None:
-        """The numbers recorded for exactly these parameters by today's code, or None."""
+        """The numbers recorded for exactly these parameters by today's code, or code like it, or None."""
         row = self._rows.get(_key(parameters))
         return row["numbers"] if row and self._counts(row) else None
 

@@ -9,9 +9,11 @@ from itertools import product
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import nsvd
 from nsvd.cache import absorption
+from nsvd.cache import latent as latent_module
 from nsvd.cache.attention import examine, key_value_layers
 from nsvd.cache.latent import DIGITS, bytes_per_token, decode_positions, encode_positions, latent_layers
 from nsvd.cache.pairs import share_out
@@ -121,6 +123,28 @@ def test_attention_over_latents_is_attention_over_values(family, joint, cache_ra
     for prompts in ({}, one):  # in a batch wide latents are not absorbed
         texts = [generate(absorbing(model, absorb), **prompts) for absorb in (True, False)]
         assert_same_text(*texts)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_as_on_a_gpu_latents_are_attended_to_in_one_product(family, lifts, monkeypatch):
+    """A step after two prompts, one of them padded, is the same to rounding; families without ``sdpa`` keep their own function."""
+    model, calls, steps = latent(family, cache_ratio=0.25, absorb=True), [], []
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS,
+        absorption.OURS,
+        lambda *args, **how: calls.append(1) or absorption.attend(*args, **how),
+    )
+    for slow in (False, True):
+        monkeypatch.setattr(latent_module, "slow_at_latents", lambda _device, slow=slow: slow)
+        assert not calls
+        with torch.no_grad():
+            how = {"attention_mask": MASK[:, :-1], "use_cache": True}
+            past = absorbing(model, True)(input_ids=IDS[:, :-1], **how).past_key_values
+            steps.append(model(input_ids=IDS[:, -1:], attention_mask=MASK, past_key_values=past).logits)
+    assert lifts
+    assert len(calls) == (len(lifts) / 2 if model.config._attn_implementation == "sdpa" else 0)
+    torch.testing.assert_close(steps[1], steps[0], rtol=0, atol=1e-5 * steps[0].abs().max().item())
 
 
 def test_values_are_absorbed_only_where_that_is_cheaper(lifts):

@@ -79,6 +79,28 @@ def test_a_record_of_other_code_is_not_found_and_is_replaced(file, monkeypatch):
     ]
 
 
+def test_a_record_of_code_that_is_known_to_be_alike_is_found(file, tmp_path, monkeypatch):
+    """As long as that is said of today's code: after the next change it counts no more."""
+    with monkeypatch.context() as then:
+        pretend(then, "slow")
+        Records(file).add(FIRST, {"nll": 1.0})
+    told = tmp_path / "alike.json"
+    told.write_text(json.dumps({"code": "fast", "alike": ["slow"], "shown": "by measuring again"}), encoding="utf-8")
+    monkeypatch.setattr(records, "ALIKE", told)
+    assert Records(file).find(**FIRST) is None
+    for code, found in (("fast", {"nll": 1.0}), ("other", None)):
+        pretend(monkeypatch, code)
+        assert Records(file).find(**FIRST) == found
+
+
+def test_what_is_said_to_be_alike_is_whole():
+    """The committed file names codes of twelve digits, and says how it was shown."""
+    told = records._alike(records.ALIKE)
+    assert told.keys() == {"code", "alike", "shown"}
+    assert all(len(code) == 12 for code in [told["code"], *told["alike"]])
+    assert told["shown"].endswith(".")
+
+
 def test_the_frame_has_a_column_for_each_parameter_and_number(file):
     """A row a record; what a record has not is missing."""
     ours = Records(file)
