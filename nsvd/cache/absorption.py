@@ -104,19 +104,27 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
     **_more: object,
 ) -> tuple[Tensor, None]:
     """What transformers' ``sdpa`` gives for one query and values (batch, n, s, width) that are the same for all heads.
 
-    It takes one product. A GPU's own functions read such values once for each head, and are made for narrow ones.
+    The values are read once. A GPU's own functions read such values once for each head, and are made for narrow ones. Scores are in
+    float32. What no query may see has no weight; where nothing may be seen, the result is the values' mean and not 0.
+
+    Raises:
+        ValueError: with ``softcap``, as ``sdpa``.
     """
+    if softcap is not None:
+        raise ValueError("attention over latents does not support softcap")
     d, n = query.shape[-1], key.shape[1]
-    scores = query.unflatten(1, (n, -1)).flatten(2, 3) @ key.mT  # heads of a group after each other
-    scores = scores.flatten(1, 2).unsqueeze(2) * (d**-0.5 if scaling is None else scaling)
+    query = query.float() * (d**-0.5 if scaling is None else scaling)
+    scores = query.unflatten(1, (n, -1)).flatten(2, 3) @ key.float().mT  # heads of a group after each other
+    scores = scores.flatten(1, 2).unsqueeze(2)
     for mask in (attention_mask, position_bias):
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = scores.clamp(min=torch.finfo(torch.float32).min).softmax(-1).to(value.dtype)
     return (weights.flatten(1, 2) @ value[:, 0])[:, None], None
 
 

@@ -56,15 +56,16 @@ class Records:
     """A file of results, one JSON line each, found again by their parameters.
 
     A record made by code that is not among ``codes`` does not count as found, nor, with ``fresh``, one made before; it is
-    replaced when it is measured again. Several processes can add to one file at the same time.
+    replaced when it is measured again. Of ``times`` only those by today's code count. Several processes can add to one file at the
+    same time.
 
     Raises:
         ValueError: if a line is not a result; names file and line. A last line that a kill has cut short is let go.
         OSError: if the file cannot be read or written.
     """
 
-    def __init__(self, file: str | Path, *, fresh: bool = False):
-        self.file, self._rows = Path(file), {}
+    def __init__(self, file: str | Path, *, fresh: bool = False, times: bool = False):
+        self.file, self._rows, self._times = Path(file), {}, times
         if self.file.exists():
             self._rows, _ = self._parse(self.file.read_bytes())
         self._before = set(map(_line, self._rows.values())) if fresh else set()
@@ -84,7 +85,8 @@ class Records:
         return rows, bool(tail)
 
     def _counts(self, row: dict) -> bool:
-        return row["origin"].get("code") in codes() and _line(row) not in self._before
+        known = {origin()["code"]} if self._times else codes()
+        return row["origin"].get("code") in known and _line(row) not in self._before
 
     def find(self, **parameters) -> dict | None:
         """The numbers recorded for exactly these parameters by today's code, or code like it, or None."""

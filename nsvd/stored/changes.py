@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from nsvd.stored.layers import CompressedLayer
 from nsvd.stored.section import LowRankConfig, section_of
 
+PIECE = 2**22  # numbers that are cast at a time
 # A model may be cast to one of these after the other and be none other. More casts give the same again.
 CASTS = ((), (torch.bfloat16,), (torch.float16,), (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16))
 
@@ -26,6 +28,7 @@ class FactorSums:
 
     def __init__(self, casts: tuple = CASTS) -> None:
         self._casts, self._digests, self._known = casts, [hashlib.sha256() for _ in casts], True
+        self._threads = ThreadPoolExecutor(len(casts))  # sums are taken without Python's lock
 
     def add(self, module: nn.Module) -> None:
         """Take in a module, in the order of the model; one that is no compressed layer is passed over."""
@@ -33,8 +36,7 @@ class FactorSums:
             if value.is_meta or is_traceable_wrapper_subclass(value):
                 self._known = False
                 return
-            with ThreadPoolExecutor(len(self._casts)) as threads:  # sums are taken without Python's lock
-                list(threads.map(_take, [value.detach().cpu()] * len(self._casts), self._casts, self._digests))
+            list(self._threads.map(partial(_take, value.detach().cpu()), self._casts, self._digests))
 
     def told(self) -> list[str]:
         """The sums; none where a parameter had no values, as on the device ``meta``, or was in parts or quantized."""
@@ -43,8 +45,8 @@ class FactorSums:
 
 def _take(value: Tensor, dtypes: Iterable[torch.dtype], digest: hashlib._Hash) -> None:
     """Add a tensor, cast and then in float32, to a sum."""
-    number = cast_through(value, dtypes).to(torch.float32)
-    digest.update(number.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for part in value.reshape(-1).split(PIECE):
+        digest.update(cast_through(part, dtypes).to(torch.float32).view(torch.uint8).numpy().data)
 
 
 def cast_through(value: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor:

@@ -19,7 +19,8 @@ SHAPES = 64
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read when the first product is taken
     os.environ.setdefault(_name, str(SHAPES))
 
-# What is given back is new memory the next time. Linux then clears it page by page, unless torch asks for large pages (2 MB).
+# What is given back is new memory the next time. Linux then clears it page by page, unless torch asks for large pages (2 MB). Torch
+# reads this once, when it makes its first tensor on the CPU.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -27,14 +28,14 @@ WAITING = 2**34  # bytes of a GPU that hidden states may wait in
 
 
 class Room:
-    """So many bytes of a GPU for tensors that wait: those that find room stay where they are."""
+    """So many bytes of a device for tensors that wait: those that find room stay where they are, and nobody changes them."""
 
-    def __init__(self, size: int):
-        self._left = size
+    def __init__(self, size: int, device: torch.device):
+        self._left, self._device = size, device
 
     def take(self, tensor: torch.Tensor) -> bool:
-        """Whether there was room for a tensor; then it is taken. A tensor on the CPU needs none, and finds none."""
-        fits = tensor.device.type != "cpu" and tensor.nbytes <= self._left
+        """Whether there was room for a tensor; then it is taken. One that lies elsewhere finds none."""
+        fits = tensor.device == self._device and tensor.nbytes <= self._left
         self._left -= tensor.nbytes if fits else 0
         return fits
 
@@ -44,10 +45,11 @@ class Room:
 
 
 def room_on(device: torch.device) -> Room:
-    """Room for hidden states: at most a quarter of what is free on a GPU, none elsewhere."""
+    """Room for hidden states: at most a quarter of what is free on a GPU, with what torch holds there unused; none elsewhere."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return Room(0)
-    return Room(min(WAITING, torch.cuda.mem_get_info(device)[0] // 4))
+        return Room(0, device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Room(min(WAITING, free // 4), device)
 
 
 def give_back() -> None:

@@ -55,9 +55,8 @@ class Waiting(MutableMapping[str, Any]):
 
     def __init__(self, shelf: Shelf, key: str, room: Room):
         self.shelf, self.key, self._room = shelf, key, room
-        self._forms: dict[
-            str, Any
-        ] = {}  # form, leaves (of those on the shelf their devices), whether any is on the shelf
+        # of each nest its form, its leaves (the devices of those on the shelf), and whether any is on the shelf
+        self._forms: dict[str, Any] = {}
 
     def __setitem__(self, name: str, value: object) -> None:
         if name in self:

@@ -5,10 +5,12 @@ import functools
 import inspect
 import json
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import nsvd
@@ -126,10 +128,12 @@ def test_attention_over_latents_is_attention_over_values(family, joint, cache_ra
 
 
 @pytest.mark.every
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_as_on_a_gpu_latents_are_attended_to_in_one_product(family, lifts, monkeypatch):
-    """A step after two prompts, one of them padded, is the same to rounding; families without ``sdpa`` keep their own function."""
-    model, calls, steps = latent(family, cache_ratio=0.25, absorb=True), [], []
+def test_as_on_a_gpu_latents_are_attended_to_in_one_product(family, joint, lifts, monkeypatch):
+    """A step after prompts, one of them padded, is the same to rounding; families without ``sdpa`` keep their own function."""
+    thin = 0.12 if joint and family in ("opt", "phi", "olmo2") else 0.25  # latents no wider than a head
+    model, calls, steps = latent(family, cache_ratio=thin, joint=joint, absorb=True), [], []
     monkeypatch.setitem(
         ALL_ATTENTION_FUNCTIONS,
         absorption.OURS,
@@ -145,6 +149,37 @@ def test_as_on_a_gpu_latents_are_attended_to_in_one_product(family, lifts, monke
     assert lifts
     assert len(calls) == (len(lifts) / 2 if model.config._attn_implementation == "sdpa" else 0)
     torch.testing.assert_close(steps[1], steps[0], rtol=0, atol=1e-5 * steps[0].abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mask", [None, "allowed", "added"])
+def test_attention_in_one_product_is_that_of_transformers(dtype, mask):
+    """Grouped heads, wide values, small and large scores, to the rounding of the dtype; a row that sees nothing stays finite."""
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    for size in (0.3, 3.0, 24.0):
+        query, key = size * torch.randn(2, 6, 1, 16), size * torch.randn(2, 2, 9, 16)
+        value = torch.randn(2, 1, 9, 40).expand(-1, 2, -1, -1)
+        allowed = torch.rand(2, 1, 1, 9) > 0.3
+        allowed[..., -1] = True
+        given = {None: None, "allowed": allowed, "added": torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)}[
+            mask
+        ]
+        q, k, v = (t.to(dtype) for t in (query, key, value))
+        wanted, _ = sdpa_attention_forward(module, q.double(), k.double(), v.double(), _as_double(given), scaling=0.2)
+        found, _ = absorption.attend(module, q, k, v, given, scaling=0.2)
+        assert found.shape == wanted.shape
+        assert found.dtype == dtype
+        torch.testing.assert_close(
+            found.double(), wanted, rtol=0, atol=8 * torch.finfo(dtype).eps * float(value.abs().max())
+        )
+    blind = torch.zeros(2, 1, 1, 9, dtype=torch.bool)
+    assert absorption.attend(module, q, k, v, blind)[0].isfinite().all()
+    with pytest.raises(ValueError, match="softcap"):
+        absorption.attend(module, q, k, v, None, softcap=30.0)
+
+
+def _as_double(mask):
+    return mask if mask is None or mask.dtype == torch.bool else mask.double()
 
 
 def test_values_are_absorbed_only_where_that_is_cheaper(lifts):

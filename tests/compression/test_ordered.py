@@ -90,7 +90,7 @@ def moved(block: nn.Module, layer: nn.Module, hidden, call, delta) -> list[tuple
 def entered(model, ids) -> module.Batch:
     """A batch before the first block."""
     found = Decoder(model).enter(ids)
-    return module.Batch(0, 1.0, 0, found, Shelf(), Room(0))
+    return module.Batch(0, 1.0, 0, found, Shelf(), Room(0, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("family", POSITIONS)

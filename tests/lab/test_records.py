@@ -80,7 +80,7 @@ def test_a_record_of_other_code_is_not_found_and_is_replaced(file, monkeypatch):
 
 
 def test_a_record_of_code_that_is_known_to_be_alike_is_found(file, tmp_path, monkeypatch):
-    """As long as that is said of today's code: after the next change it counts no more."""
+    """As long as that is said of today's code: after the next change it counts no more. A record of times never does."""
     with monkeypatch.context() as then:
         pretend(then, "slow")
         Records(file).add(FIRST, {"nll": 1.0})
@@ -91,8 +91,10 @@ def test_a_record_of_code_that_is_known_to_be_alike_is_found(file, tmp_path, mon
     for code, found in (("fast", {"nll": 1.0}), ("other", None)):
         pretend(monkeypatch, code)
         assert Records(file).find(**FIRST) == found
+        assert Records(file, times=True).find(**FIRST) is None
 
 
+@pytest.mark.skipif(not records.ALIKE.is_file(), reason="no earlier code is known to be alike")
 def test_what_is_said_to_be_alike_is_whole():
     """The committed file names codes of twelve digits, and says how it was shown."""
     told = records._alike(records.ALIKE)
