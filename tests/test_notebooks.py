@@ -44,6 +44,7 @@ MORE = {
 ROOTS = ("home", "root", "tmp", "mnt", "usr", "Users", "var", "opt", "srv")
 ABSOLUTE = re.compile(rf"(?<![\w.</-])/({'|'.join(ROOTS)})/")
 TINY = {
+    "model": "mini-llama-s",
     "count": 8,  # more tokens than channels, or Cholesky has nothing to factor
     "test_count": 2,
     "own_counts": [4, 8],
