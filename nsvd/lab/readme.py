@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 
@@ -111,7 +112,8 @@ def _short(corpus: str) -> str:
 def _times(frame: pd.DataFrame, kind: str) -> pd.Series:
     """Perplexity over the dense one at home / near / far, geometric means, by ratio and ``kind``, a column of the frame."""
     times = tables.times(frame, list(dict.fromkeys(frame.corpus)), by=["ratio", kind]).xs("times", axis=1, level=1)
-    return times.map(lambda x: f"{x:,.{2 if x < 10 else 1 if x < 100 else 0}f}").agg(" / ".join, axis=1)
+    said = times.map(lambda x: f"{x:,.{2 if x < 10 else 1 if x < 100 else 0}f}")
+    return cast(pd.Series, said.agg(" / ".join, axis=1))
 
 
 def _places(frame: pd.DataFrame) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -49,7 +49,7 @@ def times(
     (place, ``high``).
     """
     kind = "recipe" if "recipe" in frame else "method"
-    base = frame[frame[kind] == "dense"] if base is None else base
+    base = cast(pd.DataFrame, frame[frame[kind] == "dense"]) if base is None else base
     known = base.drop_duplicates("corpus").set_index("corpus").losses
     rows: dict[Any, dict] = {}
     for cell, group in frame[frame[kind] != "dense"].groupby(list(by), sort=False):
@@ -72,7 +72,10 @@ def told_times(table: pd.DataFrame) -> pd.DataFrame:
         return f"{x:.3g}" if x < 100 else f"{x:,.0f}"
 
     parts = {
-        place: [f"{show(m)} [{show(a)}, {show(b)}]" for m, a, b in table[place][["times", "low", "high"]].to_numpy()]
+        place: [
+            f"{show(m)} [{show(a)}, {show(b)}]"
+            for m, a, b in cast(pd.DataFrame, table[place])[["times", "low", "high"]].to_numpy()
+        ]
         for place in dict.fromkeys(table.columns.get_level_values(0))
     }
     return pd.DataFrame(parts, index=table.index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -32,12 +33,12 @@ def check_continues(model: PreTrainedModel) -> None:
     A decoder without the head that continues a text, or with another one, is of such a kind: its folder would be read as the model
     with that head.
     """
-    kind, alone = type(model), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    kind, mappings = type(model), (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    alone, beside = (cast("type | None", mapping.get(type(model.config), None)) for mapping in mappings)
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{kind.__name__} is an encoder with a decoder; only models that are a decoder alone are compressed"
         )
-    beside = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(model.config), None)
     if issubclass(kind, tuple(one for one in (alone, beside) if one is not None)):
         return
     if kind in MODEL_FOR_MASKED_LM_MAPPING.values():
