@@ -21,12 +21,13 @@ than the h d hidden + r n d of the two factors, unless r is below about d, and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nsvd.stored.layers import CompressedLayer, LowRankLinear
 from nsvd.walk.caches import with_cache
@@ -97,7 +98,7 @@ class _Attending:
 
 
 def attend(
-    _module: object,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -105,18 +106,16 @@ def attend(
     scaling: float | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
-    **_more: object,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' ``sdpa`` gives for one query and values (batch, n, s, width) that are the same for all heads.
 
     The values are read once. A GPU's own functions read such values once for each head, and are made for narrow ones. Scores are in
-    float32. What no query may see has no weight; where nothing may be seen, the result is the values' mean and not 0.
-
-    Raises:
-        ValueError: with ``softcap``, as ``sdpa``.
+    float32. Where a query may see nothing, the result is the values' mean and not 0. ``softcap`` is left to ``sdpa``.
     """
     if softcap is not None:
-        raise ValueError("attention over latents does not support softcap")
+        how = {"scaling": scaling, "position_bias": position_bias, "softcap": softcap}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how, **more)
     d, n = query.shape[-1], key.shape[1]
     query = query.float() * (d**-0.5 if scaling is None else scaling)
     scores = query.unflatten(1, (n, -1)).flatten(2, 3) @ key.float().mT  # heads of a group after each other

@@ -153,8 +153,11 @@ def test_as_on_a_gpu_latents_are_attended_to_in_one_product(family, joint, lifts
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mask", [None, "allowed", "added"])
-def test_attention_in_one_product_is_that_of_transformers(dtype, mask):
-    """Grouped heads, wide values, small and large scores, to the rounding of the dtype; a row that sees nothing stays finite."""
+def test_attention_in_one_product_is_that_of_transformers(dtype, mask, monkeypatch):
+    """Grouped heads, wide values, small and large scores, to the rounding of the dtype; a row that sees nothing stays finite.
+
+    What else is asked for is left to transformers.
+    """
     module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
     for size in (0.3, 3.0, 24.0):
         query, key = size * torch.randn(2, 6, 1, 16), size * torch.randn(2, 2, 9, 16)
@@ -174,8 +177,10 @@ def test_attention_in_one_product_is_that_of_transformers(dtype, mask):
         )
     blind = torch.zeros(2, 1, 1, 9, dtype=torch.bool)
     assert absorption.attend(module, q, k, v, blind)[0].isfinite().all()
-    with pytest.raises(ValueError, match="softcap"):
-        absorption.attend(module, q, k, v, None, softcap=30.0)
+    monkeypatch.setattr(absorption, "sdpa_attention_forward", lambda *args, **how: (args, how))
+    args, how = absorption.attend(module, q, k, v, given, softcap=30.0, dropout=0.0)
+    assert [a is b for a, b in zip(args, (module, q, k, v, given), strict=True)] == 5 * [True]
+    assert how == {"scaling": None, "position_bias": None, "softcap": 30.0, "dropout": 0.0}
 
 
 def _as_double(mask):
