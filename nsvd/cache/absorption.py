@@ -77,7 +77,7 @@ class Redirected:
         setattr(self, cast(str, output_name(attention)), output)
 
     @property
-    def config(self):
+    def config(self) -> Any:
         config = self._attention.config
         return _Attending(config) if self._ours() else config
 
