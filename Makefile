@@ -133,7 +133,7 @@ test-extras: $(VENV)-extras/ready ## what needs lm-evaluation-harness, torchao o
 # Only the extras are installed there; all other packages are those of the other environment.
 $(VENV)-extras/ready: $(VENV)/ready
 	rm -rf $(VENV)-extras
-	$(PYTHON) -m venv $(VENV)-extras
+	$(BIN)/python -m venv $(VENV)-extras
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
 		> "$$($(VENV)-extras/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
 	$(VENV)-extras/bin/python -m pip install -q --no-compile -c constraints-cpu.txt -c constraints-lock.txt --no-build-isolation \
